@@ -1,0 +1,134 @@
+"""Names of the backends, what is available here, and which one an operator call takes.
+
+A backend is a set of modules with the stems of ``depict_kernels.ops`` (attention, mask_head, upsample).
+``auto`` picks by device and dtype. A backend that is named explicitly never falls back: it works or raises
+:class:`BackendUnavailable`, saying what is missing and what is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
+
+# operator -> stem of the module that implements it in every backend's folder
+OPERATORS = {
+    "subspace_self_attention": "attention",
+    "subspace_cross_attention": "attention",
+    "mask_logits": "mask_head",
+    "upsample_cross_entropy": "upsample",
+    "upsample_argmax": "upsample",
+    "upsample_confusion": "upsample",
+}
+
+_FOLDERS = {
+    "reference": "depict_kernels.ops.reference",
+    "torch": "depict_kernels.ops.stock",
+    "cpp": "depict_kernels.ops.compiled",
+    "triton": "depict_kernels.ops.triton_kernels",
+    "cuda": "depict_kernels.ops.cuda_kernels",
+}
+
+# What "auto" prefers, best first, by device type; the first that is available here for the operator wins.
+# A backend enters this table only with a measurement behind it (benchmarks/).
+_AUTO = {"cpu": ("cpp", "torch")}
+
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("depict_kernels_backend", default=None)
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly named backend cannot run this operator here."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context every operator called with ``backend="auto"`` takes backend ``name``.
+
+    An explicit ``backend=`` argument still wins. Raises ValueError for an unknown name.
+    """
+    _check_name(name)
+    token = _override.set(None if name == "auto" else name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from auto, {', '.join(BACKENDS)}")
+
+
+def _has_stem(backend: str, stem: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def why_unavailable(backend: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None where ``backend`` can run ``operator`` on this device type and dtype, else the reason."""
+    if backend in ("reference", "torch"):
+        return None
+    if not _has_stem(backend, OPERATORS[operator]):
+        return f"this version has no {backend} kernel for {operator}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"it takes float16, bfloat16, float32 or float64, not {dtype}"
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"it runs on CPU tensors and these are on {device_type}"
+        from depict_kernels import extension
+
+        built, reason = extension.cpu_available()
+        return None if built else reason
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device_type != "cuda":
+        return f"it runs on GPU tensors and these are on {device_type}"
+    return None
+
+
+def available_backends(operator: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that can run ``operator`` here, in the order of :data:`BACKENDS`."""
+    return [name for name in BACKENDS if why_unavailable(name, operator, device_type, dtype) is None]
+
+
+@torch.compiler.assume_constant_result
+def _resolve(requested: str, operator: str, device_type: str, dtype: torch.dtype) -> str:
+    if requested == "auto":
+        for name in _AUTO.get(device_type, ()):
+            if why_unavailable(name, operator, device_type, dtype) is None:
+                return name
+        return "torch"
+    reason = why_unavailable(requested, operator, device_type, dtype)
+    if reason is not None:
+        choice = ", ".join(available_backends(operator, device_type, dtype))
+        raise BackendUnavailable(
+            f"backend {requested!r} cannot run {operator} here: {reason}. Available: auto, {choice}"
+        )
+    return requested
+
+
+def choose(requested: str, operator: str, tensor: torch.Tensor) -> str:
+    """The backend a call takes: the argument, else the surrounding :func:`use_backend`, else ``auto``'s table.
+
+    Raises ValueError for an unknown name and :class:`BackendUnavailable` for one that cannot run here.
+    """
+    _check_name(requested)
+    if requested == "auto":
+        requested = _override.get() or "auto"
+    return _resolve(requested, operator, tensor.device.type, tensor.dtype)
+
+
+def implementation(backend: str, stem: str):
+    """The module that implements ``stem`` in ``backend`` (imported on first use)."""
+    return importlib.import_module(f"{_FOLDERS[backend]}.{stem}")
