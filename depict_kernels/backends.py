@@ -97,7 +97,9 @@ def why_unavailable(backend: str, operator: str, device_type: str, dtype: torch.
     return None
 
 
-def available_backends(operator: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
+def available_backends(
+    operator: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[str]:
     """The backends that can run ``operator`` here, in the order of :data:`BACKENDS`."""
     return [name for name in BACKENDS if why_unavailable(name, operator, device_type, dtype) is None]
 

@@ -11,7 +11,8 @@ from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.targets import sanitize_target
 
 
-def _upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """logits (B, C, h, w) -> (B, C, H, W) in float32, or float64 for float64 logits."""
     logits = logits.to(accumulation_dtype(logits.dtype))
     if logits.shape[0] == 0:  # F.interpolate refuses an empty batch on some devices
         return logits.new_zeros(*logits.shape[:2], *size)
@@ -19,7 +20,7 @@ def _upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _upsample_backward(grad: Tensor, shape: torch.Size) -> Tensor:
-    """The adjoint of :func:`_upsample`: (B, C, H, W) -> (B, C, h, w)."""
+    """The adjoint of :func:`upsample`: (B, C, H, W) -> (B, C, h, w)."""
     if shape[0] == 0:
         return grad.new_zeros(shape)
     return torch.ops.aten.upsample_bilinear2d_backward(
@@ -33,7 +34,7 @@ def _class_weight(weight: Tensor | None, z: Tensor) -> Tensor:
 
 def _loss_and_gradient(logits, target, weight, ignore_index, label_smoothing):
     """Per-pixel loss (B, H, W), its gradient for the upsampled logits, and the weight w_y of each pixel."""
-    z = _upsample(logits, target.shape[-2:])
+    z = upsample(logits, target.shape[-2:])
     w = _class_weight(weight, z)
     clean, _ = sanitize_target(target, z.shape[1], ignore_index)
     valid = (clean != ignore_index).unsqueeze(1)  # (B, 1, H, W)
@@ -89,7 +90,7 @@ def cross_entropy_backward(
 
 def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """(B, C, h, w) -> label map (B, H, W); ties go to the lowest class index, as in torch.argmax."""
-    return _upsample(logits, size).argmax(1).to(dtype)
+    return upsample(logits, size).argmax(1).to(dtype)
 
 
 def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depict_kernels.ops.reference.upsample import _upsample
+from depict_kernels.ops.reference import upsample as reference
+from depict_kernels.ops.reference.upsample import upsample
 
 
 def cross_entropy(
@@ -16,7 +17,7 @@ def cross_entropy(
     reduction: str,
 ) -> Tensor:
     """logits (B, C, h, w), int64 target (B, H, W) without bad labels -> loss in float32 or float64."""
-    z = _upsample(logits, target.shape[-2:])
+    z = upsample(logits, target.shape[-2:])
     weight = None if weight is None else weight.to(z.dtype)
 
     def loss(kind: str) -> Tensor:
@@ -37,5 +38,11 @@ def cross_entropy(
 
 def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """(B, C, h, w) -> label map (B, H, W); one image at a time, to hold one image's upsampled logits."""
-    labels = [_upsample(image, size).argmax(1).to(dtype) for image in logits.split(1)]
+    labels = [upsample(image, size).argmax(1).to(dtype) for image in logits.split(1)]
     return torch.cat(labels) if labels else logits.new_empty((0, *size), dtype=dtype)
+
+
+def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
+    """Adds the counts of (target, label) into out (C, C) int64, one image at a time."""
+    for image, labels in zip(logits.split(1), target.split(1)):
+        reference.confusion(image, labels, ignore_index, out)

@@ -1,0 +1,52 @@
+"""Losses as modules, for use in any segmentation model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from depict_kernels import ops
+
+
+class UpsampleCrossEntropyLoss(nn.Module):
+    """Drop-in for ``nn.CrossEntropyLoss`` behind a bilinear upsampling, which it does itself and never stores.
+
+    Give it the model's low-resolution logits (B, C, h, w) and the full-resolution target (B, H, W). Arguments
+    as in :func:`depict_kernels.ops.upsample_cross_entropy`; ``weight`` (C,) moves with the module.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        check_targets: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        # Not saved: as in nn.CrossEntropyLoss's users' checkpoints, class weights are configuration.
+        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight), persistent=False)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.check_targets = check_targets
+        self.backend = backend
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return ops.upsample_cross_entropy(
+            logits,
+            target,
+            self.ignore_index,
+            self.weight,
+            self.label_smoothing,
+            self.reduction,
+            self.check_targets,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
+            f"reduction={self.reduction!r}, backend={self.backend!r}"
+        )

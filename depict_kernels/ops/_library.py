@@ -1,0 +1,48 @@
+"""Registration shared by the operators: one definition above all kernel backends.
+
+A registered operator takes the backend's name as its last argument and calls that backend's forward; its
+backward is a second operator. The stock backend ("torch") is not registered: it is plain torch, so that
+autograd differentiates it and torch.compile fuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from depict_kernels import backends
+
+
+def define(name: str, schema: str, *, stem: str, fake: Callable, run: Callable) -> None:
+    """Defines ``depict_kernels::<name>``; ``run(module, *args)`` calls the backend's module named by the last arg."""
+    qualified = f"depict_kernels::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def dispatch(*args):
+        *rest, backend = args
+        return run(backends.implementation(backend, stem), *rest)
+
+    torch.library.impl(qualified, "CompositeExplicitAutograd", dispatch)
+    torch.library.register_fake(qualified, fake)
+
+
+def forbid_gradient(name: str) -> None:
+    """A backward operator's own backward raises instead of giving a silently missing second derivative."""
+
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"depict_kernels::{name} has no second derivative; for double backward use backend='torch'"
+        )
+
+    torch.library.register_autograd(f"depict_kernels::{name}", backward)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts to the autocast dtype where autocast is on, as torch does for its own matrix products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
