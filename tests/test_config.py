@@ -1,0 +1,181 @@
+"""Typed configuration: what is accepted, what is refused, and how the refusal reads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.config import (
+    CONFIGS,
+    Config,
+    flatten,
+    help_text,
+    load_config,
+    parse_overrides,
+    save_config,
+    to_dict,
+)
+from train.errors import UserError
+
+
+def refused(*arguments: str) -> str:
+    files, overrides = parse_overrides(list(arguments))
+    with pytest.raises(UserError) as error:
+        load_config(files, overrides)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--optim.lrr", "1"], ["unknown key optim.lrr", "did you mean optim.lr?"], id="typo"),
+        pytest.param(["--lr", "1"], ["unknown key lr", "did you mean optim.lr?"], id="no section"),
+        pytest.param(["--train.batch_size", "1"], ["did you mean data.batch_size?"], id="wrong section"),
+        pytest.param(["--data.genrate.seed", "1"], ["did you mean data.generate.seed?"], id="nested"),
+        pytest.param(["--optim.lr", "fast"], ["optim.lr", "a number", "'fast'"], id="float"),
+        pytest.param(["--train.steps", "1.5"], ["train.steps", "an integer or null", "'1.5'"], id="int"),
+        pytest.param(["--model.pretrained", "maybe"], ["model.pretrained", "true or false"], id="bool"),
+        pytest.param(["--optim.name", "adam"], ["optim.name", "sgd, adamw", "'adam'"], id="choice"),
+        pytest.param(["--data.crop_size", "[1,2,3]"], ["data.crop_size", "2 values"], id="tuple"),
+        pytest.param(["--eval.scales", "[1,x]"], ["eval.scales", "a list of"], id="list"),
+        pytest.param(["--optim", "3"], ["optim", "optim.name"], id="section"),
+        pytest.param(["--optim.lr", "0"], ["optim.lr", "above 0"], id="lr 0"),
+        pytest.param(["--optim.lr", "nan"], ["optim.lr", "a number", "nan"], id="lr nan"),
+        pytest.param(["--data.batch_size", "0"], ["data.batch_size", "at least 1"], id="batch 0"),
+        pytest.param(["--optim.betas", "[0.9,1.0]"], ["optim.betas", "at least 0 and below 1"], id="betas"),
+        pytest.param(["--data.scale", "[2,1]"], ["data.scale", "smaller number"], id="range reversed"),
+        pytest.param(["--optim.min_lr", "1"], ["optim.min_lr", "optim.lr"], id="min_lr above lr"),
+        pytest.param(["--eval.stride", "513"], ["eval.stride", "eval.window (512)"], id="gaps"),
+        pytest.param(["--run.name", "a/b"], ["run.name", "run.root"], id="run name"),
+        pytest.param(["--config", "nowhere.yaml"], ["nowhere.yaml", "demo.yaml"], id="no file"),
+    ],
+)
+def test_refusal_names_the_key_and_what_is_right(arguments, words):
+    text = refused(*arguments)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["train"], "'train'"),
+        (["--optim.lr"], "needs a value"),
+        (["--optim.lr", "--run.name", "x"], "needs a value"),
+    ],
+)
+def test_malformed_command_line(arguments, word):
+    with pytest.raises(UserError, match=word):
+        parse_overrides(arguments)
+
+
+def test_null_where_a_value_is_needed(tmp_path):
+    (tmp_path / "c.yaml").write_text("optim: {lr: null}")
+    assert "optim.lr: expected a number, got null" in refused("--config", str(tmp_path / "c.yaml"))
+
+
+def test_yaml_errors_name_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    for text, word in [
+        ("optim: {lrr: 1}", "did you mean optim.lr?"),
+        ("optim: [", "not valid YAML"),
+        ("- 1", "expected sections"),
+        ("base: c.yaml", "circle"),
+        ("base: d.yaml", "d.yaml: no such"),
+    ]:
+        file.write_text(text)
+        message = refused("--config", str(file))
+        assert word in message and str(tmp_path) in message
+
+
+def test_precedence_file_over_base_and_command_line_over_file(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "optim: {lr: 1e-2, momentum: 0.5}\ntrain: {seed: 3}\n"
+        "model: {backbone_kwargs: {depth: 2, embed_dim: 48}}"
+    )
+    (tmp_path / "c.yaml").write_text(
+        "base: base.yaml\noptim: {lr: 2e-2}\nmodel: {backbone_kwargs: {depth: 3}}"
+    )
+    files, overrides = parse_overrides(
+        [
+            "--config",
+            str(tmp_path / "c.yaml"),
+            "--train.seed=7",
+            "--model.backbone_kwargs.eps",
+            "1e-6",
+            "--optim.clip_grad",
+            "null",
+        ]
+    )
+    config = load_config(files, overrides)
+    assert (config.optim.lr, config.optim.momentum, config.train.seed) == (0.02, 0.5, 7)
+    assert config.optim.clip_grad is None
+    assert config.model.backbone_kwargs == {"depth": 3, "embed_dim": 48, "eps": 1e-6}
+
+
+def test_saved_configuration_rebuilds_itself(tmp_path):
+    files, overrides = parse_overrides(
+        [
+            "--data.crop_size",
+            "[32,48]",
+            "--loss.class_weights",
+            "[1,0.5]",
+            "--model.decoder_kwargs",
+            "{depth: 1, a: {b: 2}}",
+        ]
+    )
+    config = load_config(files, overrides)
+    save_config(config, tmp_path / "config.yaml", {"torch": "2.11", "git_commit": None})
+    assert load_config([tmp_path / "config.yaml"]) == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["versions"]["torch"] == "2.11"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_configurations_are_valid(file: Path):
+    load_config([file])
+
+
+def test_ade20k_configurations_follow_the_paper():
+    """design.md section 8; a configuration differs from another in what its name says and in nothing else."""
+    names = {}
+    for decoder in ("depict_sa", "depict_ca", "segmenter_mask"):
+        for size in ("tiny", "small", "base", "large"):
+            config = load_config([CONFIGS / f"ade20k_{decoder}_vit_{size}.yaml"])
+            side, stride = (640, 608) if size == "large" else (512, 480)
+            assert config.model.name == f"{decoder}_vit_{size}"
+            assert config.model.pretrained and config.model.drop_path_rate == 0.1
+            assert config.data.crop_size == (side, side) and config.data.base_size == side
+            assert (config.eval.mode, config.eval.resize, config.eval.window, config.eval.stride) == (
+                "slide",
+                side,
+                side,
+                stride,
+            )
+            assert config.data.scale == (0.5, 2.0) and config.data.max_class_share == 0.75
+            assert (config.optim.name, config.optim.lr, config.optim.momentum) == ("sgd", 1e-3, 0.9)
+            assert (config.optim.weight_decay, config.optim.poly_power, config.optim.min_lr) == (
+                0.0,
+                0.9,
+                1e-5,
+            )
+            assert (config.data.batch_size, config.train.epochs) == (8, 64)
+            names[config.run.name] = flatten(to_dict(config))
+    assert len(names) == 12
+    allowed = {"run.name", "model.name"} | {
+        "data.crop_size",
+        "data.base_size",
+        "eval.resize",
+        "eval.window",
+        "eval.stride",
+    }
+    one = names["ade20k_depict_sa_vit_tiny"]
+    for other in names.values():
+        assert {key for key in one if one[key] != other[key]} <= allowed
+
+
+def test_help_explains_every_key():
+    text = help_text()
+    for key in flatten(to_dict(Config())):
+        assert f"--{key} " in text
+    assert "None" not in text

@@ -1,0 +1,302 @@
+"""Configuration: the dataclasses of train/schema.py, filled from YAML files and the command line.
+
+A YAML file may start from another one (``base: ade20k.yaml``, a path relative to the file itself), so that
+a configuration states its differences only. ``--section.key value`` on the command line comes last.
+Nothing is ignored silently: an unknown key, a wrong type or a value out of range raises ``UserError``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from train.errors import UserError, first_line
+from train.schema import Config
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# Top-level keys of a run folder's config.yaml that describe the run and configure nothing.
+INFORMATION = ("versions",)
+
+
+def load_config(files: list[str | Path] = (), overrides: dict[str, Any] | None = None) -> Config:
+    """The configuration from YAML files (later ones win) and dotted overrides ``{"optim.lr": "1e-3"}``.
+
+    Raises ``UserError`` naming the key (with the nearest known one), the value and what would be right.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, read_yaml(file))
+    for key in INFORMATION:
+        merged.pop(key, None)
+    for key, value in (overrides or {}).items():
+        _refuse_unknown(_nest(key, value), Config)
+        merged = _merge(merged, _nest(key, _dict_entry(key, value)))
+    _refuse_unknown(merged, Config)
+    config = _build(Config, _parse(merged))
+    check(config)
+    return config
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """One YAML file merged over the file that its ``base`` key names."""
+    return _read_yaml(Path(file), ())
+
+
+def parse_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """``["--config", F, "--optim.lr", "1"]`` -> ``([F], {"optim.lr": "1"})``; ``--optim.lr=1`` works too."""
+    files, overrides = [], {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        if not key.startswith("--") or len(key) == 2:
+            raise UserError(f"unexpected argument {word!r}; options look like --section.key value")
+        if not equals:
+            # A missing value is told from a negative number by what follows the dashes.
+            if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+                raise UserError(f"{key} needs a value: {key} VALUE")
+            value = rest.pop(0)
+        if key == "--config":
+            files.append(value)
+        else:
+            overrides[key[2:]] = value
+    return files, overrides
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain dicts, lists, strings and numbers: what YAML and a weights-only checkpoint can hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(entry) for key, entry in value.items()}
+        return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` -> ``{"optim.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def save_config(config: Config, path: Path, versions: dict[str, Any]) -> None:
+    """Writes the YAML file that rebuilds ``config``, and the versions it was used with."""
+    document = {**to_dict(config), "versions": versions}
+    path.write_text(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110))
+
+
+def check(config: Config) -> None:
+    """Ranges of single values, then values that must fit each other. Raises ``UserError``."""
+    for section in dataclasses.fields(config):
+        _check_ranges(getattr(config, section.name), section.name)
+    data, optim, train, evaluation = config.data, config.optim, config.train, config.eval
+    if data.scale[0] > data.scale[1]:
+        raise UserError(f"data.scale: {list(data.scale)} is no range; the smaller number comes first")
+    if optim.min_lr > optim.lr:
+        raise UserError(f"optim.min_lr: {optim.min_lr:g} is above optim.lr ({optim.lr:g}); lower it")
+    if train.steps is None and train.epochs is None:
+        raise UserError("train.steps and train.epochs are both null; give one of them")
+    if evaluation.mode == "slide" and evaluation.stride > evaluation.window:
+        raise UserError(
+            f"eval.stride: {evaluation.stride} leaves gaps: at most eval.window ({evaluation.window}) fits"
+        )
+    if not evaluation.scales or not evaluation.multiscale_scales:
+        raise UserError("eval.scales and eval.multiscale_scales need at least one scale")
+    if not config.run.name or Path(config.run.name).name != config.run.name:
+        raise UserError(
+            f"run.name: {config.run.name!r} must be a plain folder name; the folder above is run.root"
+        )
+
+
+def help_text() -> str:
+    """All keys with type, default and meaning."""
+    return "\n".join(_help_lines(Config, ""))
+
+
+def _help_lines(schema: type, prefix: str) -> list[str]:
+    meanings = {
+        entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(schema).params
+    }
+    lines = []
+    for key, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            lines += ["", f"{prefix}{key}: {hint.__doc__}", *_help_lines(hint, f"{prefix}{key}.")]
+        else:
+            default = getattr(schema(), key)
+            default = "null" if default is None else default
+            lines.append(f"  --{prefix}{key} ({_readable(hint)}; default {default})\n      {meanings[key]}")
+    return lines
+
+
+def _read_yaml(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in above:
+        raise UserError(f"{file}: the `base` keys lead in a circle")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+        raise UserError(f"{file}: no such configuration file; {CONFIGS} has {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {first_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected sections such as `optim:`, got {type(content).__name__}")
+    base = content.pop("base", None)
+    try:
+        _refuse_unknown({key: value for key, value in content.items() if key not in INFORMATION}, Config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if base is None:
+        return content
+    return _merge(_read_yaml(file.parent / str(base), (*above, file.resolve())), content)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _dict_entry(dotted: str, value: Any) -> Any:
+    """Entries of free-form dicts (model.backbone_kwargs.depth) carry no type: YAML's rules decide."""
+    if dotted in _types(Config) or not isinstance(value, str):
+        return value
+    loaded = yaml.safe_load(value)
+    if isinstance(loaded, str):  # YAML 1.1 takes 1e-6 for a string
+        try:
+            return float(loaded)
+        except ValueError:
+            pass
+    return loaded
+
+
+def _types(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type, for every key that is not a section."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            found.update(_types(hint, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = hint
+    return found
+
+
+def _refuse_unknown(nested: dict[str, Any], schema: type, prefix: str = "") -> None:
+    hints = typing.get_type_hints(schema)
+    for key, value in nested.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            raise UserError(f"unknown key {dotted}{_nearest(dotted)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                example = f"{dotted}.{dataclasses.fields(hints[key])[0].name}"
+                raise UserError(f"{dotted}: expected keys such as {example}, got {value!r}")
+            _refuse_unknown(value, hints[key], f"{dotted}.")
+
+
+def _nearest(dotted: str) -> str:
+    known = _types(Config)
+    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.75)
+    if not close:  # the right name in the wrong section, or none
+        leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(dotted.rpartition(".")[2], leaves, n=1)]
+    if not close:
+        close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "; see `python train/run.py --help` for the keys"
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(prog="python train/run.py", exit_on_error=False, add_help=False)
+    for section in dataclasses.fields(Config):
+        parser.add_class_arguments(typing.get_type_hints(Config)[section.name], section.name)
+    return parser
+
+
+def _parse(merged: dict[str, Any]) -> dict[str, Any]:
+    known = _types(Config)
+    for dotted, value in flatten(merged).items():
+        # jsonargparse lets null through for every type, and numbers are no names to it.
+        if value is None and dotted in known and type(None) not in typing.get_args(known[dotted]):
+            raise UserError(f"{dotted}: expected {_readable(known[dotted])}, got null")
+    try:
+        return _parser().parse_object(merged).as_dict()
+    except Exception as error:  # jsonargparse raises several kinds, all with the key in the text
+        text = str(error)
+        for dotted, hint in known.items():
+            if f'key "{dotted}"' in text:
+                value = flatten(merged).get(dotted)
+                raise UserError(f"{dotted}: expected {_readable(hint)}, got {value!r}") from None
+        raise UserError(" ".join(text.split())) from None
+
+
+def _readable(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if part is type(None) else _readable(part) for part in arguments)
+    if origin is tuple:
+        return f"{len(arguments)} values [{', '.join(_readable(part) for part in arguments)}]"
+    if origin is list:
+        return f"a list of {_readable(arguments[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a mapping"}
+    return names.get(hint, str(hint))
+
+
+def _build(schema: type, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(schema)
+    built = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            value = _build(hints[key], value)
+        built[key] = tuple(value) if typing.get_origin(hints[key]) is tuple else value
+    return schema(**built)
+
+
+_LIMITS = {
+    "gt": ("above", lambda value, limit: value > limit),
+    "ge": ("at least", lambda value, limit: value >= limit),
+    "lt": ("below", lambda value, limit: value < limit),
+    "le": ("at most", lambda value, limit: value <= limit),
+}
+
+
+def _check_ranges(section: Any, name: str) -> None:
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{name}.{entry.name}")
+        for single in value if isinstance(value, (list, tuple)) else [value]:
+            if single is None or not entry.metadata:
+                continue
+            if not all(_LIMITS[limit][1](single, bound) for limit, bound in entry.metadata.items()):
+                wanted = " and ".join(
+                    f"{_LIMITS[limit][0]} {bound:g}" for limit, bound in entry.metadata.items()
+                )
+                raise UserError(f"{name}.{entry.name}: {value} is out of range; it must be {wanted}")
