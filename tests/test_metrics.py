@@ -1,0 +1,146 @@
+"""The confusion matrix and the scores formed from it."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from train.metrics import SegmentationMetrics, unique_names
+
+
+def loop_scores(labels, target, num_classes, ignore):
+    """The benchmark's definitions, class by class, in plain Python."""
+    pairs = [(t, y) for t, y in zip(target.flatten().tolist(), labels.flatten().tolist()) if t != ignore]
+    iou, accuracy = {}, []
+    for c in range(num_classes):
+        both = sum(t == c and y == c for t, y in pairs)
+        either = sum(t == c or y == c for t, y in pairs)
+        truth = sum(t == c for t, _ in pairs)
+        iou[c] = both / either if either else None
+        if truth:
+            accuracy.append(both / truth)
+    known = [v for v in iou.values() if v is not None]
+    hits = sum(t == y for t, y in pairs)
+    return sum(known) / len(known), hits / len(pairs), sum(accuracy) / len(accuracy), iou
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_scores_follow_the_definitions(dtype):
+    g = torch.Generator().manual_seed(0)
+    num_classes = 7  # class 5 occurs nowhere, class 6 is only predicted, class 4 is never predicted
+    target = torch.randint(0, 5, (3, 20, 30), generator=g)
+    labels = torch.where(torch.rand(target.shape, generator=g) < 0.6, target, 6)
+    labels[labels == 4] = 0
+    target[torch.rand(target.shape, generator=g) < 0.2] = 255
+    metrics = SegmentationMetrics(num_classes)
+    for y, t in zip(labels, target):  # streamed, image by image
+        metrics.update_labels(y.to(dtype), t.to(dtype))
+    miou, pixel, mean, iou = loop_scores(labels, target, num_classes, 255)
+    got = metrics.results()
+    assert got["miou"] == pytest.approx(miou, rel=1e-12)
+    assert got["pixel_accuracy"] == pytest.approx(pixel, rel=1e-12)
+    assert got["mean_accuracy"] == pytest.approx(mean, rel=1e-12)
+    assert (
+        got["iou_per_class"]["5"] is None
+        and got["iou_per_class"]["6"] == 0
+        and got["iou_per_class"]["4"] == 0
+    )
+    for c in range(num_classes):
+        assert got["iou_per_class"][str(c)] == (None if iou[c] is None else pytest.approx(iou[c], rel=1e-12))
+    jaccard = MulticlassJaccardIndex(num_classes, ignore_index=255)
+    assert got["miou"] == pytest.approx(jaccard(labels, target).item(), rel=1e-6)
+
+
+def test_ignored_pixels_count_on_neither_side():
+    metrics = SegmentationMetrics(2)
+    metrics.update_labels(torch.tensor([0, 1, 1]), torch.tensor([0, 255, 1]))
+    assert metrics.confusion.tolist() == [[1, 0], [0, 1]]
+
+
+def test_above_255_classes_255_is_a_class():
+    metrics = SegmentationMetrics(300)
+    metrics.update_labels(
+        torch.tensor([255, 7], dtype=torch.int32), torch.tensor([255, -100], dtype=torch.int32)
+    )
+    assert metrics.confusion[255, 255] == 1 and metrics.confusion.sum() == 1
+
+
+def test_matrices_and_label_maps_add_to_the_same_counts():
+    labels, target = torch.randint(0, 4, (50,)), torch.randint(0, 4, (50,))
+    whole, parts = SegmentationMetrics(4), SegmentationMetrics(4)
+    whole.update_labels(labels, target)
+    parts.update_labels(labels[:20], target[:20])
+    second = SegmentationMetrics(4)
+    second.update_labels(labels[20:], target[20:])
+    parts.update(second.confusion)
+    assert torch.equal(whole.confusion, parts.confusion)
+
+
+def test_counts_above_two_to_the_31_stay_exact():
+    metrics = SegmentationMetrics(2)
+    metrics.update(torch.tensor([[2**40 + 1, 2**40], [0, 3]]))
+    metrics.update(torch.tensor([[1, 0], [0, 0]]))
+    assert metrics.confusion[0, 0].item() == 2**40 + 2
+    assert metrics.results()["iou_per_class"]["0"] == (2**40 + 2) / (2**41 + 2)
+
+
+def test_nothing_valid_gives_null_not_nan():
+    metrics = SegmentationMetrics(3, ["a", "b", "c"])
+    metrics.update_labels(torch.zeros(4, dtype=torch.uint8), torch.full((4,), 255, dtype=torch.uint8))
+    assert metrics.results() == {
+        "miou": None,
+        "pixel_accuracy": None,
+        "mean_accuracy": None,
+        "iou_per_class": {"a": None, "b": None, "c": None},
+    }
+    assert "n/a" in metrics.summary()
+
+
+def test_classes_of_one_name_keep_their_own_scores():
+    metrics = SegmentationMetrics(3, ["screen", "wall", "screen"])
+    metrics.update_labels(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+    iou = metrics.results()["iou_per_class"]
+    assert iou == {"screen [0]": 1.0, "wall": 0.5, "screen [2]": 0.0}
+    assert math.isclose(metrics.results()["miou"], 0.5)
+
+
+def test_unique_names_survive_a_planted_collision():
+    names = ["x", "x [0]", "x"]
+    assert len(set(unique_names(names))) == 3
+    assert unique_names(["b", "a"]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("value", [150, 254, -1])
+def test_target_out_of_range_is_named(value):
+    with pytest.raises(ValueError, match=f"target value {value} .*0..149.*255"):
+        SegmentationMetrics(150).update_labels(torch.zeros(3), torch.tensor([0, value, 255]))
+
+
+def test_wrong_shapes_and_dtypes_are_refused():
+    metrics = SegmentationMetrics(3)
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
+        metrics.update_labels(torch.zeros(2, 3), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="3 square"):
+        metrics.update(torch.zeros(2, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="integers"):
+        metrics.update(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="2 class names for 3 classes"):
+        SegmentationMetrics(3, ["a", "b"])
+
+
+def _reduce_worker(rank, world_size, init_file, out):
+    torch.distributed.init_process_group("gloo", f"file://{init_file}", rank=rank, world_size=world_size)
+    metrics = SegmentationMetrics(3)
+    metrics.update(torch.arange(9).view(3, 3) * 10**rank)
+    metrics.reduce()
+    if rank == 0:
+        torch.save(metrics.confusion, out)
+        metrics.results()  # one process alone may ask
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_sum_their_integers(tmp_path):
+    mp.spawn(_reduce_worker, (2, tmp_path / "init", tmp_path / "sum.pt"), nprocs=2)
+    assert torch.equal(torch.load(tmp_path / "sum.pt"), torch.arange(9).view(3, 3) * 11)

@@ -1,0 +1,141 @@
+"""Pixel accuracy, mean accuracy and IoU from one confusion matrix that is streamed over the whole split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The class names as keys: a name that several classes share gets each one's index, "screen [130]".
+
+    A dictionary keyed by the bare names would keep only the last of them.
+    """
+    count = Counter(names)
+    keys = [f"{name} [{i}]" if count[name] > 1 else name for i, name in enumerate(names)]
+    # A class may itself be called "screen [130]"; the index makes any name unique in the end.
+    while len(set(keys)) < len(keys):
+        count = Counter(keys)
+        keys = [f"{key} [{i}]" if count[key] > 1 else key for i, key in enumerate(keys)]
+    return keys
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Elementwise ratio in float64, NaN where the denominator is 0."""
+    return numerator.double() / torch.where(denominator == 0, torch.nan, denominator.double())
+
+
+def _value(x: Tensor) -> float | None:
+    return None if x.isnan() else x.item()
+
+
+class SegmentationMetrics:
+    """Scores of label maps against targets, by the definitions of the ADE20K benchmark.
+
+    One int64 matrix counts (target, label) over every valid pixel of the split, so that the scores depend
+    neither on the order of the images nor on which process saw which. torchmetrics' confusion matrix
+    accumulates; the scores are formed here, since its Jaccard index gives a number where a class that
+    occurs on neither side has none, and would not share its matrix with the two accuracies.
+
+    Args:
+        num_classes: C.
+        class_names: C names, the keys of ``iou_per_class``.
+        ignore_index: target value that is left out; None means 255 where C <= 255, -100 above.
+        device: where the matrix lives (NCCL reduces only tensors on the GPU).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+        ignore_index: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        class_names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
+        if len(class_names) != num_classes:
+            raise ValueError(f"{len(class_names)} class names for {num_classes} classes")
+        self.num_classes = num_classes
+        self.class_names = unique_names(class_names)
+        self.ignore_index = (255 if num_classes <= 255 else -100) if ignore_index is None else ignore_index
+        # validate_args sorts all pixels to find foreign values (update_labels looks cheaper), and a sync
+        # inside compute() would hang as soon as one process alone asks for the results.
+        self._matrix = MulticlassConfusionMatrix(
+            num_classes, ignore_index=self.ignore_index, validate_args=False, sync_on_compute=False
+        ).to(device)
+
+    @property
+    def confusion(self) -> Tensor:
+        """(C, C) int64, rows = target, columns = label; ``upsample_confusion`` may add into it."""
+        return self._matrix.confmat
+
+    def update(self, confusion: Tensor) -> None:
+        """Adds a confusion matrix: (C, C) of an integer dtype, rows = target."""
+        if confusion.shape != self.confusion.shape:
+            raise ValueError(
+                f"confusion matrix of shape {tuple(confusion.shape)}, not {self.num_classes} square"
+            )
+        if confusion.is_floating_point():
+            raise TypeError(f"counts must be integers, not {confusion.dtype}")
+        self.confusion.add_(confusion.to(self.confusion.device))
+
+    def update_labels(self, labels: Tensor, target: Tensor) -> None:
+        """Adds label maps: ``labels`` and ``target`` of one shape and any integer dtypes.
+
+        Raises ValueError where the shapes differ, or a target is neither a class nor ``ignore_index``.
+        """
+        if labels.shape != target.shape:
+            raise ValueError(
+                f"label map {tuple(labels.shape)} and target {tuple(target.shape)} differ in size"
+            )
+        device = self.confusion.device
+        labels, target = (
+            labels.to(device),
+            target.to(device, torch.int64),
+        )  # uint8 has no room for -100 or 300
+        foreign = (target != self.ignore_index) & ((target < 0) | (target >= self.num_classes))
+        if foreign.any():
+            value = target[foreign][0].item()
+            raise ValueError(
+                f"target value {value} is neither a class (0..{self.num_classes - 1}) "
+                f"nor the ignored {self.ignore_index}"
+            )
+        self._matrix.update(labels, target)
+
+    def reduce(self) -> None:
+        """Sums the matrix over all processes: once, at the end, on every one of them.
+
+        Integers, so the sum is the same for any number of processes. Without torch.distributed: nothing.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.confusion)
+
+    def results(self) -> dict:
+        """{"miou", "pixel_accuracy", "mean_accuracy": float | None, "iou_per_class": {name: float | None}}.
+
+        All in 0..1. IoU of class c is n_cc / (targets c + labels c - n_cc). A class that occurs neither as
+        target nor as label is None and left out of mIoU; one that is only ever predicted counts as 0. The
+        mean accuracy is over the classes that occur as targets. None where no pixel was valid.
+        """
+        n = self.confusion.cpu()
+        hits, targets, labels = n.diagonal(), n.sum(1), n.sum(0)
+        iou = _ratio(hits, targets + labels - hits)
+        return {
+            "miou": _value(iou.nanmean()),
+            "pixel_accuracy": _value(_ratio(hits.sum(), n.sum())),
+            "mean_accuracy": _value(_ratio(hits, targets).nanmean()),
+            "iou_per_class": {name: _value(value) for name, value in zip(self.class_names, iou)},
+        }
+
+    def summary(self) -> str:
+        """One line for a log: the three scores in per cent."""
+        scores = self.results()
+        keys = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy", "mean accuracy": "mean_accuracy"}
+        percent = {name: scores[key] for name, key in keys.items()}
+        return ", ".join(
+            f"{name} {'n/a' if x is None else f'{100 * x:.2f} %'}" for name, x in percent.items()
+        )
