@@ -1,0 +1,499 @@
+"""ADE20K's folder layout: class lists, reading an image with its annotation, and checking a whole data set.
+
+    <root>/images/<split>/<stem>.jpg            8-bit RGB (JPEG or PNG)
+    <root>/annotations/<split>/<stem>.png       one label per pixel, same size
+
+In an annotation 0 means unlabelled and 1..C are the classes 0..C-1 (``reduce_zero_label``, ADE20K's way);
+without it the values 0..C-1 are the classes themselves. Up to 255 classes an annotation is an 8-bit PNG and a
+target is uint8 with 255 ignored; above, it is a 16-bit PNG and a target is int32 with -100 ignored, the same
+choice as ``ignore_index=None`` of the operators.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+import io
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from train.errors import UserError, first_line
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+BUILT_IN_CLASSES = {"ade20k": Path(__file__).parent / "data" / "ade20k_classes.csv"}
+
+
+def ignore_index(num_classes: int) -> int:
+    """The label that no loss or metric counts: 255 up to 255 classes, -100 above."""
+    return 255 if num_classes <= 255 else -100
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+@dataclass(frozen=True, eq=False)
+class ClassList:
+    """The names of the classes 0..C-1 and the colour each is drawn in."""
+
+    names: tuple[str, ...]
+    palette: np.ndarray  # (C, 3) uint8
+    source: str = "a list"  # where it came from, for messages
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+
+def make_palette(count: int) -> np.ndarray:  # (count, 3) uint8
+    """Distinct colours for `count` classes, the same on every run.
+
+    Hues step by the golden ratio, so that neighbours in the list are far apart on the colour circle.
+    """
+    colours = [
+        colorsys.hsv_to_rgb(
+            (0.05 + i * 0.6180339887) % 1.0, (0.85, 0.6, 0.7)[i % 3], (0.95, 0.75, 0.55)[i // 3 % 3]
+        )
+        for i in range(count)
+    ]
+    return (np.array(colours).reshape(count, 3) * 255).round().astype(np.uint8)
+
+
+def load_classes(spec: str | Path) -> ClassList:
+    """Reads a class list: ``"ade20k"``, a .csv file or a text file.
+
+    A .csv file has rows ``index,name`` or ``index,name,r,g,b`` with indices 0..C-1 in order and an optional
+    heading; a text file has one name per line. Names must be unique, since results are reported by name.
+    The built-in list is the scene parsing benchmark's table of 150 classes in its usual colours.
+
+    Raises UserError naming the file and line.
+    """
+    path = BUILT_IN_CLASSES.get(str(spec), Path(spec))
+    if not path.is_file():
+        known = ", ".join(BUILT_IN_CLASSES)
+        raise UserError(f"class list {spec}: no such file, and the built-in lists are: {known}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"class list {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+    names: list[str] = []
+    colours: list[list[int]] = []
+    if path.suffix.lower() == ".csv":
+        for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
+            row = [cell.strip() for cell in row]
+            if not any(row) or (number == 1 and not row[0].lstrip("-").isdigit()):
+                continue  # an empty line or the heading
+            where = f"class list {path}, line {number}"
+            if len(row) not in (2, 5):
+                raise UserError(f"{where}: {len(row)} columns, need index,name or index,name,r,g,b")
+            if row[0] != str(len(names)):
+                raise UserError(f"{where}: index {row[0]!r}, need {len(names)} (0, 1, 2, ... in order)")
+            names.append(row[1])
+            if len(row) == 5:
+                if not all(cell.isdigit() and int(cell) <= 255 for cell in row[2:]):
+                    raise UserError(f"{where}: colour {','.join(row[2:])}, need three numbers from 0 to 255")
+                colours.append([int(cell) for cell in row[2:]])
+        if colours and len(colours) != len(names):
+            raise UserError(
+                f"class list {path}: {len(colours)} of {len(names)} rows have a colour, need all or none"
+            )
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+
+    if not names:
+        raise UserError(f"class list {path}: holds no class, need at least one name")
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if not name:
+            raise UserError(f"class list {path}: class {index} has an empty name")
+        if name in seen:
+            raise UserError(f"class list {path}: classes {seen[name]} and {index} are both called {name!r}")
+        seen[name] = index
+    if len(names) > 65534:
+        raise UserError(f"class list {path}: {len(names)} classes, a 16-bit annotation can tell 65534 apart")
+    palette = np.array(colours, dtype=np.uint8) if colours else make_palette(len(names))
+    return ClassList(tuple(names), palette, str(spec))
+
+
+# ------------------------------------------------------------------------------------- reading one file
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decodes a JPEG or PNG to (H, W, 3) uint8. Raises UserError naming the file."""
+    try:
+        data = path.read_bytes()
+        if data[:3] != b"\xff\xd8\xff":
+            return np.array(_open_png(data).convert("RGB"))
+        # Three times as fast as PIL, the same pixels. It decodes rows of RGB, so the permute is a view.
+        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    except (OSError, RuntimeError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as a JPEG or PNG image ({_reason(error)})") from None
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Decodes an annotation PNG to its stored values: (H, W) uint8, or uint16 from a 16-bit file.
+
+    Grey of 8 or 16 bits and palette images (whose indices are the labels) are taken. Raises UserError naming
+    the file.
+    """
+    try:
+        data = path.read_bytes()
+        with _open_png(data) as image:
+            bits, colour_type = data[24], data[25]
+            if colour_type == 3 or (bits, colour_type) == (8, 0):
+                return np.array(image)
+            if (bits, colour_type) == (16, 0):
+                return np.array(image, dtype=np.uint16)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as a PNG annotation ({_reason(error)})") from None
+    kind = {0: "grey", 2: "RGB", 4: "grey with alpha", 6: "RGBA"}.get(
+        colour_type, f"colour type {colour_type}"
+    )
+    raise UserError(f"{path}: {kind} of {bits} bits, need one channel of 8 or 16 bits, or palette indices")
+
+
+def _open_png(data: bytes) -> Image.Image:
+    """Opens a PNG whose every chunk is whole.
+
+    PIL takes some damaged files for good ones and torchvision's decoder can crash the process on them, so the
+    checksums that the format carries are looked at first.
+    """
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("no PNG signature")
+    at, kind = 8, b""
+    while kind != b"IEND":
+        if len(data) < at + 12:
+            raise ValueError("file is truncated")
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 8 + length
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("file is truncated" if len(data) < end + 4 else "checksum of a chunk is wrong")
+        at = end + 4
+    return Image.open(io.BytesIO(data), formats=["PNG"])
+
+
+def _reason(error: BaseException) -> str:
+    """The useful end of a decoder's message, without its source file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return first_line(error).split(".cpp:")[-1].split(", ")[-1]
+
+
+def to_target(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = True) -> np.ndarray:
+    """Maps stored annotation values to targets.
+
+    Args:
+        labels: (H, W) uint8 or uint16 as stored.
+        num_classes: C.
+        reduce_zero_label: 0 becomes ignored and 1..C become 0..C-1. Otherwise 0..C-1 stay.
+            The type's largest value (255, 65535) is ignored where it is not a class.
+
+    Returns:
+        (H, W) uint8 with 255 ignored, or int32 with -100 ignored above 255 classes.
+
+    Raises:
+        ValueError: a value out of range; the message names it and how many pixels hold it.
+    """
+    highest = num_classes if reduce_zero_label else num_classes - 1
+    ignored = ignore_index(num_classes)
+    wide = num_classes > 255
+    if not wide and labels.dtype == np.uint8 and labels.max(initial=0) <= highest:
+        return labels - np.uint8(1) if reduce_zero_label else labels  # 0 wraps to 255, which is ignored
+    void = np.iinfo(labels.dtype).max
+    invalid = (labels > highest) & (labels != void) if void > highest else labels > highest
+    if invalid.any():
+        values, counts = np.unique(labels[invalid], return_counts=True)
+        more = f" and {len(values) - 1} other values" if len(values) > 1 else ""
+        first = 1 if reduce_zero_label else 0
+        unlabelled = "0 for unlabelled, " if reduce_zero_label else ""
+        raise ValueError(
+            f"label {values[0]} on {counts[0]} pixels{more}: out of range, "
+            f"need {unlabelled}{first}..{highest} for {num_classes} classes"
+        )
+    target = labels.astype(np.int32) - int(reduce_zero_label)
+    target[(target < 0) | ((labels == void) & (void > highest))] = ignored
+    return target if wide else target.astype(np.uint8)
+
+
+def read_pair(
+    image_path: Path, annotation_path: Path, classes: ClassList, reduce_zero_label: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8 and target (H, W) as of ``to_target``.
+
+    Raises UserError naming the file that is missing, truncated, of another size or out of range.
+    """
+    image = read_image(image_path)
+    labels = read_labels(annotation_path)
+    if image.shape[:2] != labels.shape:
+        (h, w), (lh, lw) = image.shape[:2], labels.shape
+        raise UserError(
+            f"{annotation_path}: {lw} x {lh} pixels, but its image {image_path.name} has {w} x {h}"
+        )
+    try:
+        return image, to_target(labels, classes.num_classes, reduce_zero_label)
+    except ValueError as error:
+        raise UserError(f"{annotation_path}: {error} (class list: {classes.source})") from None
+
+
+# ------------------------------------------------------------------------------------------- the data set
+
+
+class SegmentationFolder:
+    """One split of a data set in ADE20K's layout. Sample i is an image and its target.
+
+    Args:
+        root: folder that holds ``images/`` and ``annotations/``.
+        split: name of the folder below them, e.g. ``"training"``.
+        classes: names and colours of the C classes.
+        reduce_zero_label: see ``to_target``.
+        cache: folder for decoded copies (train/cache.py); built on first use, by one process per machine.
+
+    Raises:
+        UserError: a missing or empty folder, or an image without an annotation; the message names it.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        classes: ClassList,
+        reduce_zero_label: bool = True,
+        cache: str | Path | None = None,
+    ):
+        self.root, self.split, self.classes = Path(root), split, classes
+        self.reduce_zero_label = reduce_zero_label
+        images, annotations, problems = list_pairs(self.root, split)
+        if problems:
+            path, message = problems[0]
+            more = f" ({len(problems) - 1} more: `check-data` names them all)" if len(problems) > 1 else ""
+            raise UserError(f"{path}: {message}{more}")
+        self.names = list(images)
+        self._images, self._annotations = list(images.values()), list(annotations.values())
+        self._cache = None
+        if cache is not None:
+            from train.cache import DecodedCache
+
+            self._cache = DecodedCache.open_or_build(self, cache)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes.num_classes
+
+    @property
+    def ignore_index(self) -> int:
+        return ignore_index(self.num_classes)
+
+    def image_path(self, i: int) -> Path:
+        return self._images[i]
+
+    def annotation_path(self, i: int) -> Path:
+        return self._annotations[i]
+
+    def decode(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) uint8 and target (H, W) from the files themselves, past any cache.
+
+        Raises UserError naming the file that is truncated, of another size or out of range.
+        """
+        return read_pair(self.image_path(i), self.annotation_path(i), self.classes, self.reduce_zero_label)
+
+    def arrays(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Like ``decode``, but from the cache where there is one; the arrays may then be read-only."""
+        return self._cache.read(i) if self._cache is not None else self.decode(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (3, H, W) uint8 and target (H, W) uint8 (int32 above 255 classes), both writable."""
+        image, target = self.arrays(i)
+        if not image.flags.writeable:
+            image, target = image.copy(), target.copy()
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(target)
+
+
+def list_pairs(root: Path, split: str) -> tuple[dict[str, Path], dict[str, Path], list[tuple[Path, str]]]:
+    """The images and annotations of a split by stem, in order of their stems, and what is missing.
+
+    Raises:
+        UserError: a folder is missing or holds no image.
+    """
+    found = []
+    for kind, suffixes in (("images", IMAGE_SUFFIXES), ("annotations", (".png",))):
+        folder = root / kind / split
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; a data set has {kind}/{split}/ below {root}")
+        files = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
+        by_stem: dict[str, Path] = {}
+        for path in sorted(files):
+            if path.stem in by_stem:
+                raise UserError(f"{path}: {by_stem[path.stem].name} has the same stem, need one of them only")
+            by_stem[path.stem] = path
+        found.append(by_stem)
+    images, annotations = found
+    if not images:
+        raise UserError(f"{root / 'images' / split}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    problems = [
+        (path, f"has no annotation, expected {root / 'annotations' / split / (stem + '.png')}")
+        for stem, path in images.items()
+        if stem not in annotations
+    ]
+    problems += [
+        (path, f"has no image, expected {root / 'images' / split / (stem + '.jpg')}")
+        for stem, path in annotations.items()
+        if stem not in images
+    ]
+    return images, annotations, problems
+
+
+# --------------------------------------------------------------------------------------------- check-data
+
+
+@dataclass
+class SplitReport:
+    """What ``check_data`` found in one split."""
+
+    split: str
+    images: int = 0
+    annotations: int = 0
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) pixels per class
+    images_with: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) images that show it
+    ignored: int = 0  # unlabelled pixels
+    smallest: tuple[int, int] = (0, 0)  # (H, W) by area
+    largest: tuple[int, int] = (0, 0)
+    problems: list[str] = field(default_factory=list)  # "path: what is wrong", one per bad file
+
+
+@dataclass
+class DataReport:
+    """What ``check_data`` found in all splits."""
+
+    splits: list[SplitReport]
+    classes: ClassList
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for split in self.splits for problem in split.problems]
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.problems else 0
+
+    def text(self) -> str:
+        """Counts, the label histogram and every bad file, ready to print."""
+        lines = []
+        for s in self.splits:
+            lines.append(
+                f"{s.split}: {s.images} images, {s.annotations} annotations, {len(s.problems)} bad files"
+            )
+            if s.pixels.sum() + s.ignored:
+                (h, w), (lh, lw) = s.smallest, s.largest
+                lines.append(f"  sizes (width x height): {w} x {h} to {lw} x {lh}")
+                share = s.ignored / (s.ignored + s.pixels.sum())
+                lines.append(f"  unlabelled pixels: {share:.2%}")
+        names = self.classes.names
+        width = 32  # ADE20K's longest name lists seven synonyms
+        lines += ["", "share of the labelled pixels, and images that show the class"]
+        heads = "".join(f"{s.split[:20]:>22}" for s in self.splits)
+        lines.append(f"{'':5} {'class':{width}}{heads}")
+        for c, name in enumerate(names):
+            cells = "".join(
+                f"{s.pixels[c] / max(1, s.pixels.sum()):>13.3%} {s.images_with[c]:>8}" for s in self.splits
+            )
+            lines.append(f"{c:5} {name[:width]:{width}}{cells}")
+        unseen = [name for c, name in enumerate(names) if not any(s.images_with[c] for s in self.splits)]
+        if unseen:
+            lines += ["", f"{len(unseen)} classes never occur: {', '.join(unseen)}"]
+        lines.append("")
+        lines += self.problems
+        lines.append(f"{len(self.problems)} bad files" if self.problems else "no bad file")
+        return "\n".join(lines)
+
+
+class _Checked(torch.utils.data.Dataset):
+    """Pair i as (histogram (C + 1,) with the ignored pixels last, (H, W), problem or None)."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]], classes: ClassList, reduce_zero_label: bool):
+        self.pairs, self.classes, self.reduce_zero_label = pairs, classes, reduce_zero_label
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray | None, tuple[int, int], str | None]:
+        try:
+            _, target = read_pair(*self.pairs[i], self.classes, self.reduce_zero_label)
+        except UserError as error:
+            return None, (0, 0), str(error)
+        num_classes = self.classes.num_classes
+        ignored = ignore_index(num_classes)
+        if ignored < 0:
+            target, ignored = np.where(target == ignored, num_classes, target), num_classes
+        counts = np.bincount(target.ravel(), minlength=max(256, num_classes + 1))
+        return np.append(counts[:num_classes], counts[ignored]), target.shape, None
+
+
+def check_data(
+    root: str | Path,
+    classes: ClassList,
+    splits: tuple[str, ...] = ("training", "validation"),
+    reduce_zero_label: bool = True,
+    workers: int = 0,
+    progress: bool = False,
+) -> DataReport:
+    """Reads every file of a data set once, with `workers` processes.
+
+    Returns a report with counts, the label histogram and one line for every file that is missing, unreadable,
+    of another size than its annotation, or holds a label out of range. Nothing is printed except, on request,
+    a progress bar. Raises UserError where a folder is missing or empty.
+    """
+    reports = []
+    for split in splits:
+        images, annotations, missing = list_pairs(Path(root), split)
+        report = SplitReport(split, len(images), len(annotations))
+        report.problems = [f"{path}: {message}" for path, message in missing]
+        pairs = [(images[stem], annotations[stem]) for stem in images if stem in annotations]
+        report.pixels = np.zeros(classes.num_classes, np.int64)
+        report.images_with = np.zeros(classes.num_classes, np.int64)
+        for counts, size, problem in each_sample(
+            _Checked(pairs, classes, reduce_zero_label), workers, f"checking {split}", progress
+        ):
+            if problem is not None:
+                report.problems.append(problem)
+                continue
+            report.pixels += counts[:-1]
+            report.images_with += counts[:-1] > 0
+            report.ignored += int(counts[-1])
+            area = size[0] * size[1]
+            if not report.smallest[0] or area < report.smallest[0] * report.smallest[1]:
+                report.smallest = size
+            if area > report.largest[0] * report.largest[1]:
+                report.largest = size
+        reports.append(report)
+    return DataReport(reports, classes)
+
+
+def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, progress: bool):
+    """Yields dataset[0], dataset[1], ... computed by `workers` processes (0: here), with a progress bar."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=workers, collate_fn=_identity, generator=torch.Generator()
+    )
+    if not progress:
+        yield from loader
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task(title, total=len(dataset))
+        for sample in loader:
+            yield sample
+            bar.advance(task)
+
+
+def _identity(sample):
+    return sample
