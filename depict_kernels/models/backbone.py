@@ -1,0 +1,149 @@
+"""Any timm ViT as a backbone: images to a grid of patch embeddings."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PretrainedWeightsError(RuntimeError):
+    """Pretrained weights were asked for and cannot be had; training from scratch is never the silent answer."""
+
+
+class Backbone(nn.Module):
+    """A timm ViT (plain, DeiT, DINOv2 with registers, ...) without its head.
+
+    Args:
+        name: timm model name, for example "vit_small_patch16_384".
+        img_size: side length or (H, W) the position embedding is built for, rounded up to the patch; other
+            sizes resize it on the fly. None keeps the model's own.
+        pretrained: load timm's weights for ``name``.
+        checkpoint_path: a local file with those weights (.pth, .safetensors, .npz) instead of a download;
+            position embeddings of another size are resized, a classifier is dropped.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        upstream_style: LayerNorm eps 1e-5 and bilinear resizing of the position embedding, as Segmenter's and
+            DEPICT's own ViT has it, where timm has 1e-6 and antialiased bicubic. Needed to reproduce
+            their checkpoints.
+        **kwargs: passed to timm, for example depth, embed_dim, num_heads, patch_size.
+
+    Raises:
+        ValueError: unknown name (the nearest is suggested) or not a ViT.
+        PretrainedWeightsError: the weights cannot be loaded; says how to go on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        img_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        checkpoint_path: str | None = None,
+        drop_path_rate: float = 0.0,
+        upstream_style: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models('vit*') lists ViTs"
+            raise ValueError(f"unknown backbone {name!r}{hint}")
+        options = {"num_classes": 0, **kwargs}
+        with torch.device("meta"):
+            probe = timm.create_model(name, **options)
+        patch = _patch_size(name, probe)
+        if img_size is not None:
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            options["img_size"] = (_round_up(height, patch), _round_up(width, patch))
+        options |= {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
+        self.vit = _create(name, pretrained, checkpoint_path, options)
+        if getattr(self.vit, "attn_pool", None) is not None:
+            self.vit.attn_pool = None  # a pooling head would be parameters without gradient
+        self.patch_size = patch
+        self.embed_dim = self.vit.num_features
+        self.upstream_style = upstream_style
+        if upstream_style:
+            if type(self.vit).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
+                raise ValueError(
+                    f"upstream_style is for plain and distilled ViTs, not {type(self.vit).__name__}"
+                )
+            for module in self.vit.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = 1e-5
+        config = self.vit.pretrained_cfg
+        self.mean = tuple(float(v) for v in config.get("mean", (0.5, 0.5, 0.5)))
+        self.std = tuple(float(v) for v in config.get("std", (0.5, 0.5, 0.5)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), H and W multiples of the patch -> patch embeddings (B, N, D), row-major."""
+        vit = self.vit
+        if self.upstream_style:
+            x = self._upstream_embed(vit.patch_embed(images))
+            x = vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(x))))
+        else:
+            x = vit.forward_features(images)
+        if isinstance(vit.norm, nn.Identity):
+            x = vit.fc_norm(x)  # average-pooled ViTs normalise after pooling; here it is per patch
+        return x[:, vit.num_prefix_tokens :]
+
+    def _upstream_embed(self, x: Tensor) -> Tensor:
+        """Adds prefix tokens and the position embedding, resized bilinearly: x (B, h, w, D) -> (B, N, D)."""
+        vit = self.vit
+        prefix = [vit.cls_token, getattr(vit, "dist_token", None), getattr(vit, "reg_token", None)]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in prefix if t is not None]
+        grid = x.shape[1:3]
+        count = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        pos = vit.pos_embed
+        if tuple(grid) != tuple(vit.patch_embed.grid_size):
+            patches = pos[:, count:].mT.unflatten(-1, vit.patch_embed.grid_size)
+            patches = F.interpolate(patches, size=tuple(grid), mode="bilinear", align_corners=False)
+            pos = torch.cat([pos[:, :count], patches.flatten(2).mT], dim=1)
+        x = x.flatten(1, 2)
+        if vit.no_embed_class:
+            return vit.pos_drop(torch.cat([*prefix, x + pos], dim=1))
+        return vit.pos_drop(torch.cat([*prefix, x], dim=1) + pos)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _patch_size(name: str, vit: nn.Module) -> int:
+    patch_embed = getattr(vit, "patch_embed", None)
+    size = getattr(patch_embed, "patch_size", None)
+    if size is None or not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "blocks"):
+        raise ValueError(f"backbone {name!r} is not a plain ViT: it has no patch embedding and prefix tokens")
+    if size[0] != size[1]:
+        raise ValueError(f"backbone {name!r} has patches of {tuple(size)}; only square ones are supported")
+    return int(size[0])
+
+
+def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: dict) -> nn.Module:
+    if not pretrained and checkpoint_path is None:
+        return timm.create_model(name, **options)
+    go_on = (
+        "give a local file of these weights (checkpoint_path / model.checkpoint_path) or train from scratch "
+        "on purpose (pretrained=False / model.pretrained=false)"
+    )
+    overlay = None
+    if checkpoint_path is not None:
+        if not Path(checkpoint_path).is_file():
+            raise PretrainedWeightsError(f"there is no file {checkpoint_path}: {go_on}")
+        overlay = {"file": str(checkpoint_path), "hf_hub_id": None, "url": ""}
+    else:
+        config = timm.get_pretrained_cfg(name)
+        if config is None or not config.has_weights:
+            raise PretrainedWeightsError(f"timm has no pretrained weights for {name!r}: {go_on}")
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except Exception as error:
+        # Every failure of a download or of reading a file means the same to the caller; the cause is chained.
+        source = f"from {checkpoint_path}" if checkpoint_path is not None else "from the hub"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PretrainedWeightsError(
+            f"could not load pretrained weights of {name!r} {source} ({reason}): {go_on}"
+        ) from error
