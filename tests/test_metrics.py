@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from train.metrics import SegmentationMetrics, unique_names
@@ -128,19 +127,3 @@ def test_wrong_shapes_and_dtypes_are_refused():
         metrics.update(torch.zeros(3, 3))
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         SegmentationMetrics(3, ["a", "b"])
-
-
-def _reduce_worker(rank, world_size, init_file, out):
-    torch.distributed.init_process_group("gloo", f"file://{init_file}", rank=rank, world_size=world_size)
-    metrics = SegmentationMetrics(3)
-    metrics.update(torch.arange(9).view(3, 3) * 10**rank)
-    metrics.reduce()
-    if rank == 0:
-        torch.save(metrics.confusion, out)
-        metrics.results()  # one process alone may ask
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_sum_their_integers(tmp_path):
-    mp.spawn(_reduce_worker, (2, tmp_path / "init", tmp_path / "sum.pt"), nprocs=2)
-    assert torch.equal(torch.load(tmp_path / "sum.pt"), torch.arange(9).view(3, 3) * 11)

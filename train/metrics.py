@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from depict_kernels.ops import default_ignore_index
+
 
 def unique_names(names: Sequence[str]) -> list[str]:
     """The class names as keys: a name that several classes share gets each one's index, "screen [130]".
@@ -61,7 +63,7 @@ class SegmentationMetrics:
             raise ValueError(f"{len(class_names)} class names for {num_classes} classes")
         self.num_classes = num_classes
         self.class_names = unique_names(class_names)
-        self.ignore_index = (255 if num_classes <= 255 else -100) if ignore_index is None else ignore_index
+        self.ignore_index = default_ignore_index(num_classes) if ignore_index is None else ignore_index
         # validate_args sorts all pixels to find foreign values (update_labels looks cheaper), and a sync
         # inside compute() would hang as soon as one process alone asks for the results.
         self._matrix = MulticlassConfusionMatrix(
