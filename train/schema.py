@@ -97,7 +97,9 @@ class Model:
     drop_path_rate: float = number(0.1, ge=0, lt=1)
     """Stochastic depth of the backbone."""
     img_size: int | None = number(None, ge=1)
-    """Image side that the position embedding is built for; null: the longer side of data.crop_size."""
+    """Image side that the position embedding is built for; null: data.crop_size."""
+    upstream_backbone: bool = False
+    """LayerNorm eps and position resizing of Segmenter's own ViT, to evaluate upstream's checkpoints."""
     backbone: str | None = None
     """Another timm ViT than the one the model's name stands for."""
     backbone_kwargs: dict = field(default_factory=dict)
