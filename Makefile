@@ -1,0 +1,58 @@
+# make demo | test | lint | bench | floor | gpu | asan | clean
+# Every target but gpu makes its own virtual environment (.venv) when there is none.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test lint bench floor gpu asan clean install
+
+install: $(VENV)/.installed
+
+# torch, torchvision and timm in one resolution: torchvision's wheel matches one build of torch only.
+$(VENV)/.requirements: pyproject.toml $(CONSTRAINTS)
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) setuptools wheel ninja torch torchvision timm
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m depict_kernels
+	touch $@
+
+demo: install
+	$(BIN)/python train/run.py --config train/configs/demo.yaml --run.overwrite true
+	@echo "Pictures: runs/demo/plots   Numbers: runs/demo/results.json"
+
+test: install
+	$(BIN)/python -m pytest tests -m "not gpu" -q --durations=15
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+bench: install
+	$(BIN)/python -m pytest benchmarks -q
+
+# The oldest supported torch, with its Triton, in an environment of its own.
+floor:
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+# Uses PYTHON as it is and installs nothing from the network.
+gpu:
+	$(PYTHON) -m pip install $(PIP_FLAGS) --no-build-isolation --no-deps -e .
+	$(PYTHON) -m depict_kernels
+	$(PYTHON) -m pytest tests -m gpu -q
+
+clean:
+	rm -rf .venv .venv-floor build dist runs data .cache *.egg-info depict_kernels/*.so depict_kernels/_build*.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
