@@ -58,6 +58,11 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno is None:  # not the operating system's word about a file
+            raise
+        print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
+        return 2
     except RuntimeError as error:
         if not distributed.lost_a_process(error):
             raise
@@ -447,9 +452,4 @@ def cache_data(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        status = main(sys.argv[1:])
-    except (OSError, MemoryError) as error:  # no bug of ours, and a traceback would tell nobody more
-        print(f"error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
-        status = 1
-    sys.exit(status)
+    sys.exit(main(sys.argv[1:]))
