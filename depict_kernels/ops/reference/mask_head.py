@@ -24,7 +24,7 @@ def mask_logits_forward(
     inv_x, inv_q = _inverse_norm(x), _inverse_norm(q)
     m = (x * inv_x[..., None]) @ (q * inv_q[..., None]).mT  # (B, N, C)
     mean = m.mean(-1)
-    rstd = (m.var(-1, unbiased=False) + eps).rsqrt()
+    rstd = ((m - mean[..., None]).square().mean(-1) + eps).rsqrt()
     y = (m - mean[..., None]) * rstd[..., None] * weight.to(dtype) + bias.to(dtype)
     logits = y.mT.reshape(y.shape[0], y.shape[2], *grid).to(weight.dtype).contiguous()
     return logits, inv_x, inv_q, mean, rstd

@@ -6,8 +6,11 @@ from torch import Tensor
 
 
 def _unit(x: Tensor) -> Tensor:
-    # float16 cannot hold F.normalize's eps: zero vectors would give NaN.
-    return F.normalize(x.float() if x.dtype == torch.float16 else x, dim=-1).to(x.dtype)
+    # Dividing a zero vector by infinity gives zeros with gradient 0, where F.normalize's eps gives a gradient
+    # of 1e12 (and NaN in float16, which cannot hold the eps).
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
 
 
 def mask_logits(

@@ -1,0 +1,130 @@
+"""The mask head: values and all four gradients, zero vectors, layouts, compile, errors."""
+
+import pytest
+import torch
+
+from depict_kernels import ops
+from depict_kernels.testing import check_against_float64, value_and_gradients
+
+BACKENDS = ["reference", "torch"]
+# B, C, grid, D
+CASES = [(2, 19, (3, 5), 48), (1, 150, (4, 4), 192), (2, 1, (2, 2), 7), (1, 151, (1, 1), 33)]
+
+
+def make(batch, classes, grid, dim, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    shapes = [(batch, grid[0] * grid[1], dim), (batch, classes, dim), (classes,), (classes,)]
+    return [torch.randn(s).to(dtype).to(device) for s in shapes]
+
+
+def naive(patches, classes, weight, bias, grid, eps):
+    x = patches / patches.norm(dim=-1, keepdim=True)
+    q = classes / classes.norm(dim=-1, keepdim=True)
+    m = torch.einsum("bnd,bcd->bnc", x, q)
+    m = (m - m.mean(-1, keepdim=True)) / (m.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+    return (m * weight + bias).transpose(1, 2).reshape(patches.shape[0], -1, *grid)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(backend, case, device):
+    inputs = make(*case, device=device)
+    check_against_float64(
+        lambda *t: ops.mask_logits(*t, case[2], backend=backend),
+        lambda *t: naive(*t, case[2], 1e-5),
+        inputs,
+        factor=3,
+        ulps=32 if case[1] == 1 else 4,  # one class: the gradient cancels to 0 at a scale of eps ** -0.5
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    inputs = [t.requires_grad_() for t in make(2, 4, (2, 3), 5, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: ops.mask_logits(*t, (2, 3), backend=backend), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_zero_vectors_give_zeros_not_nan(backend, dtype):
+    patches, classes, weight, bias = make(1, 4, (1, 3), 8, dtype)
+    patches[0, 1] = 0
+    out, grads = value_and_gradients(
+        lambda *t: ops.mask_logits(*t, (1, 3), backend=backend), [patches, classes, weight, bias]
+    )
+    torch.testing.assert_close(out[0, :, 0, 1], bias)  # zero cosines: LayerNorm gives its bias
+    assert all(g.isfinite().all() for g in grads)
+    assert grads[0][0, 1].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(backend, dtype):
+    inputs = make(2, 19, (3, 3), 64, dtype)
+    check_against_float64(
+        lambda *t: ops.mask_logits(*t, (3, 3), backend=backend),
+        lambda *t: ops.mask_logits(*t, (3, 3), backend="torch"),
+        inputs,
+    )
+
+
+def test_logits_take_the_parameters_dtype():
+    patches, classes, weight, bias = make(1, 4, (1, 2), 8)
+    for backend in BACKENDS:
+        out = ops.mask_logits(patches.bfloat16(), classes.bfloat16(), weight, bias, (1, 2), backend=backend)
+        assert out.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ops.mask_logits(patches, classes, weight, bias, (1, 2), backend=backend)
+        assert out.dtype == torch.float32
+
+
+def test_strided_slices_of_one_tensor():
+    """What DEPICT-SA passes: both arguments are views of the token sequence."""
+    tokens = torch.randn(2, 10, 8)
+    _, _, weight, bias = make(1, 4, (2, 3), 8)
+    for backend in BACKENDS:
+        views = ops.mask_logits(tokens[:, :6], tokens[:, 6:], weight, bias, (2, 3), backend=backend)
+        copies = ops.mask_logits(
+            tokens[:, :6].clone(), tokens[:, 6:].clone(), weight, bias, (2, 3), backend=backend
+        )
+        torch.testing.assert_close(views, copies)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    inputs = make(0, 3, (2, 2), 4)
+    out, grads = value_and_gradients(lambda *t: ops.mask_logits(*t, (2, 2), backend=backend), inputs)
+    assert out.shape == (0, 3, 2, 2)
+    assert all(g.shape == t.shape and g.eq(0).all() for g, t in zip(grads, inputs))
+
+
+def test_opcheck():
+    inputs = [t.requires_grad_() for t in make(2, 4, (2, 3), 5)]
+    torch.library.opcheck(torch.ops.depict_kernels.mask_logits.default, (*inputs, (2, 3), 1e-5, "reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph(backend):
+    f = lambda *t: ops.mask_logits(*t, (2, 3), backend=backend)
+    inputs = make(2, 4, (2, 3), 5)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_gradients(compiled, inputs), value_and_gradients(f, inputs))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({0: torch.zeros(1, 5, 8)}, "grid"),
+        ({0: torch.zeros(1, 6, 9)}, "width"),
+        ({1: torch.zeros(2, 4, 8)}, "do not fit"),
+        ({2: torch.zeros(3)}, r"must be \(4,\)"),
+        ({3: torch.zeros(4).double()}, "one dtype"),
+        ({1: torch.zeros(1, 4, 8).half()}, "one dtype"),
+    ],
+)
+def test_bad_input(change, words):
+    inputs = make(1, 4, (2, 3), 8)
+    for i, value in change.items():
+        inputs[i] = value
+    with pytest.raises((ValueError, TypeError), match=words):
+        ops.mask_logits(*inputs, (2, 3))
