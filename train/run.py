@@ -190,8 +190,13 @@ def versions(world: Any) -> dict[str, Any]:
     """What the results may depend on besides the configuration."""
     import torch
 
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "timm", "triton", "numpy", "depict_kernels"):
+    import depict_kernels
+
+    found: dict[str, Any] = {
+        "depict_kernels": depict_kernels.__version__,
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "torchvision", "timm", "triton", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,0 +1,391 @@
+"""The training loop: what a step computes, what it refuses, and what a run leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from tiny_run import CLASSES, configuration, make_data, settings
+
+from depict_kernels.models import create_model
+from train import checkpoint, optim
+from train import run as command_line
+from train.distributed import World
+from train.engine import LossModule, Trainer
+from train.errors import UserError
+from train.logs import RunLog, duration, read_metrics, trim_metrics
+from train.schema import Loss, Optim
+
+CPU = World(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trainer(data, tmp_path, resume=None, **overrides) -> Trainer:
+    folder = tmp_path / "tiny"
+    folder.mkdir(exist_ok=True)
+    return Trainer(configuration(data, tmp_path, **overrides), CPU, folder, resume)
+
+
+def losses(folder) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+
+
+def weights(module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------ optimiser
+
+
+@pytest.mark.parametrize("name", ["depict_sa_vit_tiny", "depict_ca_vit_tiny", "segmenter_mask_vit_tiny"])
+def test_parameter_groups(name):
+    model = create_model(name, 5, img_size=32, backbone_kwargs={"depth": 3, "embed_dim": 48, "num_heads": 3})
+    groups = optim.parameter_groups(model, weight_decay=0.1, layer_decay=0.5)
+    of = {}
+    for group in groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in of, "a parameter in two groups would be updated twice"
+            of[id(parameter)] = group["weight_decay"], group["lr_scale"]
+    found = {key: of[id(parameter)] for key, parameter in model.named_parameters()}
+    # stem 0, blocks 1 to 3 with the norm in the last: 0.5 ** (3 - layer).
+    expected = {
+        "backbone.vit.pos_embed": (0.0, 0.125),
+        "backbone.vit.cls_token": (0.0, 0.125),
+        "backbone.vit.patch_embed.proj.weight": (0.1, 0.125),
+        "backbone.vit.patch_embed.proj.bias": (0.0, 0.125),
+        "backbone.vit.blocks.0.attn.qkv.weight": (0.1, 0.25),
+        "backbone.vit.blocks.1.attn.qkv.weight": (0.1, 0.5),
+        "backbone.vit.blocks.2.norm1.weight": (0.0, 1.0),
+        "backbone.vit.norm.weight": (0.0, 1.0),
+        "decoder.class_embed": (0.0, 1.0),
+        "decoder.mask_norm.weight": (0.0, 1.0),
+    }
+    if "depict" in name:
+        expected |= {"decoder.layers.0.step": (0.0, 1.0), "decoder.layers.0.proj": (0.1, 1.0)}
+    assert {key: found[key] for key in expected} == expected
+    assert all(decay == 0.0 for key, (decay, _) in found.items() if key.endswith((".bias", ".step")))
+
+
+def test_learning_rate_schedule():
+    """The paper's: (lr - min_lr) (1 - t / T) ** 0.9 + min_lr."""
+    paper = Optim(lr=1e-3, min_lr=1e-5, poly_power=0.9)
+    for step in (0, 1, 500, 999):
+        assert optim.learning_rate(step, 1000, paper) == pytest.approx(
+            0.00099 * (1 - step / 1000) ** 0.9 + 1e-5
+        )
+    assert optim.learning_rate(1000, 1000, paper) == pytest.approx(1e-5)
+    warm = Optim(lr=1e-3, warmup_steps=4)
+    rates = [optim.learning_rate(step, 100, warm) for step in range(6)]
+    assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3]) and rates[5] < 1e-3
+
+
+# --------------------------------------------------------------------------------- what a step computes
+
+
+def test_loss_and_gradient_are_the_mean_over_all_valid_pixels(data, tmp_path):
+    """Against the model's own mean over the whole batch at once, with very unequal micro-steps."""
+    run = trainer(data, tmp_path, data__batch_size=2, train__accumulate=4, optim__name="sgd", optim__lr=1.0,
+                  optim__momentum=0.0, optim__min_lr=1.0, train__steps=1)  # fmt: skip
+    model = create_model_like(run)
+    batches = first_batches(run, 4)
+    counts = [int(run.loss_module.valid_weight(batch["target"])) for batch in batches]
+    assert max(counts) > 5 * min(counts), "the micro-steps must be unequal for this test to mean anything"
+    images, targets = zip(*(run.augment(batch) for batch in batches))
+    before = weights(model)
+    loss = model.loss(torch.cat(images), torch.cat(targets))
+    loss.backward()
+    naive = sum(model.loss(x, y).item() for x, y in zip(images, targets)) / 4
+    assert abs(naive - loss.item()) > 0.01 * loss.item()
+
+    run.train()
+    assert losses(tmp_path / "tiny")[0] == pytest.approx(loss.item(), rel=1e-6)
+    after = weights(run.model)
+    for key, parameter in model.named_parameters():
+        step = before[key] - after[key]
+        torch.testing.assert_close(
+            step, parameter.grad, rtol=1e-3, atol=1e-6 + 1e-6 * before[key].abs().max()
+        )
+
+
+def create_model_like(run: Trainer):
+    model = create_model(
+        run.config.model.name,
+        run.classes.num_classes,
+        img_size=run.config.data.crop_size,
+        backbone_kwargs=run.config.model.backbone_kwargs,
+        decoder_kwargs=run.config.model.decoder_kwargs,
+    )
+    model.load_state_dict(run.model.state_dict())
+    return model
+
+
+def first_batches(run: Trainer, count: int) -> list[dict]:
+    from train.loader import train_loader
+
+    stream = iter(train_loader(run.train_set, run.config.data, seed=run.config.train.seed))
+    return [next(stream) for _ in range(count)]
+
+
+def test_accumulation_changes_nothing(data, tmp_path):
+    curves = []
+    for batch_size, accumulate in ((8, 1), (2, 4)):
+        folder = tmp_path / str(accumulate)
+        folder.mkdir()
+        run = trainer(data, folder, data__batch_size=batch_size, train__accumulate=accumulate)
+        run.train()
+        curves.append(losses(folder / "tiny"))
+    assert curves[0] == pytest.approx(curves[1], rel=2e-4)
+
+
+def test_all_ignored_step_changes_no_weight(data, tmp_path, monkeypatch):
+    run = trainer(data, tmp_path, optim__name="sgd", train__steps=2)
+    augment = run.augment
+    # The count is taken before the augmentation, so both must see the empty target.
+    monkeypatch.setattr(run.loss_module, "valid_weight", lambda target: torch.zeros((), dtype=torch.float64))
+    run.augment = lambda batch: (augment(batch)[0], torch.full_like(batch["target"], 255))
+    before = weights(run.model)
+    run.train()
+    assert losses(tmp_path / "tiny") == [0.0, 0.0]
+    assert all(torch.equal(before[key], value) for key, value in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("class_weights", [None, [0.5, 2.0, 1.0, 0.0, 3.0]], ids=["equal", "weighted"])
+def test_valid_weight_is_what_the_mean_divides_by(data, tmp_path, class_weights):
+    run = trainer(data, tmp_path, loss__class_weights=class_weights)
+    batch = first_batches(run, 1)[0]
+    images, target = run.augment(batch)
+    weight = None if class_weights is None else torch.tensor(class_weights)
+    mean = run.model.loss(images, target, weight=weight)
+    total = run.loss_module(images, target)
+    assert (total / run.loss_module.valid_weight(target)).item() == pytest.approx(mean.item(), rel=1e-6)
+
+
+def test_class_weights_of_another_length_are_refused():
+    model = create_model("segmenter_linear_vit_tiny", 5, img_size=32, backbone_kwargs={"depth": 1})
+    with pytest.raises(UserError, match=r"loss.class_weights: 3 weights for 5 classes"):
+        LossModule(model, Loss(class_weights=[1.0, 1.0, 1.0]))
+
+
+def test_gradient_clipping(data, tmp_path):
+    run = trainer(data, tmp_path, optim__name="sgd", optim__lr=1.0, optim__min_lr=1.0, optim__momentum=0.0,
+                  optim__clip_grad=0.01, train__steps=1)  # fmt: skip
+    before = weights(run.model)
+    run.train()
+    moved = sum((before[key] - value).pow(2).sum() for key, value in run.model.state_dict().items()).sqrt()
+    assert read_metrics(tmp_path / "tiny" / "metrics.jsonl")[0]["grad_norm"] > 0.01
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_moving_average_is_what_is_evaluated_and_kept(data, tmp_path):
+    run = trainer(data, tmp_path, train__ema_decay=0.5, train__steps=4)
+    expected = weights(run.model)
+    update = run._update
+
+    def follow(batches):
+        update(batches)
+        decay = run.ema.get_decay(run.step + 1)
+        for key, value in run.model.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value
+
+    run._update = follow
+    run.train()
+    best = checkpoint.load(tmp_path / "tiny" / "best.pt")["model"]
+    for key, value in expected.items():
+        torch.testing.assert_close(best[key], value)
+    assert not torch.equal(best["decoder.class_embed"], run.model.decoder.class_embed)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_float32(data, tmp_path, precision):
+    curves = {}
+    for name in ("fp32", precision):
+        (tmp_path / name).mkdir()
+        trainer(data, tmp_path / name, train__precision=name, train__steps=8, optim__lr=1e-3).train()
+        curves[name] = losses(tmp_path / name / "tiny")
+    assert curves[precision] != curves["fp32"]
+    assert curves[precision] == pytest.approx(curves["fp32"], rel=0.05)
+    assert curves["fp32"][-1] < curves["fp32"][0]
+
+
+def test_fp16_overflow_is_skipped_and_counted(data, tmp_path):
+    run = trainer(data, tmp_path, train__precision="fp16", train__steps=8)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    run.train()
+    lines = [line for line in read_metrics(tmp_path / "tiny" / "metrics.jsonl") if line["kind"] == "train"]
+    assert lines[0]["skipped_steps"] == 1 and lines[-1]["loss_scale"] < 2.0**40
+    assert checkpoint.load(tmp_path / "tiny" / "last.pt")["scaler"]["scale"] == lines[-1]["loss_scale"]
+
+
+def test_compiled_step_computes_the_same(data, tmp_path, monkeypatch):
+    """Through torch.compile's tracing (backend eager: no compiler is needed)."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager", fullgraph=True))
+    curves = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        run = trainer(data, folder, train__compile=compiled, train__steps=3)
+        assert compiled == (type(run.forward).__name__ == "OptimizedModule")
+        run.train()
+        curves.append(losses(folder / "tiny"))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    run = trainer(data, tmp_path, train__steps=9, train__save_every=3, train__log_every=2)
+    update = run._update
+
+    def poison(batches):
+        if run.step == 4:
+            with torch.no_grad():
+                run.model.decoder.class_embed.fill_(math.nan)
+        update(batches)
+
+    run._update = poison
+    with pytest.raises(UserError) as error:
+        run.train()
+    text = str(error.value)
+    assert "the loss is nan at step 5" in text and "image_0" in text and "optim.lr" in text
+    state = checkpoint.load(tmp_path / "tiny" / "last.pt")
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_nan_before_a_save_is_not_saved(data, tmp_path):
+    """The save comes before the log line that would have noticed."""
+    run = trainer(data, tmp_path, train__steps=9, train__save_every=2, train__log_every=9)
+    update = run._update
+
+    def poison(batches):
+        update(batches)
+        if run.step == 3:
+            run.window[3, 1] = math.inf
+
+    run._update = poison
+    with pytest.raises(UserError, match="gradient's norm is inf at step 4"):
+        run.train()
+    assert checkpoint.load(tmp_path / "tiny" / "last.pt")["step"] == 2
+
+
+def refusal(capsys, keys: dict) -> str:
+    """The one line that the command prints."""
+    arguments = [
+        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in keys.items()
+    ]
+    assert command_line.main(["train", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"optim.lrr": 1}, ["optim.lrr", "optim.lr?"]),
+        ({"data.root": "/nowhere"}, ["/nowhere/images/training", "no such folder"]),
+        ({"data.classes": "nowhere.csv"}, ["nowhere.csv", "no such file"]),
+        ({"data.batch_size": 0}, ["data.batch_size", "at least 1"]),
+        ({"model.name": "depict_sa_vit_tny"}, ["depict_sa_vit_tny", "depict_sa_vit_tiny"]),
+        ({"model.backbone": "vit_tiny_patch16_383"}, ["vit_tiny_patch16_383", "vit_tiny_patch16_384"]),
+        ({"model.backbone_kwargs": {"num_haeds": 3}}, ["model", "num_haeds"]),
+        ({"model.backend": "cuad"}, ["cuad", "cuda"]),
+        ({"train.device": "cuda:97"}, ["train.device", "cuda:97"]),
+        ({"train.device": "gpu"}, ["train.device", "'gpu'"]),
+        ({"run.resume": "nowhere.pt"}, ["nowhere.pt", "no such checkpoint"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line(data, tmp_path, capsys, overrides, words):
+    text = refusal(capsys, settings(data, tmp_path) | overrides)
+    assert all(word in text for word in words), text
+
+
+def test_bad_files_are_named(tmp_path, capsys):
+    data = make_data(tmp_path / "data", train_images=1, val_images=1)
+    keys = settings(data, tmp_path, data__batch_size=1)
+    image, annotation = data / "images/training/image_000.jpg", data / "annotations/training/image_000.png"
+    good = image.read_bytes(), annotation.read_bytes()
+    for workers in (0, 1):
+        keys["data.workers"] = workers
+        image.write_bytes(good[0][: len(good[0]) // 2])
+        assert str(image) in refusal(capsys, keys)
+        image.write_bytes(good[0])
+        Image.new("L", (32, 32), len(CLASSES) + 1).save(annotation)
+        text = refusal(capsys, keys)
+        assert str(annotation) in text and "label 6" in text
+        Image.new("L", (30, 32), 1).save(annotation)
+        assert str(annotation) in refusal(capsys, keys)
+        annotation.write_bytes(good[1])
+
+
+def test_pretrained_weights_that_cannot_be_had(data, tmp_path, capsys, monkeypatch):
+    import timm
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("[Errno 101] Network is unreachable\nand a long story")
+        return build(name, **options)
+
+    build = timm.create_model
+    monkeypatch.setattr(timm, "create_model", offline)
+    text = refusal(capsys, settings(data, tmp_path, model__pretrained=True))
+    for word in ("Network is unreachable", "model.checkpoint_path", "model.pretrained=false"):
+        assert word in text
+    assert not (tmp_path / "tiny" / "last.pt").exists()
+
+
+# --------------------------------------------------------------------------------------- what is reported
+
+
+def test_trimmed_metrics_end_at_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [("eval", 0), ("train", 2), ("train", 4), ("eval", 4), ("train", 6)]
+    path.write_text(
+        "".join(json.dumps({"kind": kind, "step": step}) + "\n" for kind, step in lines) + '{"kind": "tra'
+    )
+    trim_metrics(path, step=4, evaluated_step=0)
+    assert [(line["kind"], line["step"]) for line in read_metrics(path)] == [
+        ("eval", 0),
+        ("train", 2),
+        ("train", 4),
+    ]
+
+
+def test_log_without_tensorboard_says_so(tmp_path, monkeypatch, capsys):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *rest, **options):
+        if "tensorboard" in name:
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    log = RunLog(tmp_path, 10)
+    log.start(0, -1)
+    log.train(1, {"loss": math.nan, "lr": 0.1, "images_per_s": 5.0, "seconds_per_step": 60.0})
+    log.stop()
+    out = capsys.readouterr().out
+    assert "pip install tensorboard" in out and "9:00 left" in out
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_duration():
+    assert [duration(seconds) for seconds in (0, 65, 3600 * 3 + 5)] == ["0:00", "1:05", "3:00:05"]

@@ -1,0 +1,201 @@
+"""A run that is killed and resumed ends exactly where an undisturbed one does. Real processes, real SIGKILL."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import ROOT, configuration, environment, make_data, run_py, settings, write_config
+
+from train import checkpoint
+from train.distributed import World
+from train.engine import Trainer
+from train.logs import read_metrics
+
+TIMES = {"images_per_s", "seconds_per_step"}
+
+
+def differing(first, second, name: str = "") -> list[str]:
+    """Names of everything in two checkpoints that is not bit-identical."""
+    if isinstance(first, torch.Tensor):
+        return [] if torch.equal(first, second) else [name]
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        return [found for key in first for found in differing(first[key], second[key], f"{name}.{key}")]
+    if isinstance(first, (list, tuple)):
+        assert len(first) == len(second), name
+        return [
+            found for i, pair in enumerate(zip(first, second)) for found in differing(*pair, f"{name}.{i}")
+        ]
+    return [] if first == second else [name]
+
+
+def without_times(folder: Path) -> list[dict]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def kill_when(config: Path, name: str, words: str) -> int:
+    """Starts the run, and kills it with SIGKILL once it has printed ``words``; the step it had got to."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / "run.py"), "--config", str(config), "--run.name", name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith(words):
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.wait(60)
+    assert process.returncode == -signal.SIGKILL, "".join(said)
+    return len(said)
+
+
+def test_killed_and_resumed_run_ends_bit_identical(tmp_path):
+    """Stochastic depth, augmentation, EMA, accumulation, evaluations, loader processes; 15 images do not fill
+    the batches of 2 x 4, so that epochs end inside a batch."""
+    data = make_data(tmp_path / "data", train_images=15)
+    keys = settings(
+        data, tmp_path / "runs", train__steps=40, train__save_every=4, train__eval_every=15, train__log_every=2,
+        train__accumulate=2, train__ema_decay=0.9, model__drop_path_rate=0.3, data__workers=1, train__seed=3,
+        train__score_untrained=True,
+    )  # fmt: skip
+    config = write_config(tmp_path / "config.yaml", keys)
+    whole = run_py("--config", str(config), "--run.name", "whole")
+    assert whole.returncode == 0, whole.stderr
+
+    killed = tmp_path / "runs" / "killed"
+    kill_when(config, "killed", "step 6/40")
+    first = checkpoint.load(killed / "last.pt")["step"]
+    kill_when(config, "killed", "step 22/40")
+    second = checkpoint.load(killed / "last.pt")["step"]
+    assert 4 <= first < second < 40
+    last = run_py("--config", str(config), "--run.name", "killed")
+    assert last.returncode == 0, last.stderr
+    assert f"resumed     at step {second}" in last.stdout
+
+    for name in ("last.pt", "best.pt"):
+        one = checkpoint.load(tmp_path / "runs" / "whole" / name)
+        other = checkpoint.load(killed / name)
+        assert [key for key in differing(one, other) if key != ".config.run.name"] == []
+    assert without_times(killed) == without_times(tmp_path / "runs" / "whole")
+    results = [
+        json.loads((tmp_path / "runs" / name / "results.json").read_text()) for name in ("whole", "killed")
+    ]
+    assert results[0] == results[1] and results[0]["untrained_miou"] is not None
+
+    again = run_py("--config", str(config), "--run.name", "killed")
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+CPU = World(torch.device("cpu"))
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A run of 6 steps with its checkpoint of step 4, and the settings that made it."""
+    data = make_data(tmp_path / "data")
+    (tmp_path / "tiny").mkdir()
+    config = configuration(data, tmp_path, train__save_every=4, train__steps=6, model__drop_path_rate=0.5)
+    Trainer(config, CPU, tmp_path / "tiny").train()
+    state = checkpoint.load(tmp_path / "tiny" / "last.pt")
+    return settings(data, tmp_path, model__drop_path_rate=0.5, train__save_every=4), state
+
+
+def refusal(capsys, keys: dict) -> str:
+    from train import run
+
+    arguments = [
+        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in keys.items()
+    ]
+    assert run.main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"optim.lr": 0.5}, ["optim.lr: 0.001 in the checkpoint, 0.5 now", "run.overwrite", "run.resume="]),
+        ({"train.steps": 9}, ["train.steps: 6 in the checkpoint, 9 now"]),
+        ({"run.resume": "never"}, ["holds a run", "run.overwrite"]),
+        (
+            {"run.resume": "LAST", "model.name": "depict_ca_vit_tiny"},
+            [
+                "checkpoint of another model",
+                "model.name: depict_sa_vit_tiny in the checkpoint, depict_ca_vit_tiny now",
+            ],
+        ),
+        (
+            {
+                "run.resume": "LAST",
+                "model.backbone_kwargs": {"depth": 2, "embed_dim": 96, "num_heads": 3, "patch_size": 8},
+            },
+            ["model.backbone_kwargs.embed_dim: 48", "has shape", "96"],
+        ),
+        ({"run.resume": "BEST"}, ["holds weights only"]),
+    ],
+    ids=["other lr", "other length", "never", "other decoder", "other width", "best.pt"],
+)
+def test_runs_are_never_mixed(interrupted, tmp_path, capsys, overrides, words):
+    keys, _ = interrupted
+    places = {"LAST": str(tmp_path / "tiny" / "last.pt"), "BEST": str(tmp_path / "tiny" / "best.pt")}
+    before = (tmp_path / "tiny" / "last.pt").read_bytes()
+    text = refusal(capsys, keys | {key: places.get(str(value), value) for key, value in overrides.items()})
+    assert all(word in text for word in words) and text.count("\n") == 1, text
+    assert (tmp_path / "tiny" / "last.pt").read_bytes() == before
+
+
+def test_overwrite_leaves_other_folders_alone(interrupted, tmp_path, capsys):
+    keys, _ = interrupted
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
+    text = refusal(capsys, keys | {"run.name": "photos", "run.overwrite": True})
+    assert "no run folder" in text and (tmp_path / "photos" / "a.jpg").exists()
+
+
+def test_kill_between_a_step_and_its_evaluation(interrupted, tmp_path):
+    """last.pt of the final step, not evaluated yet: the resumed run must evaluate before anything else."""
+    keys, state = interrupted
+    from train.config import load_config
+
+    config = load_config([], keys)
+    path = tmp_path / "tiny" / "last.pt"
+    expected = checkpoint.load(tmp_path / "tiny" / "best.pt")
+    checkpoint.save(path, state | {"evaluated_step": -1, "best_miou": -1.0, "best_step": -1})
+    (tmp_path / "tiny" / "best.pt").unlink()
+    lines = without_times(tmp_path / "tiny")
+    Trainer(config, CPU, tmp_path / "tiny", checkpoint.load(path)).train()
+    assert differing(expected, checkpoint.load(tmp_path / "tiny" / "best.pt")) == []
+    assert differing(state, checkpoint.load(path)) == []
+    assert without_times(tmp_path / "tiny") == lines
+
+
+def test_state_that_is_left_out_would_be_noticed(tmp_path):
+    """The bit-identity above must hang on the generators' state: without it the weights differ."""
+    data = make_data(tmp_path / "data")
+    ends = []
+    for forget in (False, True):
+        folder = tmp_path / str(forget)
+        folder.mkdir()
+        config = configuration(data, tmp_path, train__steps=6, train__save_every=3, model__drop_path_rate=0.5)
+        first = Trainer(config, CPU, folder)
+        first.total_steps, length = 3, first.total_steps
+        first.train()
+        state = checkpoint.load(folder / "last.pt")
+        second = Trainer(config, CPU, folder, state)
+        assert second.step == 3 and second.total_steps == length
+        if forget:
+            torch.manual_seed(1)
+        second.train()
+        ends.append(second.model.state_dict())
+    assert differing(*ends)
