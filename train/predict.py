@@ -1,0 +1,287 @@
+"""Label maps and overlays for any folder or list of images."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+
+from train.ade20k import ClassList
+from train.errors import UserError, first_line
+from train.inference import Progress, predict_labels, prefetch
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_PANEL, _TEXT, _FAINT = (255, 255, 255), (32, 32, 32), (110, 110, 110)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as given and the images that stand directly in given folders, sorted within each folder.
+
+    Raises UserError where a path does not exist or nothing is left.
+    """
+    images: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
+            images += inside
+        elif path.is_file():
+            images.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    if not images:
+        raise UserError("no images given: name files or folders")
+    return list(dict.fromkeys(images))
+
+
+def read_any_image(path: Path) -> np.ndarray:
+    """Decodes an image to (H, W, 3) uint8, upright.
+
+    EXIF's orientation is applied, so a label map is that of the upright image. Grey becomes RGB, 16-bit grey is
+    scaled to 8, alpha is dropped, of several frames the first counts. Raises UserError naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("32-bit floating-point pixels have no known range: need 8 or 16 bits")
+            if image.mode.startswith("I"):  # PIL's convert would clip 16 bits at 255
+                grey = np.asarray(image).astype(np.float64) / 257
+                image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
+
+
+# ------------------------------------------------------------------------------------------- drawing
+
+
+def short_name(name: str, limit: int = 24) -> str:
+    """The first synonym of a class name such as "building;edifice", cut to ``limit`` characters."""
+    name = name.split(";")[0].split(",")[0].strip()
+    return name if len(name) <= limit else f"{name[: limit - 1].rstrip()}…"
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """Blends class colours over an image: (H, W, 3) uint8.
+
+    The image enters as its grey tones, so that a class keeps the hue that the legend shows; the borders between
+    classes are drawn in the darkened class colour.
+
+    Args:
+        image: (H, W, 3) uint8.
+        labels: (H, W) of an integer dtype; values outside the palette (the ignored label) stay uncoloured.
+        palette: (C, 3) uint8.
+        opacity: share of the class colour, 0..1.
+    """
+    labels = labels.astype(np.int64)
+    known = (labels >= 0) & (labels < len(palette))
+    labels = np.where(known, labels, -1)
+    colours = palette[labels].astype(np.float32)
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    blend = opacity * colours + (1 - opacity) * grey[..., None]
+    border = np.zeros(labels.shape, dtype=bool)
+    border[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    border[:-1] |= labels[:-1] != labels[1:]
+    blend = np.where(border[..., None], 0.55 * colours, blend)
+    return np.where(known[..., None], blend, image).round().astype(np.uint8)
+
+
+def classes_by_area(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]]:
+    """(class, share of the labelled pixels) of the classes that occur, largest first, ties by index."""
+    counts = np.bincount(labels[(labels >= 0) & (labels < num_classes)].ravel(), minlength=num_classes)
+    order = sorted(np.flatnonzero(counts), key=lambda c: (-counts[c], c))
+    return [(int(c), float(counts[c] / counts.sum())) for c in order]
+
+
+@functools.lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # matplotlib ships it, so that the legend looks the same everywhere
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+
+
+def draw_overlay(image: np.ndarray, labels: np.ndarray, classes: ClassList) -> Image.Image:
+    """The overlay with a legend at its right: classes present, largest area first, with their shares.
+
+    Arguments as for :func:`overlay`. Small pictures are enlarged by a whole factor to leave room for text.
+    """
+    picture = Image.fromarray(overlay(image, labels, classes.palette))
+    factor = max(1, -(-240 // min(picture.size)))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    size = min(max(round(picture.height / 36), 13), 48)
+    font, row, margin = _font(size), round(1.75 * size), size
+    present = classes_by_area(labels, classes.num_classes)
+    entries = [
+        (classes.palette[c], short_name(classes.names[c]), "< 0.1 %" if s < 0.001 else f"{100 * s:.1f} %")
+        for c, s in present
+    ]
+    fit = max(1, (picture.height - 2 * margin) // row)
+    if len(entries) > 2 * fit:
+        rest = len(entries) - 2 * fit + 1
+        entries = [*entries[: 2 * fit - 1], (None, f"and {rest} smaller classes", "")]
+    columns = [entries[i : i + fit] for i in range(0, len(entries), fit)]
+    widths = [
+        (max(font.getlength(name) for _, name, _ in part), max(font.getlength(share) for *_, share in part))
+        for part in columns
+    ]
+    swatch, gap = round(1.1 * size), round(0.6 * size)
+    panel = sum(round(a + b) + swatch + 3 * gap + margin for a, b in widths) + margin
+    sheet = Image.new("RGB", (picture.width + panel, picture.height), _PANEL)
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    x = picture.width + margin
+    for part, (name_width, share_width) in zip(columns, widths):
+        right = x + swatch + gap + round(name_width) + 2 * gap + round(share_width)
+        for i, (colour, name, share) in enumerate(part):
+            middle = margin + i * row + row // 2
+            if colour is not None:
+                box = (x, middle - swatch // 2, x + swatch, middle - swatch // 2 + swatch)
+                draw.rectangle(box, fill=tuple(int(v) for v in colour), outline=_FAINT)
+            draw.text((x + swatch + gap, middle), name, font=font, fill=_TEXT, anchor="lm")
+            draw.text((right, middle), share, font=font, fill=_FAINT, anchor="rm")
+        x = right + margin
+    return sheet
+
+
+def encode_labels(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = True) -> Image.Image:
+    """A label map (H, W) as an annotation stores it: class c as c + 1 with ``reduce_zero_label``, else as c.
+
+    8-bit PNG up to 255 classes, 16-bit above.
+    """
+    values = labels.astype(np.int64) + int(reduce_zero_label)
+    return Image.fromarray(values.astype(np.uint8 if num_classes <= 255 else np.uint16))
+
+
+# ---------------------------------------------------------------------------------------- predicting
+
+
+@dataclass
+class PredictReport:
+    """What became of the images: the files written, and (file, reason) of each that failed."""
+
+    written: list[Path] = field(default_factory=list)
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.failed else 0
+
+
+def output_names(images: Sequence[Path]) -> list[str]:
+    """A stem for each image's outputs: its own, with its suffix ("a.jpg") where two images share a stem.
+
+    Raises UserError where two images share their whole name.
+    """
+    stems = Counter(image.stem for image in images)
+    names = [image.stem if stems[image.stem] == 1 else image.name for image in images]
+    for name, count in Counter(names).items():
+        if count > 1:
+            first, second = [image for image, other in zip(images, names) if other == name][:2]
+            raise UserError(f"{first} and {second} would both be written as {name}.png: predict them apart")
+    return names
+
+
+def predict_folder(
+    model: nn.Module,
+    paths: Sequence[str | Path],
+    classes: ClassList,
+    cfg,
+    output: str | Path,
+    *,
+    reduce_zero_label: bool = True,
+    multiscale: bool = False,
+    device: torch.device | str | None = None,
+    amp_dtype: torch.dtype | None = None,
+    overlays: bool = True,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> PredictReport:
+    """Writes ``<stem>.png``, the labels as annotations encode them, and ``<stem>_overlay.png`` for every image.
+
+    A file that cannot be read or written is named on stderr, and the others still get done: see the
+    report's ``exit_status``.
+
+    Args:
+        model: as in :func:`train.inference.predict_labels`; put into eval mode for the time of the call.
+        paths: image files and folders of them.
+        classes: names and colours of the model's classes.
+        cfg: the ``eval`` section of the configuration.
+        output: folder, made where it is missing.
+        reduce_zero_label: class c is stored as c + 1, as in ADE20K's annotations.
+        amp_dtype: dtype of autocast around the model, None for none.
+        progress: called with images done, all images, images per second.
+
+    Raises:
+        UserError: no images; an output that would overwrite an input; two images of one name.
+    """
+    images = find_images(paths)
+    names = output_names(images)
+    output = Path(output)
+    inputs = {image.resolve() for image in images}
+    endings = (".png", "_overlay.png") if overlays else (".png",)
+    for name in names:
+        for target in (output / f"{name}{ending}" for ending in endings):
+            if target.resolve() in inputs:
+                raise UserError(
+                    f"{target} is an input and would be overwritten: choose another output folder"
+                )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+
+    device = torch.device(device if device is not None else next(model.parameters()).device)
+    report = PredictReport()
+    start = time.monotonic()
+    training = model.training
+    model.eval()
+    try:
+        jobs = prefetch(lambda job: read_any_image(job[0]), zip(images, names), workers)
+        for done, ((path, name), get) in enumerate(jobs, 1):
+            try:
+                image = get()
+                pixels = torch.from_numpy(image).permute(2, 0, 1)
+                with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                    labels = predict_labels(model, pixels, cfg, multiscale=multiscale, device=device)
+                labels = labels.cpu().numpy()
+                pictures = [encode_labels(labels, classes.num_classes, reduce_zero_label)]
+                if overlays:
+                    pictures.append(draw_overlay(image, labels, classes))
+                for picture, ending in zip(pictures, endings):
+                    report.written.append(_save(picture, output / f"{name}{ending}"))
+            except UserError as error:
+                report.failed.append((path, str(error)))
+                print(f"error: {error}", file=sys.stderr)
+            if progress is not None:
+                progress(done, len(images), done / max(time.monotonic() - start, 1e-9))
+    finally:
+        model.train(training)
+    return report
+
+
+def _save(picture: Image.Image, path: Path) -> Path:
+    """Writes a PNG whole or not at all. Raises UserError naming the file."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
+    return path
