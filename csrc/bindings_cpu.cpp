@@ -1,0 +1,183 @@
+// Private operators of the CPU kernels: the checks that memory safety needs, and nothing else. Everything a user
+// should be told about is checked in Python, where ValueError and TypeError exist. Only torch's stable interface is
+// used, so that one binary serves every torch from the target version on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/upsample.h"
+
+namespace {
+
+using depict::cpu::IntType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const depict::cpu::Executor torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()), [](int workers, void (*body)(void*), void* context) {
+            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(context);
+            });
+          }};
+}
+
+IntType int_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte: return IntType::u8;
+    case ScalarType::Char: return IntType::i8;
+    case ScalarType::UInt16: return IntType::u16;
+    case ScalarType::Short: return IntType::i16;
+    case ScalarType::UInt32: return IntType::u32;
+    case ScalarType::Int: return IntType::i32;
+    case ScalarType::UInt64: return IntType::u64;
+    case ScalarType::Long: return IntType::i64;
+    default: STD_TORCH_CHECK(false, name, " must have an integer dtype");
+  }
+}
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+}
+
+template <class T>
+depict::cpu::LogitsView<T> logits_view(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 4, "logits must be a (B, C, h, w) CPU tensor");
+  STD_TORCH_CHECK(logits.size(1) > 0 && logits.size(2) > 0 && logits.size(3) > 0, "logits must not be empty");
+  return {static_cast<const T*>(logits.const_data_ptr()),
+          logits.size(0),
+          logits.size(1),
+          logits.size(2),
+          logits.size(3),
+          {logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)}};
+}
+
+depict::cpu::LabelView label_view(const Tensor& target, int64_t batch) {
+  STD_TORCH_CHECK(target.is_cpu() && target.dim() == 3 && target.size(0) == batch,
+                  "target must be a (B, H, W) CPU tensor");
+  return {target.const_data_ptr(), int_type(target, "target"), {target.stride(0), target.stride(1), target.stride(2)}};
+}
+
+// A contiguous CPU tensor of dtype T with `count` elements.
+template <class T>
+T* contiguous(const std::optional<Tensor>& tensor, ScalarType type, int64_t count, const char* name) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() && tensor->scalar_type() == type &&
+                      tensor->numel() == count,
+                  name, " must be a contiguous CPU tensor of ", count, " elements of the right dtype");
+  return static_cast<T*>(tensor->mutable_data_ptr());
+}
+
+template <class T>
+int64_t run_cross_entropy(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                          const std::optional<Tensor>& pixel_gradient, const std::optional<Tensor>& loss,
+                          const std::optional<Tensor>& pixel_loss, const std::optional<Tensor>& gradient,
+                          int64_t ignore_index, double label_smoothing, bool mean) {
+  const ScalarType type = scalar_type_of<T>();
+  depict::cpu::CrossEntropyProblem<T> problem{};
+  problem.logits = logits_view<T>(logits);
+  problem.target = label_view(target, logits.size(0));
+  problem.height = target.size(1);
+  problem.width = target.size(2);
+  problem.weight = contiguous<double>(weight, ScalarType::Double, logits.size(1), "weight");
+  problem.label_smoothing = label_smoothing;
+  problem.ignore_index = ignore_index;
+  problem.mean = mean;
+  problem.pixel_gradient = contiguous<T>(pixel_gradient, type, target.numel(), "pixel_gradient");
+  T* total = contiguous<T>(loss, type, 1, "loss");
+  problem.want_loss = total != nullptr;
+  problem.pixel_loss = contiguous<T>(pixel_loss, type, target.numel(), "pixel_loss");
+  problem.gradient = contiguous<T>(gradient, type, logits.numel(), "gradient");
+  STD_TORCH_CHECK(logits.size(0) == 0 || target.numel() > 0, "target must not be empty");
+  const depict::cpu::CrossEntropyResult result = depict::cpu::cross_entropy(problem, torch_threads());
+  if (total) *total = static_cast<T>(result.loss);
+  return result.bad;
+}
+
+int64_t cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                      std::optional<Tensor> pixel_gradient, std::optional<Tensor> loss,
+                      std::optional<Tensor> pixel_loss, std::optional<Tensor> gradient, int64_t ignore_index,
+                      double label_smoothing, bool mean) {
+  if (logits.scalar_type() == ScalarType::Double)
+    return run_cross_entropy<double>(logits, target, weight, pixel_gradient, loss, pixel_loss, gradient, ignore_index,
+                                     label_smoothing, mean);
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "logits must be float32 or float64");
+  return run_cross_entropy<float>(logits, target, weight, pixel_gradient, loss, pixel_loss, gradient, ignore_index,
+                                  label_smoothing, mean);
+}
+
+template <class T>
+int64_t run_label_map(const Tensor& logits, const std::optional<Tensor>& labels, int64_t height, int64_t width,
+                      const std::optional<Tensor>& target, int64_t ignore_index,
+                      const std::optional<Tensor>& confusion) {
+  depict::cpu::LabelProblem<T> problem{};
+  problem.logits = logits_view<T>(logits);
+  problem.height = height;
+  problem.width = width;
+  problem.ignore_index = ignore_index;
+  STD_TORCH_CHECK(height > 0 && width > 0, "the label map must not be empty");
+  const int64_t classes = logits.size(1);
+  if (labels) {
+    problem.label_type = int_type(*labels, "labels");
+    const IntType type = problem.label_type;
+    STD_TORCH_CHECK(type == IntType::u8 || type == IntType::i32 || type == IntType::i64,
+                    "labels must be uint8, int32 or int64");
+    STD_TORCH_CHECK(type != IntType::u8 || classes <= 256, "uint8 labels hold at most 256 classes");
+    problem.labels =
+        contiguous<void>(labels, labels->scalar_type(), logits.size(0) * height * width, "labels");
+  }
+  depict::cpu::LabelView view{};
+  STD_TORCH_CHECK(target.has_value() == confusion.has_value(), "target and confusion go together");
+  if (target) {
+    STD_TORCH_CHECK(target->size(1) == height && target->size(2) == width, "target must be (B, height, width)");
+    view = label_view(*target, logits.size(0));
+    problem.target = &view;
+    problem.confusion = contiguous<int64_t>(confusion, ScalarType::Long, classes * classes, "confusion");
+  }
+  return depict::cpu::label_map(problem, torch_threads());
+}
+
+int64_t label_map(Tensor logits, std::optional<Tensor> labels, int64_t height, int64_t width,
+                  std::optional<Tensor> target, int64_t ignore_index, std::optional<Tensor> confusion) {
+  if (logits.scalar_type() == ScalarType::Double)
+    return run_label_map<double>(logits, labels, height, width, target, ignore_index, confusion);
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "logits must be float32 or float64");
+  return run_label_map<float>(logits, labels, height, width, target, ignore_index, confusion);
+}
+
+std::string instruction_sets() { return depict::cpu::instruction_sets(); }
+
+std::string use_instruction_set(std::string name) {
+  STD_TORCH_CHECK(name.empty() || depict::cpu::use_instruction_set(name.c_str()), "no instruction set '", name,
+                  "' here; there are: ", depict::cpu::instruction_sets());
+  return depict::cpu::instruction_set_in_use();
+}
+
+}  // namespace
+
+// Both return the linear index in (B, H, W) of the first bad label, or -1.
+STABLE_TORCH_LIBRARY(depict_kernels_cpu, m) {
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_gradient, Tensor(a!)? loss, "
+      "Tensor(b!)? pixel_loss, Tensor(c!)? gradient, int ignore_index, float label_smoothing, bool mean) -> int");
+  m.def(
+      "label_map(Tensor logits, Tensor(a!)? labels, int height, int width, Tensor? target, int ignore_index, "
+      "Tensor(b!)? confusion) -> int");
+  m.def("instruction_sets() -> str");
+  m.def("use_instruction_set(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(depict_kernels_cpu, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("label_map", TORCH_BOX(&label_map));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(depict_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("use_instruction_set", TORCH_BOX(&use_instruction_set));
+}

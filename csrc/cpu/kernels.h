@@ -1,0 +1,93 @@
+// What the instruction-set specific translation units (upsample_*.cpp) hand to upsample.cpp: functions that do
+// one task each. Shared by both sides, so nothing here depends on the instruction set.
+#pragma once
+
+#include "upsample.h"
+
+namespace depict::cpu {
+
+constexpr int kLanePadding = 16;  // class lanes are padded to this, a multiple of every vector width
+constexpr double kPadLogit = -1e38;  // of padded lanes: never the maximum, and finite, so that 0 times it is 0
+constexpr int kMaxPixels = 16;    // pixels of a cell treated together along x
+constexpr int kTileRows = 4;      // rows between two evaluations of true exponentials
+
+template <class T>
+struct Packed {  // low-resolution logits, classes innermost
+  int64_t batch, classes, lanes;  // lanes: classes padded
+  Axis y, x;
+  T* logits;       // (batch, h, w, lanes)
+  T* peak;         // (batch, h, w): max over classes (cross-entropy), max of |logit| (label map)
+  double* smooth;  // (batch, h, w): sum over classes of weight * logit; null without label smoothing
+};
+
+// Weights of the upper sample along x, one per pixel, followed by kMaxPixels copies of the last.
+template <class T>
+struct PixelWeights {
+  const T* lower;
+  const T* upper;
+  const double* pair;  // (lower, upper) interleaved
+};
+
+typedef int64_t (*LoadLabels)(const void* row, int64_t stride, int64_t n, int64_t classes, int64_t ignore,
+                              int32_t* labels);
+
+template <class T>
+struct CrossEntropyTask {
+  Packed<T> packed;
+  PixelWeights<T> pixel;
+  LabelView target;
+  LoadLabels load_labels;  // ignored labels become -1; returns the first bad position or -1
+  int64_t ignore_index;
+  const double* weight;
+  double smoothing;     // label_smoothing / classes
+  double total_weight;  // sum of weight over classes
+  double hit;           // 1 - label_smoothing
+  const T* pixel_gradient;
+  bool want_loss;
+  T* pixel_loss;
+  T* rows;  // (batch, h + 1, 2, w, lanes): gradient of the upper and lower samples of each cell row, or null
+};
+
+struct CrossEntropyPartial {
+  double loss, weight;
+  int64_t bad;
+};
+
+template <class T>
+struct LabelTask {
+  Packed<T> packed;
+  PixelWeights<T> pixel;
+  void* labels;
+  IntType label_type;
+  const LabelView* target;
+  LoadLabels load_labels;
+  int64_t ignore_index;
+};
+
+template <class T>
+struct Kernels {
+  // Packs low-resolution row `task` of (batch, h).
+  void (*pack)(const Packed<T>&, const LogitsView<T>&, const double* weight, bool magnitude, int64_t task);
+  // Does cell row `task` of (batch, h + 1). Scratch is 64-byte aligned, zero at first and kept between tasks.
+  int64_t (*cross_entropy_scratch)(const CrossEntropyTask<T>&);
+  void (*cross_entropy)(const CrossEntropyTask<T>&, int64_t task, void* scratch, CrossEntropyPartial&);
+  // Adds the gradient rows of low-resolution row `task` of (batch, h) into the contiguous (batch, classes, h, w).
+  void (*gather)(const CrossEntropyTask<T>&, int64_t task, T scale, T* gradient);
+  LoadLabels (*label_loader)(IntType);
+  int64_t (*label_scratch)(const LabelTask<T>&);
+  void (*labels)(const LabelTask<T>&, int64_t task, void* scratch, int64_t* confusion, int64_t& bad);
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+#if defined(__x86_64__)
+extern const InstructionSet kAvx512, kAvx2;
+#endif
+extern const InstructionSet kBaseline;
+
+}  // namespace depict::cpu

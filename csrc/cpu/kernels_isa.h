@@ -1,0 +1,20 @@
+// The kernels of one instruction set, after DEPICT_ISA, DEPICT_LANES and DEPICT_PIXELS were defined.
+#pragma once
+
+#include "simd.h"
+// (order matters: each builds on the ones before)
+#include "packing.h"
+
+#include "cross_entropy.h"
+
+#include "label_map.h"
+
+namespace depict::cpu::DEPICT_ISA {
+
+template <class T>
+constexpr Kernels<T> table() {
+  return {pack_row<T>, cross_entropy_scratch<T>, cross_entropy_cell_row<T>, gather_row<T>, label_loader,
+          label_scratch<T>, label_cell_row<T>};
+}
+
+}  // namespace depict::cpu::DEPICT_ISA

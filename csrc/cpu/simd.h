@@ -1,0 +1,180 @@
+// Fixed-width vectors in GCC's and clang's portable notation: one source for AVX-512, AVX2, SSE2 and NEON.
+// Included by the three translation units upsample_*.cpp, which define DEPICT_ISA (a namespace) and DEPICT_LANES
+// (floats in a vector) after selecting the instruction set. Nothing here may come from a header of the standard
+// library, whose inline functions the linker would share with code for older processors.
+#pragma once
+
+#define DEPICT_INLINE inline __attribute__((always_inline))
+#define DEPICT_UNROLL _Pragma("GCC unroll 16")
+
+namespace depict::cpu::DEPICT_ISA {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int lanes = DEPICT_LANES;
+  typedef float V __attribute__((vector_size(DEPICT_LANES * 4), may_alias));
+  typedef int32_t I __attribute__((vector_size(DEPICT_LANES * 4), may_alias));
+  typedef uint32_t U __attribute__((vector_size(DEPICT_LANES * 4), may_alias));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int lanes = DEPICT_LANES / 2;
+  typedef double V __attribute__((vector_size(DEPICT_LANES * 4), may_alias));
+  typedef int64_t I __attribute__((vector_size(DEPICT_LANES * 4), may_alias));
+  typedef uint64_t U __attribute__((vector_size(DEPICT_LANES * 4), may_alias));
+};
+
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+using IVec = typename Simd<T>::I;
+template <class T>
+using UVec = typename Simd<T>::U;
+
+template <class T>
+DEPICT_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+DEPICT_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+template <class T>
+DEPICT_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// A NaN in `a` survives both of these when `b` is a number.
+template <class V>
+DEPICT_INLINE V at_least(V a, V b) {
+  return a < b ? b : a;
+}
+template <class V>
+DEPICT_INLINE V at_most(V a, V b) {
+  return a > b ? b : a;
+}
+
+// --- exp -------------------------------------------------------------------------------------------------
+// exp(x) = 2^n exp(r), |r| <= ln 2 / 2. x must lie in [-87, 88] (float) or [-700, 709] (double); NaN stays NaN.
+// Adding 1.5 * 2^mantissa rounds x / ln 2 and leaves n in the low bits. The float polynomial is a minimax fit of
+// relative error 3e-9, the double one Taylor's to degree 13.
+DEPICT_INLINE Vec<float> vexp(Vec<float> x) {
+  const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
+  const Vec<float> n = shifted - 12582912.0f;
+  Vec<float> r = x - n * 0.693359375f;  // nine bits: the product is exact without FMA too
+  r = r - n * -2.12194440054690583e-4f;
+  Vec<float> q = r * 0.00138145351715f + 0.00836874558067f;
+  q = q * r + 0.0416683908883f;
+  q = q * r + 0.16666520394f;
+  q = q * r + 0.499999934316f;
+  const Vec<float> p = (q * (r * r) + r) + 1.0f;
+  return (Vec<float>)((UVec<float>)p + ((UVec<float>)shifted << 23));
+}
+
+DEPICT_INLINE Vec<double> vexp(Vec<double> x) {
+  const Vec<double> shifted = x * 1.4426950408889634074 + 6755399441055744.0;
+  const Vec<double> n = shifted - 6755399441055744.0;
+  Vec<double> r = x - n * 6.93145751953125e-1;
+  r = r - n * 1.42860682030941723212e-6;
+  Vec<double> q = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  q = q * r + 1.0 / 39916800.0;
+  q = q * r + 1.0 / 3628800.0;
+  q = q * r + 1.0 / 362880.0;
+  q = q * r + 1.0 / 40320.0;
+  q = q * r + 1.0 / 5040.0;
+  q = q * r + 1.0 / 720.0;
+  q = q * r + 1.0 / 120.0;
+  q = q * r + 1.0 / 24.0;
+  q = q * r + 1.0 / 6.0;
+  q = q * r + 0.5;
+  const Vec<double> p = (q * (r * r) + r) + 1.0;
+  return (Vec<double>)((UVec<double>)p + ((UVec<double>)shifted << 52));
+}
+
+// --- log of a sum of exponentials ------------------------------------------------------------------------
+// In double from a positive normal float: 2^k m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh(s) to 2e-11.
+// Plain arithmetic that the compiler vectorises over pixels.
+DEPICT_INLINE double pixel_log(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const int32_t exponent = (bits - 0x3f3504f3) >> 23;
+  const int32_t mantissa = bits - exponent * (1 << 23);
+  float m;
+  __builtin_memcpy(&m, &mantissa, 4);
+  const double f = static_cast<double>(m) - 1.0;
+  const double s = f / (2.0 + f);
+  const double s2 = s * s;
+  double p = 2.0 / 11.0;
+  p = p * s2 + 2.0 / 9.0;
+  p = p * s2 + 2.0 / 7.0;
+  p = p * s2 + 2.0 / 5.0;
+  p = p * s2 + 2.0 / 3.0;
+  p = p * s2 + 2.0;
+  return x != x ? static_cast<double>(x) : exponent * 0.69314718055994530942 + p * s;
+}
+DEPICT_INLINE double pixel_log(double x) { return __builtin_log(x); }
+
+// --- sums and maxima across lanes --------------------------------------------------------------------------
+template <int... I>
+struct Sequence {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  typedef Sequence<I...> type;
+};
+
+template <class T, int... I>
+DEPICT_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b, int first, Sequence<I...>) {
+#if defined(__clang__)
+  return first ? __builtin_shufflevector(a, b, (2 * I + 1)...) : __builtin_shufflevector(a, b, (2 * I)...);
+#else
+  return first ? __builtin_shuffle(a, b, IVec<T>{(2 * I + 1)...}) : __builtin_shuffle(a, b, IVec<T>{(2 * I)...});
+#endif
+}
+
+struct Add {
+  template <class V>
+  static DEPICT_INLINE V of(V a, V b) {
+    return a + b;
+  }
+};
+struct Max {
+  template <class V>
+  static DEPICT_INLINE V of(V a, V b) {
+    return a < b ? b : a;
+  }
+};
+
+// Reduces N vectors across their lanes to N numbers, in order, by halving pairs of vectors together.
+template <class T, class Op, int N, int Width>
+DEPICT_INLINE void across_lanes(Vec<T>* v) {
+  if constexpr (Width > 1) {
+    typedef typename Count<Simd<T>::lanes>::type Lanes;
+    DEPICT_UNROLL
+    for (int i = 0; i < (N + 1) / 2; ++i) {
+      const Vec<T> a = v[2 * i], b = v[2 * i + 1 < N ? 2 * i + 1 : 2 * i];
+      v[i] = Op::of(every_second<T>(a, b, 0, Lanes()), every_second<T>(a, b, 1, Lanes()));
+    }
+    across_lanes<T, Op, (N + 1) / 2, Width / 2>(v);
+  }
+}
+
+template <class T>
+constexpr int padded_pixels(int n) {
+  return (n + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
+}
+
+// `out` has room for padded_pixels<T>(N).
+template <class T, class Op, int N>
+DEPICT_INLINE void reduce_lanes(Vec<T>* v, T* out) {
+  across_lanes<T, Op, N, Simd<T>::lanes>(v);
+  DEPICT_UNROLL
+  for (int i = 0; i * Simd<T>::lanes < N; ++i) store<T>(out + i * Simd<T>::lanes, v[i]);
+}
+
+}  // namespace depict::cpu::DEPICT_ISA

@@ -1,0 +1,267 @@
+// Scheduling: packs the logits, deals cell rows to threads, adds what they found in a fixed order.
+//
+// Every (batch, cell row) writes to a place of its own and the order of additions does not depend on which thread
+// did what, so results are bitwise the same for any number of threads.
+#include "upsample.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace depict::cpu {
+namespace {
+
+const InstructionSet* const kAll[] = {
+#if defined(__x86_64__)
+    &kAvx512,
+    &kAvx2,
+#endif
+    &kBaseline,
+};
+
+const InstructionSet* best_instruction_set() {
+  for (const InstructionSet* set : kAll)
+    if (set->supported()) return set;
+  return &kBaseline;
+}
+
+std::atomic<const InstructionSet*> in_use{nullptr};
+
+const InstructionSet& instruction_set() {
+  const InstructionSet* set = in_use.load(std::memory_order_acquire);
+  if (!set) {
+    set = best_instruction_set();
+    in_use.store(set, std::memory_order_release);
+  }
+  return *set;
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (sizeof(T) == 4)
+    return instruction_set().f32;
+  else
+    return instruction_set().f64;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  void* p = nullptr;
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 64) / 64 * 64;
+  if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+// Deals tasks 0 .. count - 1 to workers as they become free. `work` gets the worker's number, for scratch memory
+// that was allocated before the threads started: nothing throws in them.
+template <class Work>
+void deal(const Executor& executor, int64_t count, const Work& work) {
+  struct Shared {
+    const Work& work;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> worker{0};
+  } shared{work, count};
+  const int workers = count < executor.workers ? static_cast<int>(count) : executor.workers;
+  if (workers <= 0) return;
+  executor.run(
+      workers,
+      [](void* context) {
+        Shared& shared = *static_cast<Shared*>(context);
+        const int worker = shared.worker.fetch_add(1);
+        for (int64_t task; (task = shared.next.fetch_add(1)) < shared.count;) shared.work(worker, task);
+      },
+      &shared);
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Owns the packed logits and weight tables of one call.
+template <class T>
+struct Prepared {
+  Packed<T> packed;
+  PixelWeights<T> pixel;
+  Buffer<T> logits, peak, weights;
+  Buffer<double> smooth, pair;
+
+  Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing, bool magnitude,
+           const double* weight, const Executor& executor) {
+    packed.batch = view.batch;
+    packed.classes = view.classes;
+    packed.lanes = round_up(view.classes, kLanePadding);
+    packed.y = {view.height, height};
+    packed.x = {view.width, width};
+    const int64_t samples = view.batch * view.height * view.width;
+    logits = allocate<T>(samples * packed.lanes);
+    peak = allocate<T>(samples);
+    if (smoothing) smooth = allocate<double>(samples);
+    packed.logits = logits.get();
+    packed.peak = peak.get();
+    packed.smooth = smooth.get();
+    const Kernels<T>& k = kernels<T>();
+    deal(executor, view.batch * view.height,
+         [&](int, int64_t task) { k.pack(packed, view, weight, magnitude, task); });
+
+    const int64_t padded = width + kMaxPixels;
+    weights = allocate<T>(2 * padded);
+    pair = allocate<double>(2 * padded);
+    for (int64_t x = 0; x < padded; ++x) {
+      const int64_t pixel_x = x < width ? x : width - 1;
+      const double upper = packed.x.weight(packed.x.cell_of(pixel_x), pixel_x);
+      pair[2 * x] = 1.0 - upper;
+      pair[2 * x + 1] = upper;
+      weights[x] = static_cast<T>(1.0 - upper);
+      weights[padded + x] = static_cast<T>(upper);
+    }
+    pixel = {weights.get(), weights.get() + padded, pair.get()};
+  }
+};
+
+struct alignas(64) Worker {
+  Buffer<char> scratch;
+  Buffer<int64_t> confusion;
+  int64_t bad = -1;
+};
+
+std::vector<Worker> workers(const Executor& executor, int64_t scratch_bytes) {
+  std::vector<Worker> all(static_cast<size_t>(executor.workers));
+  for (Worker& worker : all) {
+    worker.scratch = allocate<char>(scratch_bytes);
+    std::memset(worker.scratch.get(), 0, static_cast<size_t>(scratch_bytes));
+  }
+  return all;
+}
+
+}  // namespace
+
+template <class T>
+CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Executor& executor) {
+  const LogitsView<T>& view = problem.logits;
+  const bool smoothing = problem.label_smoothing != 0;
+  const Kernels<T>& k = kernels<T>();
+  const Prepared<T> prepared(view, problem.height, problem.width, smoothing, false, problem.weight, executor);
+
+  CrossEntropyTask<T> task{};
+  task.packed = prepared.packed;
+  task.pixel = prepared.pixel;
+  task.target = problem.target;
+  task.load_labels = k.label_loader(problem.target.type);
+  task.ignore_index = problem.ignore_index;
+  task.weight = problem.weight;
+  task.hit = 1.0 - problem.label_smoothing;
+  task.smoothing = problem.label_smoothing / static_cast<double>(view.classes);
+  task.total_weight = static_cast<double>(view.classes);
+  if (problem.weight) {
+    task.total_weight = 0;
+    for (int64_t c = 0; c < view.classes; ++c) task.total_weight += problem.weight[c];
+  }
+  task.pixel_gradient = problem.pixel_gradient;
+  task.want_loss = problem.want_loss;
+  task.pixel_loss = problem.pixel_loss;
+
+  const int64_t cell_rows = view.batch * (view.height + 1);
+  Buffer<T> rows;
+  if (problem.gradient) rows = allocate<T>(cell_rows * 2 * view.width * task.packed.lanes);
+  task.rows = rows.get();
+
+  std::vector<CrossEntropyPartial> partial(static_cast<size_t>(cell_rows), CrossEntropyPartial{0, 0, -1});
+  const std::vector<Worker> worker = workers(executor, k.cross_entropy_scratch(task));
+  deal(executor, cell_rows, [&](int w, int64_t index) {
+    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(), partial[static_cast<size_t>(index)]);
+  });
+
+  double loss = 0, weight = 0;
+  int64_t bad = -1;
+  for (const CrossEntropyPartial& part : partial) {
+    loss += part.loss;
+    weight += part.weight;
+    if (part.bad >= 0 && (bad < 0 || part.bad < bad)) bad = part.bad;
+  }
+  double scale = 1.0;
+  if (problem.mean) {
+    // Without a valid pixel loss and gradient are 0, also where weights make the sum 0.
+    scale = weight == 0 ? 0.0 : 1.0 / weight;
+    loss = weight == 0 ? 0.0 : loss / weight;
+  }
+  if (problem.gradient) {
+    const auto gather = [&](int, int64_t index) { k.gather(task, index, static_cast<T>(scale), problem.gradient); };
+    deal(executor, view.batch * view.height, gather);
+  }
+  return {loss, bad};
+}
+
+template <class T>
+int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
+  const LogitsView<T>& view = problem.logits;
+  const Kernels<T>& k = kernels<T>();
+  const Prepared<T> prepared(view, problem.height, problem.width, false, true, nullptr, executor);
+  LabelTask<T> task{};
+  task.packed = prepared.packed;
+  task.pixel = prepared.pixel;
+  task.labels = problem.labels;
+  task.label_type = problem.label_type;
+  task.target = problem.target;
+  if (problem.target) task.load_labels = k.label_loader(problem.target->type);
+  task.ignore_index = problem.ignore_index;
+
+  std::vector<Worker> worker = workers(executor, k.label_scratch(task));
+  const int64_t counts = view.classes * view.classes;
+  if (problem.confusion)
+    for (Worker& each : worker) {
+      each.confusion = allocate<int64_t>(counts);
+      std::memset(each.confusion.get(), 0, static_cast<size_t>(counts) * sizeof(int64_t));
+    }
+  deal(executor, view.batch * (view.height + 1), [&](int w, int64_t index) {
+    Worker& own = worker[static_cast<size_t>(w)];
+    k.labels(task, index, own.scratch.get(), own.confusion.get(), own.bad);
+  });
+  int64_t bad = -1;
+  for (const Worker& each : worker)
+    if (each.bad >= 0 && (bad < 0 || each.bad < bad)) bad = each.bad;
+  if (problem.confusion && bad < 0)
+    for (const Worker& each : worker)
+      for (int64_t i = 0; i < counts; ++i) problem.confusion[i] += each.confusion[i];
+  return bad;
+}
+
+template CrossEntropyResult cross_entropy<float>(const CrossEntropyProblem<float>&, const Executor&);
+template CrossEntropyResult cross_entropy<double>(const CrossEntropyProblem<double>&, const Executor&);
+template int64_t label_map<float>(const LabelProblem<float>&, const Executor&);
+template int64_t label_map<double>(const LabelProblem<double>&, const Executor&);
+
+const char* instruction_sets() {
+  static const std::string names = [] {
+    std::string all;
+    for (const InstructionSet* set : kAll)
+      if (set->supported()) all += (all.empty() ? "" : " ") + std::string(set->name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+bool use_instruction_set(const char* name) {
+  for (const InstructionSet* set : kAll)
+    if (set->supported() && std::strcmp(set->name, name) == 0) {
+      in_use.store(set, std::memory_order_release);
+      return true;
+    }
+  return false;
+}
+
+const char* instruction_set_in_use() { return instruction_set().name; }
+
+}  // namespace depict::cpu
