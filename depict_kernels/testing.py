@@ -21,7 +21,9 @@ def max_error(value: Tensor, truth: Tensor) -> float:
         return 0.0
     both_nan = value.isnan() & truth.isnan()
     same = (value == truth) | both_nan
-    return torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
+    return (
+        torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
+    )
 
 
 def assert_within_budget(
@@ -76,12 +78,14 @@ def check_against_float64(
     *,
     factor: float = 2.0,
     ulps: float = 4.0,
+    scale: float = 0.0,
     seed: int = 0,
 ) -> None:
     """Asserts that output and every gradient of ``kernel`` are within the budget.
 
     The truth is ``peer`` on float64 copies of the inputs; the peer's own error is measured at the inputs'
-    dtype. Both are differentiated with one random upstream gradient.
+    dtype. Both are differentiated with one random upstream gradient. ``scale`` is the size of the terms that
+    the output is a difference of, where it can cancel to 0.
     """
     truth_inputs = [t.double() if t.is_floating_point() else t for t in inputs]
     shape = peer(*truth_inputs).shape
@@ -91,10 +95,10 @@ def check_against_float64(
     truth, truth_grads = value_and_gradients(peer, truth_inputs, upstream)
     peer_out, peer_grads = value_and_gradients(peer, inputs, upstream)
     out, grads = value_and_gradients(kernel, inputs, upstream)
-    assert_within_budget(out, peer_out, truth, factor=factor, ulps=ulps, what="output")
-    scale = upstream.abs().max().item() if upstream.numel() else 0.0  # a gradient sums multiples of these
+    assert_within_budget(out, peer_out, truth, factor=factor, ulps=ulps, scale=scale, what="output")
+    largest = upstream.abs().max().item() if upstream.numel() else 0.0  # a gradient sums multiples of it
     for i, (g, p, t) in enumerate(zip(grads, peer_grads, truth_grads)):
-        assert_within_budget(g, p, t, factor=factor, ulps=ulps, scale=scale, what=f"gradient {i}")
+        assert_within_budget(g, p, t, factor=factor, ulps=ulps, scale=largest, what=f"gradient {i}")
 
 
 def logits_and_target(

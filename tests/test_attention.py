@@ -196,7 +196,9 @@ def test_backend_choice():
     w = torch.randn(1, 3, 1, 2)
     with pytest.raises(ValueError, match="choose from auto, reference, torch, cpp, triton, cuda"):
         ops.subspace_self_attention(w, backend="fast")
-    with pytest.raises(backends.BackendUnavailable, match="cpp.*subspace_self_attention.*Available: auto, reference"):
+    with pytest.raises(
+        backends.BackendUnavailable, match="cpp.*subspace_self_attention.*Available: auto, reference"
+    ):
         ops.subspace_self_attention(w, backend="cpp")
     with backends.use_backend("cpp"), pytest.raises(backends.BackendUnavailable):
         ops.subspace_self_attention(w)
@@ -210,6 +212,6 @@ def test_use_backend_is_seen_by_compiled_code():
     compiled = torch.compile(lambda w: ops.subspace_self_attention(w), fullgraph=True, backend="eager")
     assert "depict_kernels" not in type(compiled(w).grad_fn).__name__
     with backends.use_backend("reference"):
-        assert "depict_kernels" in type(compiled(w).grad_fn.next_functions[0][0] or compiled(w).grad_fn).__name__ or (
-            "depict_kernels" in type(compiled(w).grad_fn).__name__
-        )
+        assert "depict_kernels" in type(
+            compiled(w).grad_fn.next_functions[0][0] or compiled(w).grad_fn
+        ).__name__ or ("depict_kernels" in type(compiled(w).grad_fn).__name__)

@@ -139,7 +139,13 @@ def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: d
         if config is None or not config.has_weights:
             raise PretrainedWeightsError(f"timm has no pretrained weights for {name!r}: {go_on}")
     try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        # timm loads what fits and only logs what does not. From one seed, whatever the weights did not bring is
+        # equal in a model without them.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            fresh = timm.create_model(name, **options)
+            torch.manual_seed(0)
+            vit = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:
         # Every failure of a download or of reading a file means the same to the caller; the cause is chained.
         source = f"from {checkpoint_path}" if checkpoint_path is not None else "from the hub"
@@ -147,3 +153,14 @@ def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: d
         raise PretrainedWeightsError(
             f"could not load pretrained weights of {name!r} {source} ({reason}): {go_on}"
         ) from error
+    missing = [
+        key
+        for (key, a), b in zip(fresh.named_parameters(), vit.parameters())
+        if a.ndim >= 2 and torch.equal(a, b)
+    ]
+    if missing:
+        raise PretrainedWeightsError(
+            f"the weights of {name!r} lack {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''} "
+            f"({len(missing)} parameters): {go_on}"
+        )
+    return vit

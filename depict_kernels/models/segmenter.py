@@ -51,7 +51,7 @@ class SegmenterDecoder(nn.Module):
         self.embed_dim = embed_dim
         self.proj_dec = nn.Linear(embed_dim, embed_dim)
         self.class_embed = nn.Parameter(torch.empty(1, num_classes, embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,

@@ -42,7 +42,7 @@ def forbid_gradient(name: str) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts to the autocast dtype where autocast is on, as torch does for its own matrix products."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -236,39 +236,53 @@ _library.define(
 )
 
 
+torch.library.define(
+    "depict_kernels::upsample_cross_entropy_scale", "(Tensor grad_loss, Tensor grad, Tensor logits) -> Tensor"
+)
+
+
+@torch.library.impl("depict_kernels::upsample_cross_entropy_scale", "CompositeExplicitAutograd")
+def _scale(grad_loss, grad, logits):
+    # Out of place: a second backward with retain_graph must find the gradient as it was. float32 until here: a
+    # loss scaler multiplies after the gradient was formed. The logits are an argument so that the result depends
+    # on them: a second derivative meets the refusal below instead of a silent zero.
+    return (grad_loss * grad).to(logits.dtype)
+
+
+@torch.library.register_fake("depict_kernels::upsample_cross_entropy_scale")
+def _(grad_loss, grad, logits):
+    return grad.new_empty(grad.shape, dtype=logits.dtype)
+
+
 def _save(ctx, inputs, output):
     logits, target, weight, ignore_index, label_smoothing, reduction, _need_grad, _raise, backend = inputs
     ctx.options = (ignore_index, label_smoothing, backend)
-    ctx.reduction, ctx.dtype = reduction, logits.dtype
+    ctx.reduction = reduction
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     if reduction == "none":
         ctx.save_for_backward(logits, target, weight)
     else:
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(logits, output[1])
 
 
-def _backward(ctx, grad_loss, grad_grad, _grad_report):
-    if grad_grad is not None:
-        raise NotImplementedError(
-            "upsample_cross_entropy has no second derivative; for double backward use backend='torch'"
-        )
-    grad = None
-    if grad_loss is not None:
-        if ctx.reduction == "none":
-            logits, target, weight = ctx.saved_tensors
-            grad = torch.ops.depict_kernels.upsample_cross_entropy_backward(
-                grad_loss, logits, target, weight, *ctx.options
-            )
-        else:
-            # Out of place: a second backward with retain_graph must find the gradient as it was. float32 until
-            # here: a loss scaler multiplies after the gradient was formed.
-            grad = grad_loss * ctx.saved_tensors[0]
-        grad = grad.to(ctx.dtype)
+def _backward(ctx, grad_loss, _grad_grad, _grad_report):
+    if grad_loss is None:
+        return (None,) * 9
+    library = torch.ops.depict_kernels
+    if ctx.reduction == "none":
+        logits, target, weight = ctx.saved_tensors
+        grad = library.upsample_cross_entropy_backward(grad_loss, logits, target, weight, *ctx.options)
+        grad = grad.to(logits.dtype)
+    else:
+        logits, grad = ctx.saved_tensors
+        grad = library.upsample_cross_entropy_scale(grad_loss, grad, logits)
     return (grad, *[None] * 8)
 
 
 torch.library.register_autograd("depict_kernels::upsample_cross_entropy", _backward, setup_context=_save)
 _library.forbid_gradient("upsample_cross_entropy_backward")
+_library.forbid_gradient("upsample_cross_entropy_scale")
 
 _library.define(
     "upsample_argmax",
