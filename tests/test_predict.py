@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from train.ade20k import ClassList, read_labels, to_target
+from train.ade20k import ClassList, load_classes, read_labels, to_target
 from train.errors import UserError
 from train.inference import predict_labels
 from train.predict import (
@@ -245,6 +245,15 @@ def test_legend_of_very_many_classes_fits():
     assert sheet.height == 300 and sheet.width < 1200
 
 
+def test_short_names_of_ade20k_are_distinct():
+    names = [short_name(name) for name in load_classes("ade20k").names]
+    assert len(set(names)) == 150
+
+
 def test_short_names():
     assert short_name("building;edifice") == "building"
+    assert short_name("coffee;table;cocktail;table") == "coffee table"
+    assert short_name("screen;door;screen") == "screen door"
+    assert short_name("screen;silver;screen;projection;screen") == "screen"
+    assert short_name("stop sign, octagonal") == "stop sign"
     assert short_name("a" * 30) == "a" * 23 + "…"

@@ -72,8 +72,21 @@ def read_any_image(path: Path) -> np.ndarray:
 # ------------------------------------------------------------------------------------------- drawing
 
 
+# The benchmark's table writes every word apart ("coffee;table;cocktail;table"), so that nothing in it tells
+# where a name of several words ends.
+_WORDS_OF_ONE_NAME = (
+    *("arcade machine", "bulletin board", "chest of drawers", "coffee table", "conveyer belt", "crt screen"),
+    *("dirt track", "kitchen island", "pool table", "screen door", "swimming pool", "swivel chair"),
+    *("trade name", "traffic light"),
+)
+
+
 def short_name(name: str, limit: int = 24) -> str:
     """The first synonym of a class name such as "building;edifice", cut to ``limit`` characters."""
+    words = name.replace(";", " ").strip()
+    for several in _WORDS_OF_ONE_NAME:
+        if ";" in name and f"{words} ".startswith(f"{several} "):
+            return several
     name = name.split(";")[0].split(",")[0].strip()
     return name if len(name) <= limit else f"{name[: limit - 1].rstrip()}…"
 

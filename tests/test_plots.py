@@ -1,0 +1,195 @@
+"""The pictures of a run folder show the numbers they are given."""
+
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from torch import nn
+
+from train.ade20k import ClassList, load_classes, make_palette
+from train.metrics import SegmentationMetrics
+from train.plots import (
+    Sample,
+    collect_samples,
+    confusion_figure,
+    loss_figure,
+    overlay_figure,
+    plot_run,
+    score_figure,
+    smoothed,
+)
+from train.predict import overlay
+
+
+def train_lines(count):
+    return [{"kind": "train", "step": 10 * i, "loss": 3.0 / i, "lr": 1e-3} for i in range(1, count + 1)]
+
+
+def eval_line(step, miou):
+    return {"kind": "eval", "step": step, "miou": miou, "pixel_accuracy": 0.9, "mean_accuracy": 0.6}
+
+
+def drawn(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas
+
+
+def overlapping(canvas, texts):
+    """Neighbouring texts whose drawn boxes overlap."""
+    boxes = [t.get_window_extent(canvas.get_renderer()) for t in texts if t.get_text()]
+    return sum(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+def test_smoothing_is_centred():
+    line = np.arange(50.0) * 2 + 1
+    assert np.allclose(smoothed(line, 9)[4:-4], line[4:-4])  # no lag behind a straight line
+    assert np.allclose(smoothed(np.full(7, 3.0), 4), 3.0)
+    assert np.allclose(smoothed(np.array([0.0, 3.0, 0.0]), 3), [1.5, 1.0, 1.5])
+
+
+@pytest.mark.parametrize("count", [1, 5, 60])
+def test_loss_curve(count):
+    figure = loss_figure(train_lines(count))
+    loss, rate = figure.axes
+    x, y = loss.lines[0].get_data()
+    assert list(x) == [10 * i for i in range(1, count + 1)] and np.allclose(y, 3.0 / np.arange(1, count + 1))
+    assert (rate.lines[0].get_ydata() == 1e-3).all()
+    assert len(loss.lines) == (2 if count >= 20 else 1)  # few points need no average
+    assert loss.get_ylabel() and rate.get_xlabel() == "step"
+
+
+def test_score_curves_mark_the_best():
+    figure = score_figure([eval_line(10, 0.2), eval_line(20, 0.51), eval_line(30, 0.4)])
+    axes = figure.axes[0]
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert curves == {"pixel accuracy": [0.9] * 3, "mean accuracy": [0.6] * 3, "mIoU": [0.2, 0.51, 0.4]}
+    assert axes.collections[0].get_offsets().tolist() == [[20, 0.51]]
+    assert "51.0 % at step 20" in axes.get_title(loc="right")
+
+
+def test_confusion_is_normalised_by_row_and_absent_classes_are_grey():
+    counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 1, 2]])
+    figure = confusion_figure(counts, ["a", "b", "c"])
+    shown = figure.axes[0].images[0].get_array()
+    assert np.allclose(shown[[0, 2]], [[0.8, 0.2, 0], [0.25, 0.25, 0.5]]) and shown.mask[1].all()
+    texts = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in figure.axes[0].texts}
+    assert texts == {(0, 0): "80", (0, 1): "20", (2, 0): "25", (2, 1): "25", (2, 2): "50"}
+    assert figure.axes[0].get_ylabel() == "annotated class"  # rows
+
+
+@pytest.mark.parametrize("count", [2, 12, 26, 60, 150])
+def test_confusion_labels_do_not_overlap(count):
+    names = list(load_classes("ade20k").names[:count])
+    figure = confusion_figure(torch.eye(count, dtype=torch.int64), names)
+    axes, canvas = figure.axes[0], drawn(figure)
+    assert len(axes.get_xticklabels()) == len(axes.get_yticklabels()) == count
+    assert overlapping(canvas, axes.get_xticklabels()) == overlapping(canvas, axes.get_yticklabels()) == 0
+    frame = figure.bbox
+    for text in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title]:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= frame.x0 and box.y0 >= frame.y0 and box.x1 <= frame.x1 and box.y1 <= frame.y1
+
+
+def sample(num_classes=5, height=40, width=60):
+    g = np.random.default_rng(0)
+    image = g.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    target = np.tile(np.arange(width) * num_classes // width, (height, 1)).astype(np.uint8)
+    target[:4] = 255
+    return Sample("street", image, target, np.roll(target, 3, 1))
+
+
+def test_overlays_and_their_legend_share_colours():
+    classes = ClassList(tuple("abcde"), make_palette(5))
+    one = sample()
+    figure = overlay_figure([one], classes)
+    pictures = [axes.images[0].get_array() for axes in figure.axes[:3]]
+    assert np.array_equal(pictures[0], one.image)
+    assert np.array_equal(pictures[1], overlay(one.image, one.target, classes.palette))
+    assert np.array_equal(pictures[2], overlay(one.image, one.labels, classes.palette))
+    assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == [
+        "street",
+        "ground truth",
+        "prediction",
+    ]
+    legend = figure.axes[3].get_legend()
+    shown = {
+        text.get_text(): tuple(round(255 * v) for v in patch.get_facecolor()[:3])
+        for text, patch in zip(legend.get_texts(), legend.get_patches())
+    }
+    assert shown == {name: tuple(colour) for name, colour in zip("abcde", classes.palette.tolist())}
+
+
+def test_the_legend_of_many_classes_is_cut():
+    names = tuple(f"class {i}" for i in range(60))
+    one = sample(60, 60, 120)
+    legend = overlay_figure([one, one], ClassList(names, make_palette(60))).axes[6].get_legend()
+    assert len(legend.get_texts()) == 25 and legend.get_texts()[-1].get_text() == "and 36 more"
+
+
+def test_plot_run_writes_what_there_is_material_for(tmp_path):
+    lines = [*train_lines(3), {"kind": "train", "step": 40, "loss": None}, eval_line(30, 0.4)]
+    cut_short = '{"kind": "train", "st'
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + cut_short)
+    assert [p.name for p in plot_run(tmp_path)] == ["loss.png", "miou.png"]
+    metrics = SegmentationMetrics(5)
+    metrics.update(torch.eye(5, dtype=torch.int64))
+    classes = ClassList(tuple("abcde"), make_palette(5))
+    written = plot_run(tmp_path, metrics=metrics, samples=[sample()], classes=classes)
+    assert [p.name for p in written] == ["loss.png", "miou.png", "confusion.png", "overlays.png"]
+    for path in written:
+        pixels = np.array(Image.open(path).convert("L"))
+        assert path.parent == tmp_path / "plots" and min(pixels.shape) > 250 and pixels.std() > 5
+
+
+def test_plot_run_of_an_empty_folder_writes_nothing(tmp_path):
+    assert plot_run(tmp_path, metrics=SegmentationMetrics(3)) == []
+
+
+class Stripes:
+    """Seven images; image i is of brightness 30 i."""
+
+    names = tuple(f"image {i}" for i in range(7))
+
+    def __len__(self):
+        return 7
+
+    def read(self, i):
+        return torch.full((3, 16, 20), 30 * i, dtype=torch.uint8), torch.zeros(16, 20, dtype=torch.uint8)
+
+
+class Brightness(nn.Module):
+    mean, std, patch_size = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 4
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def padded_size(self, height, width):
+        return height, width
+
+    def forward(self, images):
+        x = nn.functional.avg_pool2d(images.mean(1, keepdim=True), 4)
+        return torch.cat([x * 0 + 0.3 + self.bias, x], 1)
+
+
+def test_samples_are_spread_over_the_split():
+    cfg = SimpleNamespace(
+        mode="whole",
+        resize=16,
+        scales=[1.0],
+        flip=False,
+        multiscale_scales=[1.0],
+        batch_windows=1,
+        strip_rows=16,
+    )
+    samples = collect_samples(Brightness(), Stripes(), cfg, 3)
+    assert [s.name for s in samples] == ["image 0", "image 2", "image 4"]
+    assert [int(s.labels.max()) for s in samples] == [0, 0, 1]
+    assert samples[2].image.shape == (16, 20, 3) and (samples[2].image == 120).all()
+    assert len(collect_samples(Brightness(), Stripes(), cfg, 100)) == 7

@@ -1,0 +1,262 @@
+"""The pictures of a run folder: loss and mIoU curves, confusion matrix, prediction overlays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor, nn
+
+from train.ade20k import ClassList
+from train.inference import predict_labels
+from train.logs import read_metrics
+from train.metrics import SegmentationMetrics
+from train.predict import classes_by_area, overlay, short_name
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d1641b", "#2c8a4b", "#8a8f98"
+
+
+@dataclass
+class Sample:
+    """One image with its target and predicted labels, for a row of overlays.png."""
+
+    name: str
+    image: np.ndarray  # (H, W, 3) uint8
+    target: np.ndarray  # (H, W), the ignored label stays uncoloured
+    labels: np.ndarray  # (H, W)
+
+
+def collect_samples(
+    model: nn.Module,
+    dataset,
+    cfg,
+    count: int = 4,
+    *,
+    multiscale: bool = False,
+    device: torch.device | str | None = None,
+) -> list[Sample]:
+    """Predictions for ``count`` images, spread evenly over ``dataset``: the same ones every time."""
+    count = min(count, len(dataset))
+    training = model.training
+    model.eval()
+    samples = []
+    for i in range(count):
+        index = i * len(dataset) // count
+        image, target = dataset.read(index)
+        labels = predict_labels(model, image, cfg, multiscale=multiscale, device=device)
+        pixels = image.permute(1, 2, 0).numpy()
+        samples.append(Sample(dataset.names[index], pixels, target.numpy(), labels.cpu().numpy()))
+    model.train(training)
+    return samples
+
+
+def plot_run(
+    run_dir: str | Path,
+    *,
+    metrics: SegmentationMetrics | None = None,
+    samples: Sequence[Sample] | None = None,
+    classes: ClassList | None = None,
+) -> list[Path]:
+    """Writes what there is material for into ``run_dir/plots``; returns the files.
+
+    loss.png and miou.png come from the folder's metrics.jsonl, confusion.png from ``metrics``,
+    overlays.png from ``samples`` in the colours of ``classes``. One process does it.
+    """
+    run_dir = Path(run_dir)
+    folder = run_dir / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    train = [line for line in lines if line["kind"] == "train" and line.get("loss") is not None]
+    evaluations = [line for line in lines if line["kind"] == "eval" and line.get("miou") is not None]
+    written = []
+    if train:
+        written.append(_save(loss_figure(train), folder / "loss.png"))
+    if evaluations:
+        written.append(_save(score_figure(evaluations), folder / "miou.png"))
+    if metrics is not None and metrics.confusion.sum() > 0:
+        names = metrics.class_names
+        written.append(_save(confusion_figure(metrics.confusion, names), folder / "confusion.png"))
+    if samples and classes is not None:
+        written.append(_save(overlay_figure(samples, classes), folder / "overlays.png"))
+    return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure)  # pyplot is left alone: no display, no global state
+    figure.savefig(path, dpi=130, facecolor="white")
+    return path
+
+
+def _axes(figure: Figure, *args, **kwargs):
+    axes = figure.add_subplot(*args, **kwargs)
+    axes.grid(True, color="#e4e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GREY)
+    return axes
+
+
+def smoothed(values: np.ndarray, span: int) -> np.ndarray:
+    """Centred moving average over ``span`` values, fewer at the ends: it does not lag behind a falling loss."""
+    half = span // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def loss_figure(lines: Sequence[dict]) -> Figure:
+    """Training loss against the step, with its moving average, and the learning rate below."""
+    steps = np.array([line["step"] for line in lines])
+    loss = np.array([line["loss"] for line in lines], dtype=float)
+    figure = Figure(figsize=(8, 5.4), layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=[3, 1])
+    axes = _axes(figure, grid[0])
+    marker = "o" if len(steps) == 1 else None
+    if len(steps) >= 20:
+        axes.plot(steps, loss, color=_BLUE, alpha=0.3, linewidth=1, label="logged")
+        axes.plot(steps, smoothed(loss, len(loss) // 15), color=_BLUE, linewidth=2, label="moving average")
+        axes.legend(frameon=False)
+    else:
+        axes.plot(steps, loss, color=_BLUE, linewidth=2, marker=marker)
+    axes.set_ylabel("cross-entropy per pixel")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Training loss", loc="left", fontweight="bold")
+    axes.tick_params(labelbottom=False)
+    below = _axes(figure, grid[1], sharex=axes)
+    rates = np.array([np.nan if line.get("lr") is None else line["lr"] for line in lines], dtype=float)
+    below.plot(steps, rates, color=_GREY, linewidth=1.5, marker=marker)
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    below.set_ylim(bottom=0)
+    below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    return figure
+
+
+def score_figure(lines: Sequence[dict]) -> Figure:
+    """The three scores of every evaluation against the step; the best mIoU is marked."""
+    steps = [line["step"] for line in lines]
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = _axes(figure, 1, 1, 1)
+    for key, name, colour, width in (
+        ("pixel_accuracy", "pixel accuracy", _GREEN, 1.4),
+        ("mean_accuracy", "mean accuracy", _ORANGE, 1.4),
+        ("miou", "mIoU", _BLUE, 2.4),
+    ):
+        values = [np.nan if line.get(key) is None else line[key] for line in lines]
+        axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=width + 2, label=name)
+    best = max(lines, key=lambda line: line["miou"])
+    axes.scatter([best["step"]], [best["miou"]], s=110, facecolor="none", edgecolor=_BLUE, linewidth=1.6)
+    title = f"best mIoU {100 * best['miou']:.1f} % at step {best['step']:,}"
+    axes.set_title("Validation scores", loc="left", fontweight="bold")
+    axes.set_title(title, loc="right", color=_BLUE)
+    axes.set_xlabel("step")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    return figure
+
+
+def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
+    """Row-normalised confusion matrix: where the pixels of each class went.
+
+    Args:
+        confusion: (C, C) integers, rows = target.
+        names: C class names; long ones are cut to their first synonym.
+
+    Colours follow the square root of the share, so that small confusions show. Up to 25 classes every cell
+    carries its per cent; the names of more, up to 150, stay readable at full size. Rows of classes that no
+    annotation holds are grey.
+    """
+    n = confusion.cpu().double().numpy()
+    rows = n.sum(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        share = n / rows
+    count = len(names)
+    few = count <= 25
+    cell = 0.62 if few else 0.155
+    side = max(count * cell, 3.0)
+    heading = min(max(1.2 * side, 10), 18)
+    figure = Figure(figsize=(side + 3.1, side + 2.4), layout="constrained")
+    axes = figure.add_subplot()
+    colours = colormaps["Blues"].with_extremes(bad="#e9e9e9")
+    shown = axes.imshow(
+        np.ma.masked_invalid(share), cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest"
+    )
+    labels = [short_name(name, 20) for name in names]
+    size = 9 if few else 7
+    axes.set_xticks(range(count), labels, rotation=90, fontsize=size)
+    axes.set_yticks(range(count), labels, fontsize=size)
+    axes.set_xlabel("predicted class", fontsize=heading)
+    axes.set_ylabel("annotated class", fontsize=heading)
+    axes.set_title(
+        "Confusion matrix: per cent of each annotated class's pixels",
+        fontweight="bold",
+        fontsize=heading,
+    )
+    for side_name in axes.spines:
+        axes.spines[side_name].set_color(_GREY)
+    if few:
+        for i, j in zip(*np.nonzero(np.nan_to_num(share) >= 0.005)):
+            colour = "white" if share[i, j] > 0.3 else "#333333"
+            axes.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    else:
+        axes.set_xticks(np.arange(count) - 0.5, minor=True)
+        axes.set_yticks(np.arange(count) - 0.5, minor=True)
+        axes.grid(which="minor", color="#eef0f3", linewidth=0.3)
+        axes.tick_params(which="minor", length=0)
+    beside = axes.inset_axes((1.015, 0, 0.025, 1))  # exactly as high as the matrix
+    bar = figure.colorbar(shown, cax=beside)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bar.outline.set_edgecolor(_GREY)
+    return figure
+
+
+def overlay_figure(samples: Sequence[Sample], classes: ClassList, max_entries: int = 24) -> Figure:
+    """A row per sample: image, ground truth, prediction; below, the classes present, largest area first."""
+    width = 3.6
+    heights = [width * sample.image.shape[0] / sample.image.shape[1] for sample in samples]
+    everything = np.concatenate([x.astype(np.int64).ravel() for s in samples for x in (s.target, s.labels)])
+    present = classes_by_area(everything, classes.num_classes)
+    entries = [
+        Patch(facecolor=classes.palette[c] / 255, edgecolor=_GREY, label=short_name(classes.names[c]))
+        for c, _ in present[:max_entries]
+    ]
+    if len(present) > max_entries:
+        entries.append(Patch(alpha=0, label=f"and {len(present) - max_entries} more"))
+    columns = 6
+    legend_height = 0.1 + 0.22 * -(-len(entries) // columns)
+    total = sum(heights) + 0.26 * len(samples) + legend_height
+    figure = Figure(figsize=(3 * width + 0.4, total), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    grid = figure.add_gridspec(len(samples) + 1, 3, height_ratios=[*heights, legend_height])
+    for row, sample in enumerate(samples):
+        pictures = [
+            sample.image,
+            overlay(sample.image, sample.target, classes.palette),
+            overlay(sample.image, sample.labels, classes.palette),
+        ]
+        titles = (sample.name, "ground truth", "prediction")
+        for column, (picture, title) in enumerate(zip(pictures, titles)):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(picture, interpolation="lanczos")
+            axes.set_title(title, fontsize=9, loc="left", pad=3)
+            axes.set_axis_off()
+    below = figure.add_subplot(grid[len(samples), :])
+    below.set_axis_off()
+    below.legend(handles=entries, ncols=columns, loc="upper center", frameon=False, fontsize=9)
+    return figure
