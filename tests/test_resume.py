@@ -1,15 +1,13 @@
 """A run that is killed and resumed ends exactly where an undisturbed one does. Real processes, real SIGKILL."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import ROOT, configuration, environment, make_data, run_py, settings, write_config
+from tiny_run import Started, configuration, make_data, run_all, settings, write_config
 
 from train import checkpoint
 from train.distributed import World
@@ -39,26 +37,14 @@ def without_times(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def kill_when(config: Path, name: str, words: str) -> int:
-    """Starts the run, and kills it with SIGKILL once it has printed ``words``; the step it had got to."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / "run.py"), "--config", str(config), "--run.name", name],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        cwd=ROOT,
-        start_new_session=True,
-    )
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith(words):
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-    process.wait(60)
-    assert process.returncode == -signal.SIGKILL, "".join(said)
-    return len(said)
+def kill_when(arguments: list[str], output: Path, words: str) -> None:
+    """Starts the run, and kills it with SIGKILL as soon as it has printed ``words``."""
+    run = Started(arguments, output)
+    limit = time.monotonic() + 120
+    while words not in run.text and run.process.is_alive() and time.monotonic() < limit:
+        time.sleep(0.002)
+    run.process.kill()
+    assert run.wait() == -signal.SIGKILL and words in run.text, run.text
 
 
 def test_killed_and_resumed_run_ends_bit_identical(tmp_path):
@@ -68,34 +54,32 @@ def test_killed_and_resumed_run_ends_bit_identical(tmp_path):
     keys = settings(
         data, tmp_path / "runs", train__steps=40, train__save_every=4, train__eval_every=15, train__log_every=2,
         train__accumulate=2, train__ema_decay=0.9, model__drop_path_rate=0.3, data__workers=1, train__seed=3,
-        train__score_untrained=True,
+        train__score_untrained=True, train__tensorboard=True,
     )  # fmt: skip
-    config = write_config(tmp_path / "config.yaml", keys)
-    whole = run_py("--config", str(config), "--run.name", "whole")
-    assert whole.returncode == 0, whole.stderr
+    config = ["--config", str(write_config(tmp_path / "config.yaml", keys)), "--run.name"]
+    runs = tmp_path / "runs"
+    run_all([*config, "whole"], tmp_path)
 
-    killed = tmp_path / "runs" / "killed"
-    kill_when(config, "killed", "step 6/40")
+    arguments, killed = [*config, "killed"], runs / "killed"
+    kill_when(arguments, tmp_path / "first.txt", "step 6/40")
     first = checkpoint.load(killed / "last.pt")["step"]
-    kill_when(config, "killed", "step 22/40")
+    kill_when(arguments, tmp_path / "second.txt", "step 22/40")
     second = checkpoint.load(killed / "last.pt")["step"]
     assert 4 <= first < second < 40
-    last = run_py("--config", str(config), "--run.name", "killed")
-    assert last.returncode == 0, last.stderr
-    assert f"resumed     at step {second}" in last.stdout
+    assert f"resumed     at step {second}" in run_all(arguments, tmp_path)
 
     for name in ("last.pt", "best.pt"):
-        one = checkpoint.load(tmp_path / "runs" / "whole" / name)
-        other = checkpoint.load(killed / name)
+        one, other = checkpoint.load(runs / "whole" / name), checkpoint.load(killed / name)
         assert [key for key in differing(one, other) if key != ".config.run.name"] == []
-    assert without_times(killed) == without_times(tmp_path / "runs" / "whole")
-    results = [
-        json.loads((tmp_path / "runs" / name / "results.json").read_text()) for name in ("whole", "killed")
-    ]
+    assert without_times(killed) == without_times(runs / "whole")
+    results = [json.loads((runs / name / "results.json").read_text()) for name in ("whole", "killed")]
     assert results[0] == results[1] and results[0]["untrained_miou"] is not None
+    for path in ("config.yaml", "classes.csv", "tensorboard", "plots/loss.png", "plots/miou.png"):
+        assert (killed / path).exists(), path
 
-    again = run_py("--config", str(config), "--run.name", "killed")
-    assert again.returncode == 0 and "is finished" in again.stdout
+    before = (killed / "last.pt").stat()
+    assert "is finished" in run_all(arguments, tmp_path)
+    assert (killed / "last.pt").stat() == before
 
 
 CPU = World(torch.device("cpu"))

@@ -1,6 +1,9 @@
 """A data set and a model so small that training takes milliseconds: for the tests of the trainer."""
 
+import functools
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from PIL import Image
 from train.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SIDE = 32
 CLASSES = ("sky", "grass", "wall", "door", "roof")
 
@@ -83,24 +87,84 @@ def write_config(path: Path, keys: dict[str, Any]) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """One thread per process and none of a surrounding launcher's variables."""
-    drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in drop}
-    return kept | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+class Started:
+    """``python train/run.py ARGUMENTS`` in a process of its own, as one of ``size`` that talk over ``port``.
+
+    The processes are forked off a server that has imported everything, since importing takes much longer than
+    these runs do. What one prints goes to ``output``.
+    """
+
+    def __init__(
+        self, arguments: list[str], output: Path, rank: int = 0, size: int = 1, port: int = 0
+    ) -> None:
+        self.output = output
+        self.output.write_text("")
+        self.process = _context().Process(target=_run, args=(arguments, str(output), rank, size, port))
+        self.process.start()
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit status (negative: killed by that signal)."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"still running after {timeout} s:\n{self.text}")
+        return self.process.exitcode
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
 
 
-def run_py(*arguments: str, processes: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
-    """``python train/run.py``, or torchrun with several processes."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*launcher, str(ROOT / "train" / "run.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(),
-        cwd=ROOT,
-        check=False,
+def start_all(arguments: list[str], folder: Path, size: int) -> list[Started]:
+    """``size`` processes that train or evaluate together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [Started(arguments, folder / f"output_{rank}.txt", rank, size, port) for rank in range(size)]
+
+
+def run_all(arguments: list[str], folder: Path, size: int = 1) -> str:
+    """Runs to the end, which must be a good one; what the main process printed."""
+    started = start_all(arguments, folder, size)
+    codes = [one.wait() for one in started]
+    assert codes == [0] * size, "\n".join(one.text for one in started)
+    return started[0].text
+
+
+@functools.cache
+def _context() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_run", "train.engine", "train.run", "train.plots"])
+    # The server imports by its own path, which older Pythons do not hand over.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     )
+    return context
+
+
+def _run(arguments: list[str], output: str, rank: int, size: int, port: int) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    if size > 1:
+        values = (rank, rank, size, "127.0.0.1", port)
+        os.environ.update({name: str(value) for name, value in zip(LAUNCHER, values)})
+    from train import run
+
+    sys.exit(run.main(arguments))
+
+
+def torchrun(arguments: list[str], processes: int, timeout: float = 120) -> subprocess.CompletedProcess:
+    """The launcher itself with fresh interpreters."""
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+         str(ROOT / "train" / "run.py"), *arguments],
+        capture_output=True, text=True, timeout=timeout, env=environment | {"OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        check=False,
+    )  # fmt: skip

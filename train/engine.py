@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ class Trainer:
         self.train_set = build.split(config, root, config.data.train_split, self.classes)
         self.val_set = build.split(config, root, config.data.val_split, self.classes)
 
-        torch.manual_seed(config.train.seed)
+        _seed(config.train.seed)
         self.model = build.model(config, self.classes.num_classes, weights=resume is None)
         self.model.to(self.device)
         self.loss_module = LossModule(self.model, config.loss).to(self.device)
@@ -113,7 +115,7 @@ class Trainer:
         self.log = RunLog(folder, self.total_steps, main=world.main, tensorboard=config.train.tensorboard)
 
         # Different from here on: each process drops other paths.
-        torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))
+        _seed(config.train.seed + 1_000_003 * (world.rank + 1))
         if resume is not None:
             self._restore(resume)
 
@@ -368,4 +370,11 @@ class Trainer:
         if len(state["rng"]) == self.world.size:
             checkpoint.set_rng_state(state["rng"][self.world.rank], self.device)
         else:  # another number of processes: the same data order, but other random paths
-            torch.manual_seed(self.config.train.seed + 7_000_003 * (self.step + 1) + self.world.rank)
+            _seed(self.config.train.seed + 7_000_003 * (self.step + 1) + self.world.rank)
+
+
+def _seed(seed: int) -> None:
+    """All generators that a model may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries may draw from it)
+    torch.manual_seed(seed)
