@@ -436,7 +436,7 @@ def generate_data(arguments: list[str]) -> int:
 
 
 def download_data(arguments: list[str]) -> int:
-    from train.ade20k import download
+    from train.download import download
 
     config = load_data_config(arguments)
     print(f"data set: {download(Path(config.data.root).parent)}")
