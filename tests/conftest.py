@@ -6,6 +6,9 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Without a GPU Triton's interpreter runs the kernels on the CPU. It must be chosen before they are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -21,6 +24,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def triton_device(request) -> str:
+    """ "cpu" runs Triton's kernels in its interpreter, "cuda" compiled."""
+    pytest.importorskip("triton")
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off (TRITON_INTERPRET is not 1)")
     return request.param
 
 

@@ -1,0 +1,437 @@
+"""Subspace attention in Triton: one tensor is query, key and value (see the formulas in ops/reference/attention.py).
+
+Forward: online softmax in base 2; a block of keys is loaded once and serves both products. Backward gathers: the
+program that owns a block of rows loops over the other rows and writes its gradient once, so there are no atomics
+and the result is bitwise repeatable. In self-attention a score tile w_i w_j^T serves row block i both as query (with
+the row's own log-sum-exp) and as key (transposed, with row j's), and the two score gradients are added before one
+product: five products per tile.
+
+Layout (B, N, H, d) with any strides of the first three dimensions; a tensor whose last dimension is strided is copied.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from depict_kernels.ops.triton_kernels import launch as _launch
+from depict_kernels.ops.triton_kernels import tuning
+from depict_kernels.ops.triton_kernels.tiles import (
+    add_product,
+    chunks,
+    dot_rows,
+    load_rows,
+    scale_rows,
+    store_rows,
+    zero_rows,
+)
+
+DTYPES = _launch.DTYPES
+
+
+@triton.jit
+def _head(pid, blocks, heads):
+    """Program -> (first block index, batch, head): neighbouring programs share a head, hence its keys in L2."""
+    head = pid // blocks
+    return pid % blocks, (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+
+
+@triton.jit
+def attention_forward(
+    q_ptr,  # (B, M, H, d)
+    w_ptr,  # (B, N, H, d)
+    out_ptr,  # (B, M, H, d) contiguous
+    lse_ptr,  # (B, H, M) float32
+    queries,
+    keys,
+    heads,
+    q_batch,  # strides, in units of UNIT elements: a multiple of UNIT is what makes a vector load provable
+    q_row,
+    q_head,
+    w_batch,
+    w_row,
+    w_head,
+    scale,  # on the scores, times log2(e)
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # scale < 0
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    block, batch, head = _head(tl.program_id(0), tl.cdiv(queries, BLOCK_M), heads)
+    first = (block * BLOCK_M).to(tl.int64)
+    q_ptr += batch * q_batch * UNIT + head * q_head * UNIT + first * q_row * UNIT
+    w_ptr += batch * w_batch * UNIT + head * w_head * UNIT
+    q = load_rows(q_ptr, q_row * UNIT, queries - first, BLOCK_M, DIM, STARTS, WIDTHS, True)
+
+    # The last block of keys, the only one that needs a mask, starts the online softmax.
+    last = (keys - 1) // BLOCK_N * BLOCK_N
+    w = load_rows(
+        w_ptr + last.to(tl.int64) * w_row * UNIT,
+        w_row * UNIT,
+        keys - last,
+        BLOCK_N,
+        DIM,
+        STARTS,
+        WIDTHS,
+        True,
+    )
+    s = dot_rows(q, w, PRECISION) * scale
+    s = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys - last, s, float("-inf"))
+    top = tl.max(s, 1)
+    p = tl.exp2(s - top[:, None])
+    total = tl.sum(p, 1)
+    acc = add_product(zero_rows(BLOCK_M, WIDTHS), p, w, PRECISION)
+
+    for _ in range(0, last, BLOCK_N):
+        w = load_rows(w_ptr, w_row * UNIT, 0, BLOCK_N, DIM, STARTS, WIDTHS, False)
+        s = dot_rows(q, w, PRECISION)
+        # The scale is applied in the exponent's multiply-add, so the largest score is the smallest product
+        # where the scale is negative.
+        if NEGATIVE:
+            higher = tl.maximum(top, tl.min(s, 1) * scale)
+        else:
+            higher = tl.maximum(top, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        rescale = tl.exp2(top - higher)
+        total = total * rescale + tl.sum(p, 1)
+        acc = add_product(scale_rows(acc, rescale), p, w, PRECISION)
+        top = higher
+        w_ptr += w_row.to(tl.int64) * (BLOCK_N * UNIT)
+
+    out_row = heads * DIM
+    out_ptr += (batch * queries + first) * out_row + head * DIM
+    store_rows(out_ptr, scale_rows(acc, 1 / total), out_row, queries - first, BLOCK_M, DIM, STARTS, WIDTHS)
+    row = tl.arange(0, BLOCK_M)
+    lse_ptr += (batch * heads + head) * queries + first
+    tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < queries - first)
+
+
+@triton.jit
+def attention_delta(
+    grad_ptr,  # (B, M, H, d)
+    out_ptr,  # (B, M, H, d) contiguous
+    delta_ptr,  # (B, H, M) float32
+    queries,
+    heads,
+    grad_batch,
+    grad_row,
+    grad_head,
+    scale,
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """scale * sum over d of grad * out: what the softmax's gradient subtracts in every row."""
+    block, batch, head = _head(tl.program_id(0), tl.cdiv(queries, BLOCK), heads)
+    first = (block * BLOCK).to(tl.int64)
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    mask = (row < queries - first) & (column < DIM)
+    grad_ptr += batch * grad_batch * UNIT + head * grad_head * UNIT + first * grad_row * UNIT
+    out_ptr += ((batch * queries + first) * heads + head) * DIM
+    grad = tl.load(grad_ptr + row * (grad_row * UNIT) + column, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + row * (heads * DIM) + column, mask=mask, other=0.0).to(tl.float32)
+    row = tl.arange(0, BLOCK)
+    delta_ptr += (batch * heads + head) * queries + first
+    tl.store(delta_ptr + row, tl.sum(grad * out, 1) * scale, mask=row < queries - first)
+
+
+@triton.jit
+def _add_block(
+    acc,
+    x,
+    grad_x,  # gradients of the own rows, () unless they are queries
+    lse_x,
+    delta_x,
+    y_ptr,
+    grad_y_ptr,
+    lse_ptr,
+    delta_ptr,
+    left,  # valid rows of this block
+    y_row,
+    grad_row,
+    scale,
+    scale_log2,
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    QUERY: tl.constexpr,
+    KEY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """acc + what the BLOCK_N rows at y_ptr add to the gradient of the own rows x."""
+    y = load_rows(y_ptr, y_row * UNIT, left, BLOCK_N, DIM, STARTS, WIDTHS, MASK)
+    s = dot_rows(x, y, PRECISION)
+    column = tl.arange(0, BLOCK_N)
+    if QUERY:  # x asks, y is key and value
+        p = tl.exp2(s * scale_log2 - lse_x[:, None])
+        grad_s = p * (dot_rows(grad_x, y, PRECISION) * scale - delta_x[:, None])
+        if MASK:
+            grad_s = tl.where(column[None, :] < left, grad_s, 0.0)
+    if KEY:  # y asks, x is key and value; the same scores, seen transposed
+        grad_y = load_rows(grad_y_ptr, grad_row * UNIT, left, BLOCK_N, DIM, STARTS, WIDTHS, MASK)
+        if MASK:  # an infinite log-sum-exp makes the weight of a missing row 0
+            lse_y = tl.load(lse_ptr + column, mask=column < left, other=float("inf"))
+            delta_y = tl.load(delta_ptr + column, mask=column < left, other=0.0)
+        else:
+            lse_y = tl.load(lse_ptr + column)
+            delta_y = tl.load(delta_ptr + column)
+        p = tl.exp2(s * scale_log2 - (lse_y * 1.4426950408889634)[None, :])
+        grad_s_key = p * (dot_rows(x, grad_y, PRECISION) * scale - delta_y[None, :])
+        acc = add_product(acc, p, grad_y, PRECISION)
+        if QUERY:
+            grad_s += grad_s_key
+        else:
+            grad_s = grad_s_key
+    return add_product(acc, grad_s, y, PRECISION)
+
+
+@triton.jit
+def attention_backward(
+    x_ptr,  # (B, M, H, d): the rows whose gradient this is
+    y_ptr,  # (B, N, H, d): the rows on the other side
+    grad_ptr,  # gradient of the output: x's rows where they are queries, y's where they are keys, both in self-attention
+    lse_ptr,  # (B, H, rows of grad)
+    delta_ptr,  # (B, H, rows of grad), times scale
+    out_ptr,  # (B, M, H, d) contiguous: gradient of x
+    x_rows,
+    y_rows,
+    heads,
+    x_batch,
+    x_row,
+    x_head,
+    y_batch,
+    y_row,
+    y_head,
+    grad_batch,
+    grad_row,
+    grad_head,
+    scale,
+    scale_log2,
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    QUERY: tl.constexpr,  # x's rows are queries
+    KEY: tl.constexpr,  # x's rows are keys and values
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    block, batch, head = _head(tl.program_id(0), tl.cdiv(x_rows, BLOCK_M), heads)
+    first = (block * BLOCK_M).to(tl.int64)
+    left = x_rows - first
+    x_ptr += batch * x_batch * UNIT + head * x_head * UNIT + first * x_row * UNIT
+    y_ptr += batch * y_batch * UNIT + head * y_head * UNIT
+    grad_ptr += batch * grad_batch * UNIT + head * grad_head * UNIT
+    if KEY:
+        grad_rows = y_rows
+    else:
+        grad_rows = x_rows
+    lse_ptr += (batch * heads + head) * grad_rows
+    delta_ptr += (batch * heads + head) * grad_rows
+
+    x = load_rows(x_ptr, x_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
+    row = tl.arange(0, BLOCK_M)
+    if QUERY:
+        own = grad_ptr + first * grad_row * UNIT
+        grad_x = load_rows(own, grad_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
+        lse_x = tl.load(lse_ptr + first + row, mask=row < left, other=0.0) * 1.4426950408889634
+        delta_x = tl.load(delta_ptr + first + row, mask=row < left, other=0.0)
+    else:
+        grad_x, lse_x, delta_x = (), 0.0, 0.0
+
+    # The last block of the other rows, the only one that needs a mask, comes first.
+    last = (y_rows - 1) // BLOCK_N * BLOCK_N
+    acc = _add_block(
+        zero_rows(BLOCK_M, WIDTHS), x, grad_x, lse_x, delta_x,
+        y_ptr + last.to(tl.int64) * y_row * UNIT, grad_ptr + last.to(tl.int64) * grad_row * UNIT,
+        lse_ptr + last, delta_ptr + last, y_rows - last, y_row, grad_row, scale, scale_log2,
+        UNIT, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, True,
+    )  # fmt: skip
+    for _ in range(0, last, BLOCK_N):
+        acc = _add_block(
+            acc, x, grad_x, lse_x, delta_x, y_ptr, grad_ptr, lse_ptr, delta_ptr, 0, y_row, grad_row,
+            scale, scale_log2, UNIT, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, False,
+        )  # fmt: skip
+        y_ptr += y_row.to(tl.int64) * (BLOCK_N * UNIT)
+        if KEY:
+            grad_ptr += grad_row.to(tl.int64) * (BLOCK_N * UNIT)
+            lse_ptr += BLOCK_N
+            delta_ptr += BLOCK_N
+
+    out_row = heads * DIM
+    out_ptr += (batch * x_rows + first) * out_row + head * DIM
+    store_rows(out_ptr, acc, out_row, left, BLOCK_M, DIM, STARTS, WIDTHS)
+
+
+# --- host side ---
+
+
+def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Copies what a kernel cannot walk: a strided last dimension, or rows too far apart for 32-bit tile offsets."""
+    return [t if t.stride(-1) == 1 and t.stride(1) < 2**23 else t.contiguous() for t in tensors]
+
+
+def _unit(*tensors: Tensor) -> int:
+    """The largest power of two, up to a 16-byte vector, that divides every stride."""
+    unit = 16 // max(t.element_size() for t in tensors)
+    for t in tensors:
+        for size, stride in zip(t.shape[:3], t.stride()[:3]):
+            if size > 1:
+                unit = math.gcd(unit, stride)
+    return unit
+
+
+def _strides(prefix: str, t: Tensor, unit: int) -> dict[str, int]:
+    return {f"{prefix}_{name}": stride // unit for name, stride in zip(("batch", "row", "head"), t.stride())}
+
+
+def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
+    """One program per block of rows of ``like`` (B, rows, H, d) and head."""
+    batch, rows, heads, dim = like.shape
+    config = tuning.attention(name, _launch.architecture(like.device), dim, like.element_size())
+    starts, widths = chunks(dim)
+    _launch.launch(
+        kernel,
+        (triton.cdiv(rows, config.rows) * heads * batch,),
+        like.device,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        heads=heads,
+        DIM=dim,
+        STARTS=starts,
+        WIDTHS=widths,
+        PRECISION=_launch.dot_precision(like.dtype),
+        BLOCK_M=config.rows,
+        BLOCK_N=config.columns,
+        **arguments,
+    )
+
+
+def self_attention_forward(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """w (B, N, H, d) -> out (B, N, H, d), log-sum-exp of the scaled scores (B, H, N)."""
+    return cross_attention_forward(w, w, scale)
+
+
+def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, M, H, d), w (B, N, H, d) -> out (B, M, H, d), log-sum-exp (B, H, M)."""
+    q, w = _rows_contiguous(q, w)
+    batch, queries, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    unit = _unit(q, w)
+    _launch_rows(
+        attention_forward,
+        "forward",
+        q,
+        q_ptr=q,
+        w_ptr=w,
+        out_ptr=out,
+        lse_ptr=lse,
+        queries=queries,
+        keys=w.shape[1],
+        **_strides("q", q, unit),
+        **_strides("w", w, unit),
+        scale=scale * math.log2(math.e),
+        UNIT=unit,
+        NEGATIVE=scale < 0,
+    )
+    return out, lse
+
+
+def self_attention_backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """The query-, key- and value-side gradients of w, added up: (B, N, H, d)."""
+    grad, w = _rows_contiguous(grad, w)
+    delta = _delta(grad, out, scale)
+    return _gradient(w, w, grad, lse, delta, scale, "self_backward", query=True, key=True)
+
+
+def cross_attention_backward(
+    grad: Tensor, q: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q (B, M, H, d) and of w (B, N, H, d), which is key and value."""
+    if q.shape[1] == 0:
+        return torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros(
+            w.shape, dtype=w.dtype, device=w.device
+        )
+    grad, q, w = _rows_contiguous(grad, q, w)
+    delta = _delta(grad, out, scale)
+    return (
+        _gradient(q, w, grad, lse, delta, scale, "query_backward", query=True, key=False),
+        _gradient(w, q, grad, lse, delta, scale, "key_backward", query=False, key=True),
+    )
+
+
+def _delta(grad: Tensor, out: Tensor, scale: float) -> Tensor:
+    batch, queries, heads, dim = grad.shape
+    delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=grad.device)
+    unit = _unit(grad)
+    _launch.launch(
+        attention_delta,
+        (triton.cdiv(queries, 32) * heads * batch,),
+        grad.device,
+        num_warps=4,
+        num_stages=1,
+        grad_ptr=grad,
+        out_ptr=out,
+        delta_ptr=delta,
+        queries=queries,
+        heads=heads,
+        **_strides("grad", grad, unit),
+        scale=scale,
+        UNIT=unit,
+        DIM=dim,
+        WIDTH=triton.next_power_of_2(dim),
+        BLOCK=32,
+    )
+    return delta
+
+
+def _gradient(
+    x: Tensor,
+    y: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    name: str,
+    *,
+    query: bool,
+    key: bool,
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    unit = _unit(x, y, grad)
+    _launch_rows(
+        attention_backward,
+        name,
+        x,
+        x_ptr=x,
+        y_ptr=y,
+        grad_ptr=grad,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        out_ptr=out,
+        x_rows=x.shape[1],
+        y_rows=y.shape[1],
+        **_strides("x", x, unit),
+        **_strides("y", y, unit),
+        **_strides("grad", grad, unit),
+        scale=scale,
+        scale_log2=scale * math.log2(math.e),
+        UNIT=unit,
+        QUERY=query,
+        KEY=key,
+    )
+    return out

@@ -1,0 +1,175 @@
+"""How the Triton kernels are launched, and how the same launches are recorded to be compiled without a GPU.
+
+Every launch goes through :func:`launch`, with all arguments by name. Inside :func:`recording` the operators' host
+functions run on meta tensors, launch nothing and leave a list of :class:`Launch`: what is compiled ahead of time
+(``benchmarks/kernel_report.py``, ``tests/test_triton_aot.py``) is therefore exactly what a GPU would run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the kernel, its arguments by name (constexpr ones too) and the compiler's options."""
+
+    kernel: object
+    arguments: dict
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses. Spills: bytes of stack per thread (NVIDIA), spilled vector registers (AMD)."""
+
+    registers: int
+    shared: int
+    spills: int
+
+
+_recording: contextvars.ContextVar[tuple[str, list[Launch]] | None] = contextvars.ContextVar(
+    "depict_kernels_triton_recording", default=None
+)
+
+
+@contextlib.contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Within the context launches for ``architecture`` ("sm_90", "gfx942") are recorded instead of made."""
+    launches: list[Launch] = []
+    token = _recording.set((architecture, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """The key of the launch tables: "sm_90", "gfx942", or "interpreter" for CPU tensors."""
+    recorded = _recording.get()
+    if recorded is not None:
+        return recorded[0]
+    return "interpreter" if device.type == "cpu" else _architecture(device)
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of the dot products: TF32 only for float32 where torch's own setting asks for it.
+
+    The new setting is read alone: the legacy flags raise once it was used, and setting them shows in it.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def launch(
+    kernel, grid: tuple[int, ...], device: torch.device, *, num_warps: int, num_stages: int, **arguments
+):
+    """Launches ``kernel`` on the current stream of ``device``; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded[1].append(Launch(kernel, arguments, num_warps, num_stages))
+        return
+    # FP fusion is named because its default changes with Triton 3.10; the kernels count on fused multiply-adds.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, **options)
+
+
+def _signature(recorded: Launch) -> tuple[dict, dict, dict]:
+    """Types, constants and divisibility of a launch's arguments, as Triton's launcher specialises them."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(recorded.kernel.params):
+        value = recorded.arguments[parameter.name]
+        aligned = False
+        if parameter.is_constexpr or value is None:
+            kind = "constexpr"
+        elif isinstance(value, Tensor):
+            kind, aligned = f"*{_TYPES[value.dtype]}", True  # as torch's allocations are
+        elif isinstance(value, bool):
+            kind = "i1"
+        elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+            kind = "constexpr"
+        elif isinstance(value, int):
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        else:
+            kind = "fp32"
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def fingerprint(recorded: Launch) -> tuple:
+    """Equal for two launches that one compiled kernel serves."""
+    return (recorded.kernel.__name__, str(_signature(recorded)), recorded.num_warps, recorded.num_stages)
+
+
+def compile_ahead(recorded: Launch, architecture: str):
+    """Compiles a recorded launch for ``architecture``; returns Triton's compiled kernel."""
+    if architecture.startswith("sm_"):
+        target = GPUTarget("cuda", int(architecture[3:]), 32)
+    else:
+        target = GPUTarget("hip", architecture, 64)
+    options = {
+        "num_warps": recorded.num_warps,
+        "num_stages": recorded.num_stages,
+        "enable_fp_fusion": True,
+    }
+    return triton.compile(ASTSource(recorded.kernel, *_signature(recorded)), target=target, options=options)
+
+
+def resources(compiled) -> Resources:
+    """Registers, shared memory (bytes) and spills of a kernel that :func:`compile_ahead` gave."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        field = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
+        return Resources(field("vgpr_count"), compiled.metadata.shared, field("vgpr_spill_count"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return Resources(int(usage["REG"]), compiled.metadata.shared, int(usage["STACK"]) + int(usage["LOCAL"]))

@@ -1,0 +1,137 @@
+"""Tiles whose width is no power of two: a tuple of tensors, one per chunk of columns.
+
+Triton's ranges are powers of two, so a head width of 100 would be padded to 128. As chunks of 64, 32 and 16 it
+costs 112: the least that tensor cores take, which want multiples of 16. The width is masked inside the last
+chunk, so that no padded copy of the data is made.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def chunks(width: int, limit: int = 3) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Starts and widths of the power-of-two chunks that cover ``width``; one chunk where it would take more than
+    ``limit``: 100 -> (0, 64, 96), (64, 32, 16)."""
+    padded = max(16, -(-width // 16) * 16)
+    widths = tuple(1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1)
+    if len(widths) > limit:
+        widths = (1 << padded.bit_length(),)
+    starts = tuple(sum(widths[:i]) for i in range(len(widths)))
+    return starts, widths
+
+
+@triton.jit
+def load_chunk(
+    ptr,
+    row_stride,
+    rows_left,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)[:, None]
+    column = START + tl.arange(0, WIDTH)[None, :]
+    if MASK_ROWS:
+        tile = tl.load(ptr + row * row_stride + column, mask=(row < rows_left) & (column < DIM), other=0.0)
+    elif START + WIDTH > DIM:
+        tile = tl.load(ptr + row * row_stride + column, mask=column < DIM, other=0.0)
+    else:
+        tile = tl.load(ptr + row * row_stride + column)
+    return tile
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    row_stride,
+    rows_left,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """ROWS rows of a (n, DIM) matrix in chunks; zeros past DIM and, where MASK_ROWS, past ``rows_left`` rows."""
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tiles = tiles + (load_chunk(ptr, row_stride, rows_left, ROWS, DIM, STARTS[i], WIDTHS[i], MASK_ROWS),)
+    return tiles
+
+
+@triton.jit
+def store_chunk(
+    ptr,
+    tile,
+    row_stride,
+    rows_left,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)[:, None]
+    column = START + tl.arange(0, WIDTH)[None, :]
+    tl.store(
+        ptr + row * row_stride + column,
+        tile.to(ptr.dtype.element_ty),
+        mask=(row < rows_left) & (column < DIM),
+    )
+
+
+@triton.jit
+def store_rows(
+    ptr,
+    tiles,
+    row_stride,
+    rows_left,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    for i in tl.static_range(len(WIDTHS)):
+        store_chunk(ptr, tiles[i], row_stride, rows_left, DIM, ROWS, STARTS[i], WIDTHS[i])
+
+
+@triton.jit
+def zero_chunk(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros((ROWS, WIDTH), tl.float32)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tiles = tiles + (zero_chunk(ROWS, WIDTHS[i]),)
+    return tiles
+
+
+@triton.jit
+def dot_rows(a, b, PRECISION: tl.constexpr):
+    """a b^T of two matrices in chunks of columns: one accumulator, no product with padding past a chunk."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(a)):
+        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(accumulator, p, b, PRECISION: tl.constexpr):
+    """accumulator + p b, chunk by chunk."""
+    tiles = ()
+    for i in tl.static_range(len(b)):
+        tiles = tiles + (tl.dot(p.to(b[i].dtype), b[i], accumulator[i], input_precision=PRECISION),)
+    return tiles
+
+
+@triton.jit
+def scale_rows(tiles, factor):
+    """Every row of a chunked matrix times its factor."""
+    scaled = ()
+    for i in tl.static_range(len(tiles)):
+        scaled = scaled + (tiles[i] * factor[:, None],)
+    return scaled
