@@ -250,7 +250,7 @@ def _tent(scene: Scene, x: float, y: float, size: float) -> None:
 
 def _tyre(scene: Scene, x: float, y: float, size: float) -> None:
     radius, middle = size * 0.36, y - size * 0.5
-    ring = np.abs(_disc(scene, x, middle, radius)) - size * 0.14
+    ring = np.abs(_disc(scene, x, middle, radius)) - size * 0.15
     scene.paint(ring, _shaded(scene, scene.colour(), x, middle, size * 0.5), "tyre", outline=True)
 
 
@@ -308,7 +308,7 @@ def make_scene(height: int, width: int, rng: np.random.Generator) -> tuple[np.nd
     shore = _background(scene)
 
     for x in rng.permutation(np.linspace(0.18, 0.82, 3))[: rng.integers(0, 4)]:
-        size = rng.uniform(24, 36)
+        size = rng.uniform(26, 38)
         top = rng.uniform(0.02, max(0.03, shore / scene.height - size / 110))
         x, y = (x + rng.uniform(-0.06, 0.06)) * scene.width, top * scene.height + size * 0.85
         part = scene.around(x, y, size)
@@ -322,7 +322,7 @@ def make_scene(height: int, width: int, rng: np.random.Generator) -> tuple[np.nd
     feet = np.sort(rng.uniform(min(shore + 14, scene.height - 12), scene.height - 3, count))
     for y, place in zip(feet, rng.permutation(count)):
         x = (place + rng.uniform(0.25, 0.75)) / count * scene.width
-        size = rng.uniform(30, 42) * (0.75 + 0.4 * (y - shore) / max(1.0, scene.height - shore))
+        size = rng.uniform(34, 46) * (0.75 + 0.4 * (y - shore) / max(1.0, scene.height - shore))
         part = scene.around(x, y, size)
         shadow = np.hypot((part.x - x) / (size * 0.5), (part.y - y) / (size * 0.12)) - 1
         part.image *= 1 - 0.35 * np.clip(-shadow * 2, 0, 1)[..., None]

@@ -56,16 +56,18 @@ def crop_of_resized(
         (3, height, width) uint8, the same as resize then crop up to rounding (one level).
     """
     full = image.shape[:2]
-    ends = []
+    ends, counts = [], []
     for end, size_in, size_out in zip((top + height, left + width), full, size):
         last = (end - 0.5) * size_in / size_out - 0.5  # source position of the crop's last pixel
         ends.append(min(size_in, int(np.floor(last)) + 3))
+        # The kernel does not resize a side that is as long before as after, whatever the scale: ask for one more.
+        counts.append(end + (ends[-1] == end))
     # A copy (the kernel would make one), since arrays from the cache are read-only. Batched before permuted:
     # the strides must say channels_last, which the resize kernel takes 2.7 times as fast.
     source = torch.from_numpy(np.array(image[: ends[0], : ends[1]], order="C"))[None].permute(0, 3, 1, 2)
     if full != size:
         source = torch.ops.aten.upsample_bilinear2d(
-            source, [top + height, left + width], False, size[0] / full[0], size[1] / full[1]
+            source, counts, False, size[0] / full[0], size[1] / full[1]
         )
     return source[0, :, top : top + height, left : left + width]
 

@@ -1,0 +1,346 @@
+"""The folder layout: class lists, annotations of every kind, and one clear error for every kind of bad file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.ade20k import (
+    SegmentationFolder,
+    check_data,
+    ignore_index,
+    load_classes,
+    make_palette,
+    read_image,
+    read_labels,
+    to_target,
+)
+from train.errors import UserError
+
+SAMPLE = Path(__file__).parents[2] / "shared" / "ade20k_sample" / "ADEChallengeData2016"
+
+
+def png(array: np.ndarray, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.fixture
+def classes(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("wall\nfloor\nchair\n")
+    return load_classes(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images of 20 x 30 in both splits, with labels 0..3."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "data"
+    for split in ("training", "validation"):
+        for name in "abc":
+            image = root / "images" / split / f"{name}.jpg"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(image)
+            labels = rng.integers(0, 4, (20, 30), dtype=np.uint8)
+            png(labels, root / "annotations" / split / f"{name}.png")
+    return root
+
+
+# ---------------------------------------------------------------------------------------- class lists
+
+
+def test_built_in_classes():
+    classes = load_classes("ade20k")
+    assert classes.num_classes == 150
+    assert (classes.names[0], classes.names[2], classes.names[149]) == ("wall", "sky", "flag")
+    assert classes.palette.shape == (150, 3) and classes.palette.dtype == np.uint8
+    assert classes.palette[0].tolist() == [120, 120, 120] and classes.palette[2].tolist() == [6, 230, 230]
+    assert len({tuple(colour) for colour in classes.palette}) == 149  # the usual colours have one twice
+
+
+def test_class_files_with_and_without_colours(tmp_path):
+    (tmp_path / "a.csv").write_text('index,name,r,g,b\n0,road,1,2,3\n1,"car, parked",4,5,6\n')
+    coloured = load_classes(tmp_path / "a.csv")
+    assert coloured.names == ("road", "car, parked") and coloured.palette.tolist() == [[1, 2, 3], [4, 5, 6]]
+    (tmp_path / "b.csv").write_text("0,road\n1,car\n")
+    (tmp_path / "c.txt").write_text("road\n\ncar\n")
+    plain, text = load_classes(tmp_path / "b.csv"), load_classes(str(tmp_path / "c.txt"))
+    assert plain.names == text.names == ("road", "car")
+    assert np.array_equal(plain.palette, text.palette)
+
+
+def test_made_palette_tells_classes_apart():
+    palette = make_palette(60).astype(int)
+    distance = np.abs(palette[:, None] - palette[None]).sum(-1) + 1000 * np.eye(60, dtype=int)
+    assert distance.min() >= 10
+    assert np.array_equal(make_palette(60), make_palette(60))
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("x.csv", "0,road\n2,car\n", r"x\.csv, line 2: index '2', need 1"),
+        ("x.csv", "index,name,r,g,b\n0,road,1,2\n", r"line 2: 4 columns"),
+        ("x.csv", "0,road,1,2,300\n", r"line 1: colour 1,2,300"),
+        ("x.csv", "0,road,1,2,3\n1,car\n", r"1 of 2 rows have a colour"),
+        ("x.csv", "index,name\n", r"holds no class"),
+        ("x.csv", "0,\n", r"class 0 has an empty name"),
+        ("x.txt", "road\ncar\nroad\n", r"classes 0 and 2 are both called 'road'"),
+        ("x.txt", None, r"no such file.*ade20k"),
+    ],
+)
+def test_bad_class_list_is_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_classes(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize(
+    "stored, num_classes, reduce, expected",
+    [
+        ([0, 1, 150], 150, True, [255, 0, 149]),
+        ([0, 1, 149, 255], 150, False, [0, 1, 149, 255]),
+        ([0, 1, 150, 255], 150, True, [255, 0, 149, 255]),
+        ([0, 254, 255], 255, True, [255, 253, 254]),  # 255 is a class here
+        ([0, 255], 256, False, [0, 255]),  # and here, where nothing 8-bit could say ignored
+        ([0, 1, 255], 300, True, [-100, 0, 254]),
+    ],
+)
+def test_targets_of_8_bit_annotations(stored, num_classes, reduce, expected):
+    target = to_target(np.array([stored], np.uint8), num_classes, reduce)
+    assert target.tolist() == [expected]
+    assert target.dtype == (np.int32 if num_classes > 255 else np.uint8)
+
+
+def test_targets_of_16_bit_annotations():
+    stored = np.array([[0, 1, 256, 1000, 65535]], np.uint16)
+    assert to_target(stored, 1000).tolist() == [[-100, 0, 255, 999, -100]]
+    assert ignore_index(1000) == -100 and ignore_index(255) == 255
+    few = to_target(np.array([[0, 3, 65535]], np.uint16), 3)
+    assert few.tolist() == [[255, 2, 255]] and few.dtype == np.uint8
+
+
+@pytest.mark.parametrize("num_classes, reduce, bad", [(150, True, 151), (150, False, 150), (254, True, None)])
+def test_label_out_of_range(num_classes, reduce, bad):
+    labels = np.zeros((4, 4), np.uint8)
+    labels[1, 2:] = 255 if bad is None else bad
+    if bad is None:  # the void label is no error
+        assert to_target(labels, num_classes, reduce).tolist()[1] == [255] * 4
+        return
+    with pytest.raises(ValueError, match=f"label {bad} on 2 pixels: out of range"):
+        to_target(labels, num_classes, reduce)
+
+
+def test_16_bit_folder_reads_through(tmp_path):
+    names = tmp_path / "many.txt"
+    names.write_text("\n".join(f"class {i}" for i in range(400)))
+    labels = np.arange(12 * 10, dtype=np.uint16).reshape(12, 10) * 3
+    png(labels, tmp_path / "annotations" / "training" / "a.png")
+    png(np.zeros((12, 10, 3), np.uint8), tmp_path / "images" / "training" / "a.png")
+    data = SegmentationFolder(tmp_path, "training", load_classes(names))
+    _, target = data.read(0)
+    assert target.dtype == torch.int32
+    expected = torch.from_numpy(labels.astype(np.int32)) - 1
+    expected[0, 0] = -100
+    assert torch.equal(target, expected)
+
+
+def test_palette_annotation_gives_indices(tmp_path):
+    labels = np.arange(16, dtype=np.uint8).reshape(4, 4) % 4
+    image = Image.fromarray(labels).convert("P")
+    image.putdata(labels.ravel().tolist())
+    image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    image.save(tmp_path / "p.png")
+    assert np.array_equal(read_labels(tmp_path / "p.png"), labels)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def test_read_equals_the_files(folder, classes):
+    data = SegmentationFolder(folder, "training", classes)
+    assert data.names == ["a", "b", "c"] and len(data) == 3
+    image, target = data.read(1)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(Image.open(data.image_path(1))))
+    stored = np.array(Image.open(data.annotation_path(1)))
+    assert np.array_equal(target.numpy(), np.where(stored == 0, 255, stored - 1))
+
+
+def test_real_images_read_as_pil_reads_them():
+    if not SAMPLE.is_dir():
+        pytest.skip(f"{SAMPLE} is not there")
+    data = SegmentationFolder(SAMPLE, "validation", load_classes("ade20k"))
+    for i in range(len(data)):
+        image, target = data.read(i)
+        assert np.array_equal(
+            image.permute(1, 2, 0).numpy(), np.array(Image.open(data.image_path(i)).convert("RGB"))
+        )
+        stored = np.array(Image.open(data.annotation_path(i)))
+        assert np.array_equal(target.numpy(), (stored.astype(int) - 1) % 256)
+
+
+def test_grey_jpeg_becomes_rgb(tmp_path):
+    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(tmp_path / "g.jpg")
+    assert np.array_equal(read_image(tmp_path / "g.jpg"), np.full((8, 8, 3), 77))
+
+
+def test_truncated_jpeg_is_named(folder, classes):
+    path = folder / "images" / "training" / "b.jpg"
+    path.write_bytes(path.read_bytes()[:-40])
+    data = SegmentationFolder(folder, "training", classes)
+    with pytest.raises(
+        UserError, match=r"b\.jpg: cannot be read as a JPEG or PNG image \(.*truncated\)"
+    ) as error:
+        data.read(1)
+    assert "\n" not in str(error.value) and ".cpp" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "jpeg", "empty"])
+def test_damaged_annotation_is_named(folder, classes, damage):
+    path = folder / "annotations" / "training" / "b.png"
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[:-5]
+    elif damage == "flipped":
+        data[-20] ^= 4  # in the compressed pixels: torchvision's decoder crashes and PIL's may not notice
+    elif damage == "jpeg":
+        data = (folder / "images" / "training" / "b.jpg").read_bytes()
+    else:
+        data = b""
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"b\.png: cannot be read as a PNG annotation"):
+        SegmentationFolder(folder, "training", classes).read(1)
+
+
+def test_no_damaged_byte_of_a_png_goes_unnoticed(tmp_path):
+    """Every single byte changed: an error, or the same pixels. Reading them must never give other labels."""
+    labels = np.random.default_rng(1).integers(0, 3, (9, 9), dtype=np.uint8)
+    whole = png(labels, tmp_path / "a.png").read_bytes()
+    refused = 0
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 1
+        (tmp_path / "b.png").write_bytes(data)
+        try:
+            assert np.array_equal(read_labels(tmp_path / "b.png"), labels)
+        except UserError:
+            refused += 1
+    assert refused == len(whole)
+
+
+def test_rgb_annotation_is_refused(tmp_path):
+    path = png(np.zeros((4, 4, 3), np.uint8), tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: RGB of 8 bits, need one channel"):
+        read_labels(path)
+
+
+def test_annotation_of_another_size_is_named(folder, classes):
+    png(np.zeros((20, 29), np.uint8), folder / "annotations" / "training" / "c.png")
+    with pytest.raises(UserError, match=r"c\.png: 29 x 20 pixels, but its image c\.jpg has 30 x 20"):
+        SegmentationFolder(folder, "training", classes).read(2)
+
+
+def test_label_out_of_range_names_file_and_class_list(folder, classes):
+    png(np.full((20, 30), 4, np.uint8), folder / "annotations" / "training" / "a.png")
+    with pytest.raises(
+        UserError, match=r"a\.png: label 4 on 600 pixels.*need 0 for unlabelled, 1\.\.3.*classes\.txt"
+    ):
+        SegmentationFolder(folder, "training", classes).read(0)
+
+
+def test_missing_and_empty_folders(folder, classes, tmp_path):
+    with pytest.raises(UserError, match="images/nowhere: no such folder"):
+        SegmentationFolder(folder, "nowhere", classes)
+    with pytest.raises(UserError, match="no such folder"):
+        SegmentationFolder(tmp_path / "missing", "training", classes)
+    for kind in ("images", "annotations"):
+        (folder / kind / "empty").mkdir()
+    with pytest.raises(UserError, match="images/empty: holds no image"):
+        SegmentationFolder(folder, "empty", classes)
+
+
+def test_image_without_annotation_is_named(folder, classes):
+    (folder / "annotations" / "training" / "b.png").unlink()
+    with pytest.raises(UserError, match=r"b\.jpg: has no annotation, expected .*b\.png"):
+        SegmentationFolder(folder, "training", classes)
+
+
+def test_two_images_of_one_stem(folder, classes):
+    png(np.zeros((20, 30, 3), np.uint8), folder / "images" / "training" / "b.png")
+    with pytest.raises(UserError, match=r"b\.png: b\.jpg has the same stem"):
+        SegmentationFolder(folder, "training", classes)
+
+
+# ---------------------------------------------------------------------------------------- check-data
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_check_data_counts(folder, classes, workers):
+    report = check_data(folder, classes, workers=workers)
+    assert report.exit_status == 0 and report.problems == []
+    for split in report.splits:
+        stored = np.stack([np.array(Image.open(p)) for p in (folder / "annotations" / split.split).iterdir()])
+        assert (split.images, split.annotations) == (3, 3)
+        assert split.pixels.tolist() == [int((stored == c).sum()) for c in (1, 2, 3)]
+        assert split.ignored == (stored == 0).sum()
+        assert split.images_with.tolist() == [3, 3, 3]
+        assert split.smallest == split.largest == (20, 30)
+    assert "no bad file" in report.text() and "wall" in report.text()
+
+
+def test_check_data_names_every_bad_file(folder, classes):
+    images, annotations = folder / "images" / "training", folder / "annotations" / "training"
+    for name in "defg":
+        (images / f"{name}.jpg").write_bytes((images / "a.jpg").read_bytes())
+        (annotations / f"{name}.png").write_bytes((annotations / "a.png").read_bytes())
+    (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:200])
+    png(np.zeros((3, 3), np.uint8), annotations / "c.png")
+    png(np.full((20, 30), 9, np.uint8), annotations / "d.png")
+    (annotations / "e.png").write_bytes(b"")
+    (annotations / "f.png").unlink()
+    (images / "g.jpg").unlink()
+    report = check_data(folder, classes)
+    bad = sorted(Path(problem.split(": ")[0]).name for problem in report.problems)
+    assert bad == ["b.jpg", "c.png", "d.png", "e.png", "f.jpg", "g.png"]
+    assert report.exit_status == 1
+    text = report.text()
+    assert all(problem in text for problem in report.problems)
+    assert "training: 6 images, 6 annotations, 6 bad files" in text
+    good = np.stack([np.array(Image.open(annotations / "a.png"))])
+    assert report.splits[0].pixels.tolist() == [int((good == c).sum()) for c in (1, 2, 3)]
+
+
+def test_check_data_counts_wide_labels(tmp_path):
+    (tmp_path / "many.txt").write_text("\n".join(f"class {i}" for i in range(300)))
+    png(np.array([[0, 1, 300], [300, 256, 0]], np.uint16), tmp_path / "annotations" / "training" / "a.png")
+    png(np.zeros((2, 3, 3), np.uint8), tmp_path / "images" / "training" / "a.png")
+    split = check_data(tmp_path, load_classes(tmp_path / "many.txt"), ("training",)).splits[0]
+    assert split.ignored == 2 and split.pixels.sum() == 4
+    assert (split.pixels[0], split.pixels[255], split.pixels[299]) == (1, 1, 2)
+
+
+def test_check_data_command(folder, tmp_path):
+    (tmp_path / "names.txt").write_text("wall\nfloor\nchair\n")
+    png(np.full((20, 30), 4, np.uint8), folder / "annotations" / "training" / "a.png")
+    run = Path(__file__).parents[1] / "train" / "run.py"
+    options = [
+        "--data.root",
+        str(folder),
+        "--data.classes",
+        str(tmp_path / "names.txt"),
+        "--data.workers",
+        "0",
+    ]
+    done = subprocess.run([sys.executable, run, "check-data", *options], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "a.png: label 4 on 600 pixels" in done.stdout
