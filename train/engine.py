@@ -297,6 +297,7 @@ class Trainer:
             device=self.device,
             rank=self.world.rank,
             world_size=self.world.size,
+            progress=self.log.evaluating,
         )
         model.train(training)
         return metrics

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class RunLog:
         self._tensorboard = tensorboard
         self._writer: Any = None
         self._progress: Progress | None = None
+        self._said = time.monotonic()
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
     def start(self, step: int, evaluated_step: int) -> None:
@@ -73,6 +75,17 @@ class RunLog:
         else:
             remaining = (self.total_steps - step) * values["seconds_per_step"]
             self.say(f"{text}  {duration(remaining)} left")
+
+    def evaluating(self, done: int, total: int, images_per_s: float) -> None:
+        """Progress of an evaluation: on a terminal beside the bar, elsewhere a line a minute."""
+        if not self.main:
+            return
+        text = f"evaluating {done}/{total}  {images_per_s:.1f} images/s"
+        if self._progress is not None:
+            self._progress.update(self._task, text=text)
+        elif done < total and time.monotonic() - self._said > 60:
+            self._said = time.monotonic()
+            self.say(text)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """An evaluation: miou, pixel_accuracy, mean_accuracy."""

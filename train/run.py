@@ -229,6 +229,7 @@ def describe(trainer: Any) -> None:
 def finish(trainer: Any) -> None:
     """Scores the best checkpoint and writes results.json and the plots."""
     from train import checkpoint, distributed
+    from train.plots import collect_samples, plot_run
 
     folder, world = trainer.folder, trainer.world
     path = folder / "best.pt"
@@ -245,19 +246,14 @@ def finish(trainer: Any) -> None:
 
         extra["pixel_baseline_miou"] = pixel_baseline(trainer.train_set.root)
     write_results(folder / "results.json", metrics, extra)
-    draw(folder)
+    samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
+    plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes)
 
 
 def write_results(path: Path, metrics: Any, extra: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps({**metrics.results(), **extra}, indent=1) + "\n")
     os.replace(temporary, path)
-
-
-def draw(folder: Path) -> None:
-    from train.plots import plot_run
-
-    plot_run(folder)
 
 
 def report(folder: Path) -> None:
@@ -376,7 +372,7 @@ def predict_run(arguments: list[str]) -> int:
     from train.predict import predict_folder
 
     output = Path(own.get("output", folder / "predictions"))
-    predict_folder(
+    report = predict_folder(
         model,
         [Path(word) for word in words[1:]],
         classes,
@@ -386,8 +382,8 @@ def predict_run(arguments: list[str]) -> int:
         reduce_zero_label=config.data.reduce_zero_label,
         device=world.device,
     )
-    print(f"written to {output}")
-    return 0
+    print(f"{len(report.written)} files written to {output}")
+    return report.exit_status
 
 
 # --------------------------------------------------------------------------------------------------- data
