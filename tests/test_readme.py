@@ -1,0 +1,26 @@
+"""What the README shows runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_python_blocks_run(index):
+    if "transformers" in BLOCKS[index]:
+        pytest.importorskip("transformers")
+    exec(compile(BLOCKS[index], f"README.md, block {index}", "exec"), {})
+
+
+def test_there_are_python_blocks():
+    assert len(BLOCKS) >= 2
+
+
+def test_files_it_names_exist():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"train/configs/\w+\.yaml|(?<=\()[A-Z]+\.md", text))
+    assert named and not [name for name in named if not (ROOT / name).exists()]
