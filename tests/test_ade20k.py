@@ -1,7 +1,5 @@
 """The folder layout: class lists, annotations of every kind, and one clear error for every kind of bad file."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from train.ade20k import (
     to_target,
 )
 from train.errors import UserError
+from train.run import main
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "ade20k_sample" / "ADEChallengeData2016"
 
@@ -329,10 +328,9 @@ def test_check_data_counts_wide_labels(tmp_path):
     assert (split.pixels[0], split.pixels[255], split.pixels[299]) == (1, 1, 2)
 
 
-def test_check_data_command(folder, tmp_path):
+def test_check_data_command(folder, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("wall\nfloor\nchair\n")
     png(np.full((20, 30), 4, np.uint8), folder / "annotations" / "training" / "a.png")
-    run = Path(__file__).parents[1] / "train" / "run.py"
     options = [
         "--data.root",
         str(folder),
@@ -341,6 +339,5 @@ def test_check_data_command(folder, tmp_path):
         "--data.workers",
         "0",
     ]
-    done = subprocess.run([sys.executable, run, "check-data", *options], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "a.png: label 4 on 600 pixels" in done.stdout
+    assert main(["check-data", *options]) == 1
+    assert "a.png: label 4 on 600 pixels" in capsys.readouterr().out

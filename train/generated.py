@@ -456,13 +456,18 @@ def pixel_baseline(root: str | Path, classes: ClassList | None = None) -> float:
         rows, columns = np.arange(h)[:, None] * 16 // h, np.arange(w)[None] * 4 // w
         return (((r * 12 + g) * 12 + b) * 16 + rows) * 4 + columns
 
-    table = np.zeros((count, int(np.prod(shape))), np.float32)
+    cells = int(np.prod(shape))
+    table = np.zeros(count * cells, np.float32)
     training = SegmentationFolder(root, "training", classes)
+    keys: list[np.ndarray] = []
     for i in range(len(training)):
         image, target = training.decode(i)
         seen = target != training.ignore_index
-        keys = target[seen].astype(np.int64) * table.shape[1] + bins(image)[seen]
-        table += np.bincount(keys, minlength=table.size).reshape(table.shape)
+        keys.append(target[seen].astype(np.int64) * cells + bins(image)[seen])
+        if len(keys) == 64 or i + 1 == len(training):  # one pass over the table for many images
+            table += np.bincount(np.concatenate(keys), minlength=table.size)
+            keys.clear()
+    table = table.reshape(count, cells)
     frequency = table.sum(1)
     table = table.reshape(count, *shape)
     for axis in range(1, table.ndim):
