@@ -27,7 +27,7 @@ from PIL import Image
 from train.ade20k import ClassList, SegmentationFolder, each_sample, load_classes
 from train.errors import UserError
 
-VERSION = 1  # part of the recorded parameters: a change of the scenes makes new images
+VERSION = 2  # part of the recorded parameters: a change of the scenes makes new images
 RECORD = "generated.json"
 CLASSES = (
     ("sky", (135, 190, 235)),
