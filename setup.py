@@ -39,7 +39,7 @@ CPU_SOURCES = [
 ]
 # Contraction to FMA stays on (it is the same for any number of threads); nothing here may assume finite numbers
 # or reorder sums. Psabi: vectors are only passed to functions that are inlined.
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 
 

@@ -11,15 +11,16 @@ namespace depict::cpu::DEPICT_ISA {
 
 typedef double Corners __attribute__((vector_size(32)));  // upper left, upper right, lower left, lower right
 
-// Exponents below kFloor are raised to it: e^-76 is a normal float with room for r^k. That is harmless for a
-// class that stays below kNegligible in the whole cell while the sum is at least kSmallSum (a relative error
-// of e^-42 / 2e-9 = 3e-10), and only then.
-constexpr float kFloor = -76.0f, kNegligible = -42.0f, kSmallSum = 2e-9f;
+// Exponents below kFloor are raised to it: e^-66 times weights and 1 / sum stays clear of subnormal floats, which
+// are slow. That is harmless for a class that stays below kNegligible in the whole cell while the sum is at least
+// kSmallSum (a relative error of e^-42 / 2e-9 = 3e-10), and only then.
+constexpr float kFloor = -66.0f, kNegligible = -42.0f, kSmallSum = 2e-9f;
 constexpr int64_t kBlockRows = 64;  // rows accumulated in T before they are added to the cell row's sums
 
+// Relative to the pixel's maximum; e to this is nothing beside 1, and its products are not subnormal.
 template <class T>
 constexpr T exp_floor() {
-  return sizeof(T) == 4 ? T(-87) : T(-700);
+  return sizeof(T) == 4 ? T(-60) : T(-300);
 }
 
 template <class T>
@@ -27,7 +28,8 @@ struct Workspace {
   T *e, *r;              // [kTileRows][lanes] exponential of the tile's first pixel and ratio to the next one
   T *row_e, *row_r;      // [lanes] ratios of those to the next row's
   T *s, *dx, *dy, *dxy;  // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
-  T* direct;             // [kMaxPixels][lanes] logits, then exponentials, of a careful row
+  double* logit;         // [kMaxPixels][lanes] logits of a careful row
+  T* exponential;        // [kMaxPixels][lanes] their exponentials
   T* sum[4];             // [lanes] gradient of the cell's samples
   Corners* hits;         // [classes] bilinear weights of the pixels with this label
   int32_t* touched;      // [classes + 1] labels met in this cell
@@ -41,6 +43,7 @@ template <class T>
 int64_t cross_entropy_scratch(const CrossEntropyTask<T>& task) {
   const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
   return lanes * (2 * kTileRows + 2 + 4 + kMaxPixels + 4) * static_cast<int64_t>(sizeof(T)) +
+         lanes * kMaxPixels * static_cast<int64_t>(sizeof(double)) +
          classes * static_cast<int64_t>(sizeof(Corners) + sizeof(int32_t) + 1) + 256;
 }
 
@@ -57,9 +60,10 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
   ws.e = take(kTileRows), ws.r = take(kTileRows);
   ws.row_e = take(1), ws.row_r = take(1);
   ws.s = take(1), ws.dx = take(1), ws.dy = take(1), ws.dxy = take(1);
-  ws.direct = take(kMaxPixels);
+  ws.exponential = take(kMaxPixels);
   for (T*& sum : ws.sum) sum = take(1);
-  ws.hits = reinterpret_cast<Corners*>(p);
+  ws.logit = reinterpret_cast<double*>(p);
+  ws.hits = reinterpret_cast<Corners*>(ws.logit + kMaxPixels * lanes);
   ws.touched = reinterpret_cast<int32_t*>(ws.hits + classes);
   ws.met = reinterpret_cast<uint8_t*>(ws.touched + classes + 1);
   for (int k = 0; k < kMaxPixels; ++k) ws.log_sum[k] = ws.upper[k] = ws.lower[k] = 0;
@@ -176,73 +180,84 @@ void write_pixel_losses(const CrossEntropyTask<T>& task, const Cell<T>& cell, co
   }
 }
 
+// Interpolates in double: sharp logits lose more to rounding there than in all that follows.
+template <class T>
+DEPICT_INLINE Vec<double> load_wide(const T* p) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::lanes * sizeof(T)), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vec<double>);
+}
+
+template <class T>
+DEPICT_INLINE void store_narrow(T* p, Vec<double> v) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::lanes * sizeof(T)), may_alias));
+  *reinterpret_cast<Narrow*>(p) = __builtin_convertvector(v, Narrow);
+}
+
 // Every pixel's own maximum and one exponential per pixel and class.
 template <class T, int N>
 void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<T>& row, int64_t pixel,
                  Workspace<T>& ws) {
-  constexpr int L = Simd<T>::lanes;
   const int64_t lanes = task.packed.lanes;
-  alignas(64) T left[N], right[N], peak[padded_pixels<T>(N)];
+  alignas(64) double left[N], right[N], peak[padded_pixels<double>(N)];
   for (int k = 0; k < N; ++k) {  // beyond n: the last pixel again, so that nothing new overflows
     const int64_t x = cell.x + (k < cell.n ? k : cell.n - 1);
-    left[k] = task.pixel.lower[x];
-    right[k] = task.pixel.upper[x];
+    left[k] = task.pixel.pair[2 * x];
+    right[k] = task.pixel.pair[2 * x + 1];
   }
-  Vec<T> best[N];
+  Vec<double> best[N];
   DEPICT_UNROLL
-  for (int k = 0; k < N; ++k) best[k] = splat<T>(-__builtin_inf());
-  for (int64_t c = 0; c < lanes; c += L) {
-    const Vec<T> a = load<T>(cell.corner[0] + c) * row.w_upper + load<T>(cell.corner[2] + c) * row.w_lower;
-    const Vec<T> b = load<T>(cell.corner[1] + c) * row.w_upper + load<T>(cell.corner[3] + c) * row.w_lower;
+  for (int k = 0; k < N; ++k) best[k] = splat<double>(-__builtin_inf());
+  for (int64_t c = 0; c < lanes; c += Simd<double>::lanes) {
+    const Vec<double> a = load_wide(cell.corner[0] + c) * row.upper + load_wide(cell.corner[2] + c) * row.lower;
+    const Vec<double> b = load_wide(cell.corner[1] + c) * row.upper + load_wide(cell.corner[3] + c) * row.lower;
     DEPICT_UNROLL
     for (int k = 0; k < N; ++k) {
-      const Vec<T> logit = a * left[k] + b * right[k];
-      store<T>(ws.direct + k * lanes + c, logit);
+      const Vec<double> logit = a * left[k] + b * right[k];
+      store<double>(ws.logit + k * lanes + c, logit);
       best[k] = Max::of(best[k], logit);
     }
   }
-  reduce_lanes<T, Max, N>(best, peak);
+  reduce_lanes<double, Max, N>(best, peak);
 
-  T label_logit[N];
-  for (int k = 0; k < cell.n; ++k) label_logit[k] = row.label[k] < 0 ? T(0) : ws.direct[k * lanes + row.label[k]];
-
+  for (int k = 0; k < N; ++k)
+    for (int64_t c = 0; c < lanes; c += Simd<double>::lanes)
+      store_narrow(ws.exponential + k * lanes + c,
+                   at_least(load<double>(ws.logit + k * lanes + c) - peak[k], splat<double>(exp_floor<T>())));
   Vec<T> total[N];
   DEPICT_UNROLL
   for (int k = 0; k < N; ++k) total[k] = Vec<T>{};
-  for (int64_t c = 0; c < lanes; c += L) {
+  for (int64_t c = 0; c < lanes; c += Simd<T>::lanes) {
     DEPICT_UNROLL
     for (int k = 0; k < N; ++k) {
-      T* at = ws.direct + k * lanes + c;
-      const Vec<T> e = vexp(at_least(load<T>(at) - peak[k], splat<T>(exp_floor<T>())));
+      T* at = ws.exponential + k * lanes + c;
+      const Vec<T> e = vexp(load<T>(at));
       store<T>(at, e);
       total[k] += e;
     }
   }
   reduce_lanes<T, Add, N>(total, row.z);
+  const auto label_logit = [&](int k) { return ws.logit[k * lanes + row.label[k]]; };
 
   for (int k = 0; k < N; ++k) {
     const T u = row.scale[k] != 0 ? static_cast<T>(row.scale[k]) / row.z[k] : T(0);
-    row.u_left[k] = u * left[k];
-    row.u_right[k] = u * right[k];
+    row.u_left[k] = u * static_cast<T>(left[k]);
+    row.u_right[k] = u * static_cast<T>(right[k]);
   }
   if (task.want_loss) {
-    // In a careful cell the label's logit is taken from this row: its rounding cancels that of the maximum.
     for (int k = 0; k < cell.n; ++k)
       if (row.label[k] >= 0) {
-        ws.log_sum[k] += row.scale[k] * (pixel_log(row.z[k]) + static_cast<double>(peak[k]));
-        if (cell.careful) ws.log_sum[k] -= row.hit[k] * static_cast<double>(label_logit[k]);
+        ws.log_sum[k] += row.scale[k] * (pixel_log(row.z[k]) + peak[k]);
+        if (cell.careful) ws.log_sum[k] -= row.hit[k] * label_logit(k);
       }
   }
   if (task.pixel_loss)
-    write_pixel_losses(
-        task, cell, row, pixel, [&](int k) { return static_cast<double>(peak[k]); },
-        [&](int k) { return static_cast<double>(label_logit[k]); });
+    write_pixel_losses(task, cell, row, pixel, [&](int k) { return peak[k]; }, label_logit);
   if (task.rows) {
-    for (int64_t c = 0; c < lanes; c += L) {
+    for (int64_t c = 0; c < lanes; c += Simd<T>::lanes) {
       Vec<T> a{}, b{};
       DEPICT_UNROLL
       for (int k = 0; k < N; ++k) {
-        const Vec<T> e = load<T>(ws.direct + k * lanes + c);
+        const Vec<T> e = load<T>(ws.exponential + k * lanes + c);
         a += e * row.u_left[k];
         b += e * row.u_right[k];
       }
@@ -378,9 +393,9 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
     }
     if (!use[i]) continue;
     for (int k = cell.n; k < N; ++k) row[i].z[k] = 1.0f;
-    float smallest = row[i].z[0];
-    for (int k = 1; k < N; ++k) smallest = smallest < row[i].z[k] ? smallest : row[i].z[k];
-    if (smallest < kSmallSum) {
+    int small = 0;
+    for (int k = 0; k < N; ++k) small |= row[i].z[k] < kSmallSum;
+    if (small) {
       careful_row<float>(task, cell, row[i], pixel + i * task.packed.x.out, ws);
       use[i] = false;
       continue;
@@ -449,17 +464,22 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
                   Workspace<T>& ws, double& loss) {
   constexpr int L = Simd<T>::lanes;
   const int64_t lanes = task.packed.lanes;
+  Corners label_logits{};
+  const bool want_logits = task.want_loss && !cell.careful;  // careful rows have counted them
   for (int64_t i = 0; i < touched; ++i) {
     const int32_t label = ws.touched[i];
     const Corners hits = ws.hits[label];
-    for (int q = 0; q < 4; ++q) {
-      if (hits[q] == 0) continue;  // 0 times an infinite logit
-      if (task.want_loss && !cell.careful) loss -= hits[q] * static_cast<double>(cell.corner[q][label]);
-      if (task.rows) ws.sum[q][label] -= static_cast<T>(hits[q]);
+    if (want_logits) {
+      const Corners logits{static_cast<double>(cell.corner[0][label]), static_cast<double>(cell.corner[1][label]),
+                           static_cast<double>(cell.corner[2][label]), static_cast<double>(cell.corner[3][label])};
+      label_logits += hits == 0.0 ? Corners{} : hits * logits;  // 0 times an infinite logit is none
     }
+    if (task.rows)
+      for (int q = 0; q < 4; ++q) ws.sum[q][label] -= static_cast<T>(hits[q]);
     ws.hits[label] = Corners{};
     ws.met[label] = 0;
   }
+  loss -= (label_logits[0] + label_logits[1]) + (label_logits[2] + label_logits[3]);
   if (task.want_loss) {
     double base[4] = {};  // the shift, which the logarithms left out, at the samples
     for (int k = 0; k < kMaxPixels; ++k) {

@@ -6,6 +6,7 @@ namespace depict::cpu::DEPICT_ISA {
 template <class T>
 void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* weight, bool magnitude,
               int64_t task) {
+  constexpr int L = Simd<T>::lanes;
   const int64_t h = packed.y.in, w = packed.x.in, lanes = packed.lanes;
   const T* from = view.data + task / h * view.stride[0] + task % h * view.stride[2];
   T* to = packed.logits + task * w * lanes;
@@ -14,38 +15,57 @@ void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* 
     const int64_t x1 = x0 + kBlock < w ? x0 + kBlock : w;
     for (int64_t c = 0; c < packed.classes; ++c)
       for (int64_t x = x0; x < x1; ++x) to[x * lanes + c] = from[c * view.stride[1] + x * view.stride[3]];
-  }
-  for (int64_t x = 0; x < w; ++x) {
-    T* pixel = to + x * lanes;
-    // The maximum skips NaN, the magnitude keeps it: the cross-entropy meets the NaN again, argmax must know.
-    T peak = magnitude ? T(0) : -__builtin_inf();
-    for (int64_t c = 0; c < packed.classes; ++c) {
-      const T value = magnitude ? (pixel[c] < 0 ? -pixel[c] : pixel[c]) : pixel[c];
-      if (value > peak || (magnitude && value != value)) peak = value;
+    for (int64_t x = x0; x < x1; ++x) {
+      T* pixel = to + x * lanes;
+      for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = magnitude ? T(0) : T(kPadLogit);
+      // The maximum skips NaN, the magnitude becomes NaN: the cross-entropy meets the NaN again, argmax must know.
+      Vec<T> best[1] = {magnitude ? Vec<T>{} : splat<T>(-__builtin_inf())};
+      Vec<T> poison{};
+      for (int64_t c = 0; c < lanes; c += L) {
+        const Vec<T> v = load<T>(pixel + c);
+        best[0] = Max::of(best[0], magnitude ? Max::of(v, -v) : v);
+        poison += v * T(0);
+      }
+      alignas(64) T peak[L], poisoned[L];
+      reduce_lanes<T, Max, 1>(best, peak);
+      reduce_lanes<T, Add, 1>(&poison, poisoned);
+      packed.peak[task * w + x] = magnitude ? peak[0] + poisoned[0] : peak[0];
+      if (magnitude)
+        for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = T(kPadLogit);
+      if (packed.smooth) {
+        double sum = 0;
+        for (int64_t c = 0; c < packed.classes; ++c)
+          sum += (weight ? weight[c] : 1.0) * static_cast<double>(pixel[c]);
+        packed.smooth[task * w + x] = sum;
+      }
     }
-    packed.peak[task * w + x] = peak;
-    if (packed.smooth) {
-      double sum = 0;
-      for (int64_t c = 0; c < packed.classes; ++c)
-        sum += (weight ? weight[c] : 1.0) * static_cast<double>(pixel[c]);
-      packed.smooth[task * w + x] = sum;
-    }
-    for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = T(kPadLogit);
   }
 }
 
-// The order of the (at most four) summands is fixed, whichever thread computed them.
+// Adds what the two cell rows beside a low-resolution row found. The order is fixed, whichever thread computed it.
 template <class T>
 void gather_row(const CrossEntropyTask<T>& task, int64_t index, T scale, T* gradient) {
+  constexpr int L = Simd<T>::lanes;
+  constexpr int64_t kBlock = 16;
   const Packed<T>& p = task.packed;
   const int64_t h = p.y.in, w = p.x.in, lanes = p.lanes, row = w * lanes;
   const int64_t b = index / h, y = index % h;
   const T* cells = task.rows + b * (h + 1) * 2 * row;  // cell row i is stored at i + 1
   const T* own = cells + (y + 1) * 2 * row;
   const T* above = cells + y * 2 * row + (y > 0 ? row : 0);  // of the border cell row: its upper samples
-  for (int64_t c = 0; c < p.classes; ++c) {
-    T* out = gradient + ((b * p.classes + c) * h + y) * w;
-    for (int64_t x = 0; x < w; ++x) out[x] = (own[x * lanes + c] + above[x * lanes + c]) * scale;
+  T* out = gradient + (b * p.classes * h + y) * w;
+  alignas(64) T block[kBlock][L];
+  for (int64_t x0 = 0; x0 < w; x0 += kBlock) {
+    const int64_t n = x0 + kBlock < w ? kBlock : w - x0;
+    for (int64_t c0 = 0; c0 < p.classes; c0 += L) {
+      for (int64_t x = 0; x < n; ++x) {
+        const int64_t at = (x0 + x) * lanes + c0;
+        store<T>(block[x], (load<T>(own + at) + load<T>(above + at)) * scale);
+      }
+      const int64_t classes = c0 + L < p.classes ? L : p.classes - c0;
+      for (int64_t c = 0; c < classes; ++c)
+        for (int64_t x = 0; x < n; ++x) out[(c0 + c) * h * w + x0 + x] = block[x][c];
+    }
   }
 }
 
