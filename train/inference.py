@@ -100,17 +100,15 @@ class _Factors:
         self.vertical = vertical.view(blocks, BLOCK_ROWS, rows * h).to(view.masks.device)
         across = _interpolation(view.lefts, view.window[1], view.padded[1], w, view.canvas[1], size[1])
         across = across.flip(0) if view.flip else across
-        across = across if columns is None else across[columns]
+        across = across if columns is None else across[columns.cpu()]
         self.across = across.T.contiguous().to(view.masks.device)
 
-    def logits(self, first: int, last: int) -> Tensor:
-        """(blocks, C, BLOCK_ROWS, W) float32: the resized logits of row blocks first..last."""
-        num_classes, _, kw = self.mosaic.shape
-        out = self.mosaic.new_empty(last - first, num_classes, BLOCK_ROWS, self.across.shape[1])
+    def logits(self, first: int, last: int, out: Tensor) -> Tensor:
+        """The resized logits of row blocks first..last, in out[: last - first]: (blocks, C, BLOCK_ROWS, W)."""
         for block, strip in zip(self.vertical[first:last], out):
             rows = torch.matmul(block, self.mosaic)  # (C, BLOCK_ROWS, columns of M)
-            torch.mm(rows.view(-1, kw), self.across, out=strip.view(-1, strip.shape[-1]))
-        return out
+            torch.mm(rows.flatten(0, 1), self.across, out=strip.view(-1, strip.shape[-1]))
+        return out[: last - first]
 
 
 @contextlib.contextmanager
@@ -128,20 +126,33 @@ def _full_float32(device: torch.device) -> Iterator[None]:
             matmul.fp32_precision = precision
 
 
-def _fill(
-    labels: Tensor, factors: list[_Factors], first: int, last: int, columns: Tensor | None = None
-) -> None:
-    """Writes the labels of row blocks first..last (and of ``columns`` alone) into labels (blocks, rows, W)."""
-    scores = factors[0].logits(first, last)
-    if len(factors) > 1:  # over a single view the softmax changes no argmax
-        scores = scores.softmax(1)
-        for view in factors[1:]:
-            scores += view.logits(first, last).softmax(1)
-    best = scores.max(1).indices.to(labels.dtype)  # the first of equals, and 3 times faster than argmax here
-    if columns is None:
-        labels[first:last] = best
-    else:
-        labels[first:last, :, columns] = best
+class _Scorer:
+    """Labels of row blocks from the views' factors; its buffers, up to 3 x C x strip, serve every strip."""
+
+    def __init__(self, views: list[View], size: tuple[int, int], step: int, columns: Tensor | None = None):
+        self.columns = columns
+        self.factors = [_Factors(view, size, columns) for view in views]
+        num_classes, width = views[0].masks.shape[1], self.factors[0].across.shape[1]
+        shape = (step, num_classes, BLOCK_ROWS, width)
+        count = 1 if len(views) == 1 else 3
+        self.buffers = [views[0].masks.new_empty(shape) for _ in range(count)]
+
+    def fill(self, labels: Tensor, first: int, last: int) -> None:
+        """Writes the labels of blocks first..last, of ``columns`` alone if given, into (blocks, rows, W)."""
+        if len(self.factors) == 1:  # no softmax: it would change no argmax
+            scores = self.factors[0].logits(first, last, self.buffers[0])
+        else:
+            scores, share = (buffer[: last - first] for buffer in self.buffers[1:])
+            for i, view in enumerate(self.factors):
+                logits = view.logits(first, last, self.buffers[0])
+                torch.softmax(logits, 1, out=share if i else scores)
+                if i:
+                    scores += share
+        best = scores.max(1).indices.to(labels.dtype)  # the first of equals; 3 times faster than argmax here
+        if self.columns is None:
+            labels[first:last] = best
+        else:
+            labels[first:last, :, self.columns] = best
 
 
 def _fused(operator: str, view: View) -> bool:
@@ -189,7 +200,7 @@ def labels_from_views(
         raise ValueError(f"{out_dtype} has no room for {num_classes} classes")
     height, width = size
     blocks = -(-height // BLOCK_ROWS)
-    step = max(1, strip_rows // BLOCK_ROWS)
+    step = min(blocks, max(1, strip_rows // BLOCK_ROWS))
     labels = torch.empty(blocks, BLOCK_ROWS, width, dtype=out_dtype, device=device)
     with _full_float32(device):
         todo = torch.ones(blocks, dtype=torch.bool)
@@ -197,12 +208,13 @@ def labels_from_views(
             todo = _window_labels(views[0], labels)
             columns = (_coverage(views[0].lefts, views[0].window[1], width) > 1).nonzero()[:, 0].to(device)
             if len(columns) and not todo.all():
-                shared = [_Factors(views[0], size, columns.cpu())]
+                scorer = _Scorer(views, size, step, columns)
                 for first, last in _runs(~todo, step):
-                    _fill(labels, shared, first, last, columns)
-        factors = [_Factors(view, size) for view in views] if todo.any() else []
-        for first, last in _runs(todo, step):
-            _fill(labels, factors, first, last)
+                    scorer.fill(labels, first, last)
+        if todo.any():
+            scorer = _Scorer(views, size, step)
+            for first, last in _runs(todo, step):
+                scorer.fill(labels, first, last)
     return labels.view(-1, width)[:height]
 
 
