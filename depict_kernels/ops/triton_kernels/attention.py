@@ -66,15 +66,16 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
 ):
     block, batch, head = _head(tl.program_id(0), tl.cdiv(queries, BLOCK_M), heads)
+    left = queries - block * BLOCK_M
     first = (block * BLOCK_M).to(tl.int64)
     q_ptr += batch * q_batch * UNIT + head * q_head * UNIT + first * q_row * UNIT
     w_ptr += batch * w_batch * UNIT + head * w_head * UNIT
-    q = load_rows(q_ptr, q_row * UNIT, queries - first, BLOCK_M, DIM, STARTS, WIDTHS, True)
+    q = load_rows(q_ptr, q_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
 
     # The last block of keys, the only one that needs a mask, starts the online softmax.
     last = (keys - 1) // BLOCK_N * BLOCK_N
     w = load_rows(
-        w_ptr + last.to(tl.int64) * w_row * UNIT,
+        w_ptr + tl.cast(last, tl.int64) * w_row * UNIT,
         w_row * UNIT,
         keys - last,
         BLOCK_N,
@@ -104,14 +105,14 @@ def attention_forward(
         total = total * rescale + tl.sum(p, 1)
         acc = add_product(scale_rows(acc, rescale), p, w, PRECISION)
         top = higher
-        w_ptr += w_row.to(tl.int64) * (BLOCK_N * UNIT)
+        w_ptr += tl.cast(w_row, tl.int64) * (BLOCK_N * UNIT)
 
     out_row = heads * DIM
     out_ptr += (batch * queries + first) * out_row + head * DIM
-    store_rows(out_ptr, scale_rows(acc, 1 / total), out_row, queries - first, BLOCK_M, DIM, STARTS, WIDTHS)
+    store_rows(out_ptr, scale_rows(acc, 1 / total), out_row, left, BLOCK_M, DIM, STARTS, WIDTHS)
     row = tl.arange(0, BLOCK_M)
     lse_ptr += (batch * heads + head) * queries + first
-    tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < queries - first)
+    tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < left)
 
 
 @triton.jit
@@ -132,16 +133,17 @@ def attention_delta(
 ):
     """scale * sum over d of grad * out: what the softmax's gradient subtracts in every row."""
     block, batch, head = _head(tl.program_id(0), tl.cdiv(queries, BLOCK), heads)
+    left = queries - block * BLOCK
     first = (block * BLOCK).to(tl.int64)
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
-    mask = (row < queries - first) & (column < DIM)
+    mask = (row < left) & (column < DIM)
     grad_ptr += batch * grad_batch * UNIT + head * grad_head * UNIT + first * grad_row * UNIT
     out_ptr += ((batch * queries + first) * heads + head) * DIM
-    grad = tl.load(grad_ptr + row * (grad_row * UNIT) + column, mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + row * (heads * DIM) + column, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + (row * (grad_row * UNIT) + column), mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + (row * (heads * DIM) + column), mask=mask, other=0.0).to(tl.float32)
     row = tl.arange(0, BLOCK)
     delta_ptr += (batch * heads + head) * queries + first
-    tl.store(delta_ptr + row, tl.sum(grad * out, 1) * scale, mask=row < queries - first)
+    tl.store(delta_ptr + row, tl.sum(grad * out, 1) * scale, mask=row < left)
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def _add_block(
 def attention_backward(
     x_ptr,  # (B, M, H, d): the rows whose gradient this is
     y_ptr,  # (B, N, H, d): the rows on the other side
-    grad_ptr,  # gradient of the output: x's rows where they are queries, y's where they are keys, both in self-attention
+    grad_ptr,  # gradient of the output: x's rows where QUERY, y's where KEY, one tensor in self-attention
     lse_ptr,  # (B, H, rows of grad)
     delta_ptr,  # (B, H, rows of grad), times scale
     out_ptr,  # (B, M, H, d) contiguous: gradient of x
@@ -231,7 +233,7 @@ def attention_backward(
 ):
     block, batch, head = _head(tl.program_id(0), tl.cdiv(x_rows, BLOCK_M), heads)
     first = (block * BLOCK_M).to(tl.int64)
-    left = x_rows - first
+    left = x_rows - block * BLOCK_M
     x_ptr += batch * x_batch * UNIT + head * x_head * UNIT + first * x_row * UNIT
     y_ptr += batch * y_batch * UNIT + head * y_head * UNIT
     grad_ptr += batch * grad_batch * UNIT + head * grad_head * UNIT
@@ -256,7 +258,7 @@ def attention_backward(
     last = (y_rows - 1) // BLOCK_N * BLOCK_N
     acc = _add_block(
         zero_rows(BLOCK_M, WIDTHS), x, grad_x, lse_x, delta_x,
-        y_ptr + last.to(tl.int64) * y_row * UNIT, grad_ptr + last.to(tl.int64) * grad_row * UNIT,
+        y_ptr + tl.cast(last, tl.int64) * y_row * UNIT, grad_ptr + tl.cast(last, tl.int64) * grad_row * UNIT,
         lse_ptr + last, delta_ptr + last, y_rows - last, y_row, grad_row, scale, scale_log2,
         UNIT, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, True,
     )  # fmt: skip
@@ -265,9 +267,9 @@ def attention_backward(
             acc, x, grad_x, lse_x, delta_x, y_ptr, grad_ptr, lse_ptr, delta_ptr, 0, y_row, grad_row,
             scale, scale_log2, UNIT, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, False,
         )  # fmt: skip
-        y_ptr += y_row.to(tl.int64) * (BLOCK_N * UNIT)
+        y_ptr += tl.cast(y_row, tl.int64) * (BLOCK_N * UNIT)
         if KEY:
-            grad_ptr += grad_row.to(tl.int64) * (BLOCK_N * UNIT)
+            grad_ptr += tl.cast(grad_row, tl.int64) * (BLOCK_N * UNIT)
             lse_ptr += BLOCK_N
             delta_ptr += BLOCK_N
 

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 
 
-def chunks(width: int, limit: int = 3) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Starts and widths of the power-of-two chunks that cover ``width``; one chunk where it would take more than
-    ``limit``: 100 -> (0, 64, 96), (64, 32, 16)."""
+def chunks(width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Starts and widths of the power-of-two chunks that cover ``width``: 100 -> (0, 64, 96), (64, 32, 16).
+
+    None is wider than 64: Triton splits an accumulator wider than it is tall over its columns on sm_80, and the
+    softmax between the two products then goes through shared memory.
+    """
     padded = max(16, -(-width // 16) * 16)
-    widths = tuple(1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1)
-    if len(widths) > limit:
-        widths = (1 << padded.bit_length(),)
+    widths = (64,) * (padded // 64) + tuple(w for w in (32, 16) if padded % 64 & w)
     starts = tuple(sum(widths[:i]) for i in range(len(widths)))
     return starts, widths
 
@@ -36,11 +37,11 @@ def load_chunk(
     row = tl.arange(0, ROWS)[:, None]
     column = START + tl.arange(0, WIDTH)[None, :]
     if MASK_ROWS:
-        tile = tl.load(ptr + row * row_stride + column, mask=(row < rows_left) & (column < DIM), other=0.0)
+        tile = tl.load(ptr + (row * row_stride + column), mask=(row < rows_left) & (column < DIM), other=0.0)
     elif START + WIDTH > DIM:
-        tile = tl.load(ptr + row * row_stride + column, mask=column < DIM, other=0.0)
+        tile = tl.load(ptr + (row * row_stride + column), mask=column < DIM, other=0.0)
     else:
-        tile = tl.load(ptr + row * row_stride + column)
+        tile = tl.load(ptr + (row * row_stride + column))
     return tile
 
 
@@ -76,7 +77,7 @@ def store_chunk(
     row = tl.arange(0, ROWS)[:, None]
     column = START + tl.arange(0, WIDTH)[None, :]
     tl.store(
-        ptr + row * row_stride + column,
+        ptr + (row * row_stride + column),
         tile.to(ptr.dtype.element_ty),
         mask=(row < rows_left) & (column < DIM),
     )
