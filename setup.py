@@ -39,8 +39,22 @@ CPU_SOURCES = [
 ]
 # Contraction to FMA stays on (it is the same for any number of threads); nothing here may assume finite numbers
 # or reorder sums. Psabi: vectors are only passed to functions that are inlined.
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
-SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+CXX_FLAGS = [
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-g0",
+]
+SANITIZE_FLAGS = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover",
+]
 
 
 def compiler() -> str | None:
@@ -66,7 +80,9 @@ def why_not() -> str | None:
     if sys.platform == "win32":
         return "the C++ part is built on Linux and macOS only"
     if compiler() is None:
-        return f"there was no C++ compiler (looked for {os.environ.get('CXX', 'c++')!r}); install g++ or set CXX"
+        return (
+            f"there was no C++ compiler (looked for {os.environ.get('CXX', 'c++')!r}); install g++ or set CXX"
+        )
     try:
         import torch
     except ImportError:
@@ -114,7 +130,9 @@ def build_record(reason: str | None, flags: list[str]) -> dict:
 
 
 reason = why_not()
-flags = CXX_FLAGS + (SANITIZE_FLAGS if os.environ.get("DEPICT_KERNELS_SANITIZE", "0") not in ("", "0") else [])
+flags = CXX_FLAGS + (
+    SANITIZE_FLAGS if os.environ.get("DEPICT_KERNELS_SANITIZE", "0") not in ("", "0") else []
+)
 extensions, commands = [], {}
 if reason is None:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -125,8 +143,12 @@ if reason is None:
         CppExtension(
             "depict_kernels._cpu",
             CPU_SOURCES,
-            extra_compile_args={"cxx": [*flags, f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]},
-            extra_link_args=["-fsanitize=address,undefined"] if "-fsanitize=address,undefined" in flags else [],
+            extra_compile_args={
+                "cxx": [*flags, f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
+            },
+            extra_link_args=["-fsanitize=address,undefined"]
+            if "-fsanitize=address,undefined" in flags
+            else [],
             depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
             py_limited_api=True,
         )
@@ -162,5 +184,7 @@ if extensions:
 setup(
     ext_modules=extensions,
     cmdclass=commands,
-    options={"bdist_wheel": {"py_limited_api": f"cp{PYTHON_TARGET[0]}{PYTHON_TARGET[1]}"}} if extensions else {},
+    options={"bdist_wheel": {"py_limited_api": f"cp{PYTHON_TARGET[0]}{PYTHON_TARGET[1]}"}}
+    if extensions
+    else {},
 )

@@ -39,7 +39,11 @@ def load_cpu() -> str | None:
     record = build_record()
     if not _CPU_LIBRARY.exists():
         reason = record.get("cpu", {}).get("reason")
-        return f"the C++ kernels were not built: {reason}" if reason else f"the C++ kernels are not built; {_REBUILD}"
+        return (
+            f"the C++ kernels were not built: {reason}"
+            if reason
+            else f"the C++ kernels are not built; {_REBUILD}"
+        )
     machine = record.get("machine", platform.machine())
     if machine != platform.machine():
         return f"the C++ kernels were built for {machine}, this is {platform.machine()}"
@@ -50,7 +54,9 @@ def load_cpu() -> str | None:
         torch.ops.load_library(str(_CPU_LIBRARY))
     except OSError as error:
         built = record.get("torch", "an unknown torch")
-        return f"the C++ kernels (built with torch {built}, you have {torch.__version__}) did not load: {error}"
+        return (
+            f"the C++ kernels (built with torch {built}, you have {torch.__version__}) did not load: {error}"
+        )
     return None
 
 

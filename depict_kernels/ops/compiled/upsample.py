@@ -10,7 +10,6 @@ from torch import Tensor
 
 from depict_kernels import extension
 from depict_kernels.ops.targets import bad_target_message
-from depict_kernels.ops.targets import bad_target_message
 
 RAISES_ON_BAD_TARGET = True  # the kernels check labels as they read them
 
