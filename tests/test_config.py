@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from depict_kernels.models import list_models
 from train.config import (
     CONFIGS,
     Config,
@@ -133,7 +134,8 @@ def test_saved_configuration_rebuilds_itself(tmp_path):
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_configurations_are_valid(file: Path):
-    load_config([file])
+    config = load_config([file])
+    assert config.model.name in list_models()
 
 
 def test_ade20k_configurations_follow_the_paper():

@@ -156,8 +156,6 @@ def _run(arguments: list[str], output: str, rank: int, size: int, port: int) -> 
         os.environ.update({name: str(value) for name, value in zip(LAUNCHER, values)})
     from train import run
 
-    # Else the loader's processes would come from a server of their own, which imports everything again.
-    multiprocessing.set_start_method("fork", force=True)
     sys.exit(run.main(arguments))
 
 

@@ -8,6 +8,7 @@ index), never from the rank or the worker: two ranks with half the batch each se
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,6 +138,8 @@ def train_loader(
         batch_size=None,  # a key is a batch already
         collate_fn=_as_it_is,
         num_workers=data.workers,
+        # Forked workers start at once, and notice when a kill takes their parent: a server's would live on.
+        multiprocessing_context="fork" if data.workers and sys.platform == "linux" else None,
         persistent_workers=data.workers > 0,
         prefetch_factor=4 if data.workers else None,
         pin_memory=pin_memory,
