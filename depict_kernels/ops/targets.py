@@ -61,6 +61,13 @@ def bad_target_message(report: list[int], num_classes: int, ignore_index: int) -
     )
 
 
+def raise_if_bad(report: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises ValueError if a report of :func:`sanitize_target` names a bad label. Synchronises with the device."""
+    values = report.tolist()
+    if values[0]:
+        raise ValueError(bad_target_message(values, num_classes, ignore_index))
+
+
 torch.library.define(
     "depict_kernels::scan_target",
     "(Tensor target, int num_classes, int ignore_index, bool raise_now) -> (Tensor, Tensor)",
@@ -70,8 +77,8 @@ torch.library.define(
 @torch.library.impl("depict_kernels::scan_target", "CompositeExplicitAutograd")
 def _scan_target(target: Tensor, num_classes: int, ignore_index: int, raise_now: bool):
     clean, report = sanitize_target(target, num_classes, ignore_index)
-    if raise_now and (values := report.tolist())[0]:
-        raise ValueError(bad_target_message(values, num_classes, ignore_index))
+    if raise_now:
+        raise_if_bad(report, num_classes, ignore_index)
     return (clean.clone() if clean is target else clean), report
 
 

@@ -13,7 +13,12 @@ from torch.utils.flop_counter import register_flop_formula
 from depict_kernels import backends
 from depict_kernels.ops import _library
 from depict_kernels.ops.stock import upsample as stock
-from depict_kernels.ops.targets import check_target_tensor, default_ignore_index, record_bad_target
+from depict_kernels.ops.targets import (
+    check_target_tensor,
+    default_ignore_index,
+    raise_if_bad,
+    record_bad_target,
+)
 
 _STEM = "upsample"
 _REDUCTIONS = ("mean", "sum", "none")
@@ -187,14 +192,19 @@ def _scan(target, num_classes, ignore_index, raise_now):
 def _run_cross_entropy(
     kernels, logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, raise_now
 ):
-    # Kernels that check the labels as they read them say so; the others get clean ones.
-    if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
-        report = torch.zeros(5, dtype=torch.int64, device=target.device)
+    # Kernels that check the labels as they read them say so: they raise, or they return a report as a third
+    # value and treat bad labels as ignored. The others get clean labels.
+    options = (weight, ignore_index, label_smoothing, reduction, need_grad)
+    if getattr(kernels, "REPORTS_BAD_TARGET", False):
+        loss, grad, report = kernels.cross_entropy_forward(logits, target, *options)
+        if raise_now:
+            raise_if_bad(report, logits.shape[1], ignore_index)
     else:
-        target, report = _scan(target, logits.shape[1], ignore_index, raise_now)
-    loss, grad = kernels.cross_entropy_forward(
-        logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
-    )
+        if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
+            report = torch.zeros(5, dtype=torch.int64, device=target.device)
+        else:
+            target, report = _scan(target, logits.shape[1], ignore_index, raise_now)
+        loss, grad = kernels.cross_entropy_forward(logits, target, *options)
     return loss, loss.new_empty(0) if grad is None else grad, report
 
 
@@ -219,7 +229,7 @@ _library.define(
 
 
 def _run_cross_entropy_backward(kernels, grad_loss, logits, target, weight, ignore_index, label_smoothing):
-    if not getattr(kernels, "RAISES_ON_BAD_TARGET", False):
+    if not getattr(kernels, "RAISES_ON_BAD_TARGET", getattr(kernels, "REPORTS_BAD_TARGET", False)):
         target, _ = _scan(target, logits.shape[1], ignore_index, False)
     return kernels.cross_entropy_backward(grad_loss, logits, target, weight, ignore_index, label_smoothing)
 
@@ -295,6 +305,8 @@ _library.define(
 
 def _run_confusion(kernels, logits, target, ignore_index, out):
     raise_now = logits.device.type == "cpu"
+    if getattr(kernels, "REPORTS_BAD_TARGET", False) and not raise_now:
+        return kernels.confusion(logits, target, ignore_index, out)
     if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
         report = torch.zeros(5, dtype=torch.int64, device=target.device)
     else:
