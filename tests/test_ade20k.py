@@ -294,7 +294,7 @@ def test_check_data_counts(folder, classes, workers):
         assert split.ignored == (stored == 0).sum()
         assert split.images_with.tolist() == [3, 3, 3]
         assert split.smallest == split.largest == (20, 30)
-    assert "no bad file" in report.text() and "wall" in report.text()
+    assert "no bad file" in report.text() and "wall" in report.text() and "never occur" not in report.text()
 
 
 def test_check_data_names_every_bad_file(folder, classes):
@@ -323,9 +323,11 @@ def test_check_data_counts_wide_labels(tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(f"class {i}" for i in range(300)))
     png(np.array([[0, 1, 300], [300, 256, 0]], np.uint16), tmp_path / "annotations" / "training" / "a.png")
     png(np.zeros((2, 3, 3), np.uint8), tmp_path / "images" / "training" / "a.png")
-    split = check_data(tmp_path, load_classes(tmp_path / "many.txt"), ("training",)).splits[0]
+    report = check_data(tmp_path, load_classes(tmp_path / "many.txt"), ("training",))
+    split = report.splits[0]
     assert split.ignored == 2 and split.pixels.sum() == 4
     assert (split.pixels[0], split.pixels[255], split.pixels[299]) == (1, 1, 2)
+    assert "297 of 300 classes never occur" in report.text()
 
 
 def test_check_data_command(folder, tmp_path, capsys):

@@ -413,9 +413,9 @@ class DataReport:
                 f"{s.pixels[c] / max(1, s.pixels.sum()):>13.3%} {s.images_with[c]:>8}" for s in self.splits
             )
             lines.append(f"{c:5} {name[:width]:{width}}{cells}")
-        unseen = [name for c, name in enumerate(names) if not any(s.images_with[c] for s in self.splits)]
+        unseen = sum(not any(s.images_with[c] for s in self.splits) for c in range(len(names)))
         if unseen:
-            lines += ["", f"{len(unseen)} classes never occur: {', '.join(unseen)}"]
+            lines += ["", f"{unseen} of {len(names)} classes never occur"]
         lines.append("")
         lines += self.problems
         lines.append(f"{len(self.problems)} bad files" if self.problems else "no bad file")
