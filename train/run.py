@@ -1,7 +1,7 @@
 """Trains, evaluates and predicts.
 
     python train/run.py [--config FILE] [--section.key VALUE ...]      train (without arguments: the demo)
-    python train/run.py eval RUN [--multiscale] [--checkpoint C]       score a run folder's model
+    python train/run.py eval RUN [--multiscale] [--compare-stock]      score a run folder's model
     python train/run.py predict RUN PATH ... [--output DIR]            label maps and overlays of any images
     python train/run.py check-data | generate-data | download-data | cache-data [--section.key VALUE ...]
 
@@ -328,18 +328,20 @@ def open_run(
 
 
 def evaluate_run(arguments: list[str]) -> int:
-    usage = "eval RUN [--multiscale] [--checkpoint best|last|FILE] [--output FILE] [--data.root DIR]"
-    words, own, rest = split_arguments(arguments, {"multiscale": False, "checkpoint": True, "output": True})
+    usage = "eval RUN [--multiscale] [--compare-stock] [--checkpoint best|last|FILE] [--output FILE] [--data.root DIR]"
+    options = {"multiscale": False, "compare-stock": False, "checkpoint": True, "output": True}
+    words, own, rest = split_arguments(arguments, options)
     which = own.get("checkpoint", "best")
     folder, config, classes, model, state, world = open_run(words, rest, which, usage)
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}; usage: python train/run.py {usage}")
     from train import build
-    from train.inference import evaluate
+    from train.inference import Comparison, evaluate, print_progress
 
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
     multiscale = own.get("multiscale", False)
+    comparison = Comparison() if own.get("compare-stock") else None
     metrics = evaluate(
         model,
         dataset,
@@ -348,6 +350,8 @@ def evaluate_run(arguments: list[str]) -> int:
         device=world.device,
         rank=world.rank,
         world_size=world.size,
+        progress=print_progress() if world.main else None,
+        comparison=comparison,
     )
     if world.main:
         results = metrics.results()
@@ -355,6 +359,8 @@ def evaluate_run(arguments: list[str]) -> int:
               + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
         for key, title in SCORES.items():
             print(f"  {title:<16}{results[key]:.4f}")
+        if comparison is not None:
+            print(f"  {comparison}")
         name = "results_multiscale.json" if multiscale else f"results_{Path(which).stem}.json"
         output = Path(own["output"]) if "output" in own else folder / name
         extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale}
@@ -369,6 +375,7 @@ def predict_run(arguments: list[str]) -> int:
     folder, config, classes, model, _, world = open_run(words[:1], rest, own.get("checkpoint", "best"), usage)
     if len(words) < 2:
         raise UserError(f"which images? usage: python train/run.py {usage}")
+    from train.inference import print_progress
     from train.predict import predict_folder
 
     output = Path(own.get("output", folder / "predictions"))
@@ -381,6 +388,7 @@ def predict_run(arguments: list[str]) -> int:
         multiscale=own.get("multiscale", False),
         reduce_zero_label=config.data.reduce_zero_label,
         device=world.device,
+        progress=print_progress("predicting"),
     )
     print(f"{len(report.written)} files written to {output}")
     return report.exit_status

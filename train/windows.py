@@ -107,8 +107,8 @@ def window_masks(
         cfg: the ``eval`` section of the configuration.
 
     Raises:
-        UserError: an image of another shape or dtype, a stride above the window.
-        FloatingPointError: the model gives NaN or infinite masks.
+        UserError: an image of another shape or dtype, a stride above the window, or a model that gives NaN or
+            infinite masks.
     """
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise UserError(f"an image is (3, H, W) uint8, not {tuple(image.shape)} {image.dtype}")
@@ -140,7 +140,7 @@ def window_masks(
     masks: list[Tensor] = []
     while len(masks) < len(crops):
         batch = crops[len(masks) : len(masks) + cfg.batch_windows]
-        batch = list(takewhile(lambda crop: crop.shape == batch[0].shape, batch))  # noqa: B023
+        batch = list(takewhile(lambda crop: crop.shape == batch[0].shape, batch))
         masks += model(torch.stack(batch)).float().unbind(0)
 
     views = []
@@ -149,7 +149,7 @@ def window_masks(
         views.append(View(masks=torch.stack(masks[:count]), **layout))
         del masks[:count]
     if not all(view.masks.isfinite().all() for view in views):
-        raise FloatingPointError(
+        raise UserError(
             "the model gives NaN or infinite masks: its training diverged, or its weights are damaged"
         )
     return views
