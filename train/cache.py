@@ -206,7 +206,7 @@ def _build(path: Path, folder: SegmentationFolder, sources: np.ndarray, workers:
     end = 0
     for i in range(len(folder)):
         try:
-            with Image.open(folder.image_path(i)) as image:  # the heading alone
+            with Image.open(folder.image_path(i), formats=["JPEG", "PNG"]) as image:  # the heading alone
                 index[i]["width"], index[i]["height"] = image.size
         except (OSError, ValueError, SyntaxError):
             folder.decode(i)  # names what is wrong with it
