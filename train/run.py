@@ -5,8 +5,8 @@
     python train/run.py predict RUN PATH ... [--output DIR]            label maps and overlays of any images
     python train/run.py check-data | generate-data | download-data | cache-data [--section.key VALUE ...]
 
-RUN is a run folder such as runs/demo. C is best (the default), last, or a file. All take --section.key VALUE,
-for example --data.root for data that moved. Under torchrun, training and eval share the work.
+RUN is a run folder such as runs/demo; --checkpoint takes best (the default), last, or a file. All take
+--section.key VALUE, for example --data.root for data that moved. Under torchrun, training and eval share the work.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> int:
             return show_help()
         if rest and name == "train" and not rest[0].startswith("-"):
             raise UserError(f"unknown command {rest[0]!r}; commands are {', '.join(commands)}")
-        return commands[name](rest)
+        status = commands[name](rest)
+        distributed.stop()
+        return status
     except UserError as error:
         print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
         return 2
@@ -69,8 +71,6 @@ def main(arguments: list[str]) -> int:
         rank = os.environ.get("RANK", 0)
         print(f"error: process {rank} lost another one: see that one's error", file=sys.stderr, flush=True)
         return 3
-    finally:
-        distributed.stop()
 
 
 def show_help() -> int:
@@ -461,4 +461,8 @@ def cache_data(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status)  # taking the process group down in order would wait for the others, and they for us
+    sys.exit(status)
