@@ -25,8 +25,8 @@ constexpr T exp_floor() {
 
 template <class T>
 struct Workspace {
-  T *e, *r;              // [kTileRows][lanes] exponential of the tile's first pixel and ratio to the next one
-  T *row_e, *row_r;      // [lanes] ratios of those to the next row's
+  T *e, *r, *q;          // [kTileRows][lanes] exponential of the middle pixel, ratio to the next and the last one
+  T *row_e, *row_r, *row_q;  // [lanes] relative change of those from row to row
   T *s, *dx, *dy, *dxy;  // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
   double* logit;         // [kMaxPixels][lanes] logits of a careful row
   T* exponential;        // [kMaxPixels][lanes] their exponentials
@@ -42,7 +42,7 @@ struct Workspace {
 template <class T>
 int64_t cross_entropy_scratch(const CrossEntropyTask<T>& task) {
   const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
-  return lanes * (2 * kTileRows + 2 + 4 + kMaxPixels + 4) * static_cast<int64_t>(sizeof(T)) +
+  return lanes * (3 * kTileRows + 3 + 4 + kMaxPixels + 4) * static_cast<int64_t>(sizeof(T)) +
          lanes * kMaxPixels * static_cast<int64_t>(sizeof(double)) +
          classes * static_cast<int64_t>(sizeof(Corners) + sizeof(int32_t) + 1) + 256;
 }
@@ -57,8 +57,8 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
     p += rows * lanes;
     return here;
   };
-  ws.e = take(kTileRows), ws.r = take(kTileRows);
-  ws.row_e = take(1), ws.row_r = take(1);
+  ws.e = take(kTileRows), ws.r = take(kTileRows), ws.q = take(kTileRows);
+  ws.row_e = take(1), ws.row_r = take(1), ws.row_q = take(1);
   ws.s = take(1), ws.dx = take(1), ws.dy = take(1), ws.dxy = take(1);
   ws.exponential = take(kMaxPixels);
   for (T*& sum : ws.sum) sum = take(1);
@@ -303,28 +303,37 @@ void shift_cell(int64_t lanes, Cell<float>& cell, Workspace<float>& ws) {
   cell.careful = any != 0;
 }
 
-// Sums of exponentials of one row; Advance first steps e and r on from the previous row.
+DEPICT_INLINE Vec<float> advance(float* to, int64_t lanes, const float* change) {
+  const Vec<float> before = load<float>(to - lanes);
+  const Vec<float> now = before * load<float>(change) + before;
+  store<float>(to, now);
+  return now;
+}
+
+// Sums of exponentials of one row, outwards from its middle pixel, which halves the error of r^k; Advance first
+// steps the series on from the previous row.
 template <int N, bool Advance>
-void sum_row(int64_t lanes, float* e, float* r, const float* row_e, const float* row_r, float* z) {
+void sum_row(int64_t lanes, int64_t i, Workspace<float>& ws, float* z) {
   constexpr int L = Simd<float>::lanes;
+  float *e = ws.e + i * lanes, *r = ws.r + i * lanes, *q = ws.q + i * lanes;
   Vec<float> total[N];
   DEPICT_UNROLL
   for (int k = 0; k < N; ++k) total[k] = Vec<float>{};
   for (int64_t c = 0; c < lanes; c += L) {
-    Vec<float> term, ratio;
-    if constexpr (Advance) {
-      term = load<float>(e - lanes + c) * load<float>(row_e + c);
-      ratio = load<float>(r - lanes + c) * load<float>(row_r + c);
-      store<float>(e + c, term);
-      store<float>(r + c, ratio);
-    } else {
-      term = load<float>(e + c);
-      ratio = load<float>(r + c);
-    }
+    const Vec<float> middle = Advance ? advance(e + c, lanes, ws.row_e + c) : load<float>(e + c);
+    const Vec<float> up = Advance ? advance(r + c, lanes, ws.row_r + c) : load<float>(r + c);
+    const Vec<float> down = Advance ? advance(q + c, lanes, ws.row_q + c) : load<float>(q + c);
+    Vec<float> term = middle;
     DEPICT_UNROLL
-    for (int k = 0; k < N; ++k) {
+    for (int k = N / 2; k < N; ++k) {
       total[k] += term;
-      if (k + 1 < N) term *= ratio;
+      if (k + 1 < N) term *= up;
+    }
+    term = middle;
+    DEPICT_UNROLL
+    for (int k = N / 2 - 1; k >= 0; --k) {
+      term *= down;
+      total[k] += term;
     }
   }
   reduce_lanes<float, Add, N>(total, z);
@@ -339,15 +348,22 @@ void gradient_tile(int64_t lanes, const PixelRow<float>* row, const bool* use, i
     Vec<float> s2 = load<float>(ws.sum[2] + c), s3 = load<float>(ws.sum[3] + c);
     for (int i = 0; i < rows; ++i) {
       if (!use[i]) continue;
-      const Vec<float> ratio = load<float>(ws.r + i * lanes + c), e = load<float>(ws.e + i * lanes + c);
+      const Vec<float> e = load<float>(ws.e + i * lanes + c);
+      const Vec<float> up = load<float>(ws.r + i * lanes + c), down = load<float>(ws.q + i * lanes + c);
       Vec<float> a = splat(row[i].u_left[N - 1]), b = splat(row[i].u_right[N - 1]);
       DEPICT_UNROLL
-      for (int k = N - 2; k >= 0; --k) {
-        a = a * ratio + row[i].u_left[k];
-        b = b * ratio + row[i].u_right[k];
+      for (int k = N - 2; k >= N / 2; --k) {
+        a = a * up + row[i].u_left[k];
+        b = b * up + row[i].u_right[k];
       }
-      a *= e;
-      b *= e;
+      Vec<float> a_down = splat(row[i].u_left[0]), b_down = splat(row[i].u_right[0]);
+      DEPICT_UNROLL
+      for (int k = 1; k < N / 2; ++k) {
+        a_down = a_down * down + row[i].u_left[k];
+        b_down = b_down * down + row[i].u_right[k];
+      }
+      a = (a_down * down + a) * e;
+      b = (b_down * down + b) * e;
       s0 += a * row[i].w_upper;
       s1 += b * row[i].w_upper;
       s2 += a * row[i].w_lower;
@@ -360,13 +376,32 @@ void gradient_tile(int64_t lanes, const PixelRow<float>* row, const bool* use, i
   }
 }
 
+template <int N>
+struct Pixels {
+  static constexpr int count = N;
+};
+
+// Relative changes from row to row, as exp - 1: they are small, and so is the error that repeating them adds.
+template <int N>
+void row_ratios(int64_t lanes, const Cell<float>& cell, float step_y, Workspace<float>& ws) {
+  constexpr int L = Simd<float>::lanes;
+  const float t = static_cast<float>(cell.t_x + N / 2 * cell.step_x);
+  const float step = static_cast<float>(cell.step_x) * step_y;
+  for (int64_t c = 0; c < lanes; c += L) {
+    const Vec<float> mixed = load<float>(ws.dxy + c);
+    store<float>(ws.row_e + c, vexpm1((load<float>(ws.dy + c) + mixed * t) * step_y));
+    store<float>(ws.row_r + c, vexpm1(mixed * step));
+    store<float>(ws.row_q + c, vexpm1(mixed * -step));
+  }
+}
+
 // Up to kTileRows rows with geometric series; `along_y` says that row ratios are at hand.
 template <int N>
 void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<float>* row, int rows, bool along_y,
                int64_t pixel, Workspace<float>& ws) {
   constexpr int L = Simd<float>::lanes;
   const int64_t lanes = task.packed.lanes;
-  const float t = static_cast<float>(cell.t_x), step = static_cast<float>(cell.step_x);
+  const float t = static_cast<float>(cell.t_x + N / 2 * cell.step_x), step = static_cast<float>(cell.step_x);
   bool use[kTileRows];
   int last = -1;
   for (int i = 0; i < rows; ++i) {
@@ -379,17 +414,17 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
     right[k] = task.pixel.upper[cell.x + k];
   }
   for (int i = 0; i <= last; ++i) {
-    float *e = ws.e + i * lanes, *r = ws.r + i * lanes;
     if (i == 0 || !along_y) {
       const float y = row[i].w_lower;
       for (int64_t c = 0; c < lanes; c += L) {
         const Vec<float> slope = load<float>(ws.dx + c) + load<float>(ws.dxy + c) * y;
-        store<float>(e + c, vexp(load<float>(ws.s + c) + load<float>(ws.dy + c) * y + slope * t));
-        store<float>(r + c, vexp(slope * step));
+        store<float>(ws.e + i * lanes + c, vexp(load<float>(ws.s + c) + load<float>(ws.dy + c) * y + slope * t));
+        store<float>(ws.r + i * lanes + c, vexp(slope * step));
+        store<float>(ws.q + i * lanes + c, vexp(slope * -step));
       }
-      sum_row<N, false>(lanes, e, r, nullptr, nullptr, row[i].z);
+      sum_row<N, false>(lanes, i, ws, row[i].z);
     } else {
-      sum_row<N, true>(lanes, e, r, ws.row_e, ws.row_r, row[i].z);
+      sum_row<N, true>(lanes, i, ws, row[i].z);
     }
     if (!use[i]) continue;
     for (int k = cell.n; k < N; ++k) row[i].z[k] = 1.0f;
@@ -431,29 +466,23 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
   if (task.rows) gradient_tile<N>(lanes, row, use, last + 1, ws);
 }
 
-// How a row falls from tile to tile.
-void row_ratios(int64_t lanes, const Cell<float>& cell, float step_y, Workspace<float>& ws) {
-  constexpr int L = Simd<float>::lanes;
-  const float t = static_cast<float>(cell.t_x), step = static_cast<float>(cell.step_x) * step_y;
-  for (int64_t c = 0; c < lanes; c += L) {
-    store<float>(ws.row_e + c, vexp((load<float>(ws.dy + c) + load<float>(ws.dxy + c) * t) * step_y));
-    store<float>(ws.row_r + c, vexp(load<float>(ws.dxy + c) * step));
+// Calls f with the number of pixels that the geometric series of a chunk of n is unrolled for.
+template <class F>
+DEPICT_INLINE void with_pixels(int n, const F& f) {
+  if (n <= 4) return f(Pixels<4>());
+  if (n <= 8) return f(Pixels<8>());
+  if constexpr (DEPICT_PIXELS > 8) {
+    if (n <= 12) return f(Pixels<12>());
+    return f(Pixels<16>());
   }
 }
 
 template <class T>
 void tile(const CrossEntropyTask<T>& task, Cell<T>& cell, PixelRow<T>* row, int rows, bool along_y, int64_t pixel,
           Workspace<T>& ws) {
-  if constexpr (sizeof(T) == 4) {
-    if (!cell.careful) {
-      if (cell.n <= 4) return fast_tile<4>(task, cell, row, rows, along_y, pixel, ws);
-      if (cell.n <= 8) return fast_tile<8>(task, cell, row, rows, along_y, pixel, ws);
-      if constexpr (DEPICT_PIXELS > 8) {
-        if (cell.n <= 12) return fast_tile<12>(task, cell, row, rows, along_y, pixel, ws);
-        return fast_tile<16>(task, cell, row, rows, along_y, pixel, ws);
-      }
-    }
-  }
+  if constexpr (sizeof(T) == 4)
+    if (!cell.careful)
+      return with_pixels(cell.n, [&](auto pixels) { fast_tile<pixels.count>(task, cell, row, rows, along_y, pixel, ws); });
   for (int i = 0; i < rows; ++i)
     if (row[i].live) careful_row<T>(task, cell, row[i], pixel + i * task.packed.x.out, ws);
 }
@@ -547,7 +576,8 @@ void cross_entropy_cell_row(const CrossEntropyTask<T>& task, int64_t index, void
       cell.t_x = p.x.weight(j, cell.x);
       const bool along_y = y1 - y0 > 2;
       if constexpr (sizeof(T) == 4)
-        if (!cell.careful && along_y) row_ratios(lanes, cell, step_y, ws);
+        if (!cell.careful && along_y)
+          with_pixels(cell.n, [&](auto pixels) { row_ratios<pixels.count>(lanes, cell, step_y, ws); });
       for (int64_t block = y0; block < y1; block += kBlockRows) {
         const int64_t block_end = block + kBlockRows < y1 ? block + kBlockRows : y1;
         cell.smooth_sum = Corners{};

@@ -62,7 +62,8 @@ DEPICT_INLINE V at_most(V a, V b) {
 // exp(x) = 2^n exp(r), |r| <= ln 2 / 2. x must lie in [-87, 88] (float) or [-700, 709] (double); NaN stays NaN.
 // Adding 1.5 * 2^mantissa rounds x / ln 2 and leaves n in the low bits. The float polynomial is a minimax fit of
 // relative error 3e-9, the double one Taylor's to degree 13.
-DEPICT_INLINE Vec<float> vexp(Vec<float> x) {
+template <bool MinusOne>
+DEPICT_INLINE Vec<float> exponential(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
   const Vec<float> n = shifted - 12582912.0f;
   Vec<float> r = x - n * 0.693359375f;  // nine bits: the product is exact without FMA too
@@ -71,9 +72,15 @@ DEPICT_INLINE Vec<float> vexp(Vec<float> x) {
   q = q * r + 0.0416683908883f;
   q = q * r + 0.16666520394f;
   q = q * r + 0.499999934316f;
-  const Vec<float> p = (q * (r * r) + r) + 1.0f;
-  return (Vec<float>)((UVec<float>)p + ((UVec<float>)shifted << 23));
+  q = q * (r * r) + r;
+  if constexpr (MinusOne) {
+    const Vec<float> power = (Vec<float>)(((UVec<float>)shifted << 23) + 0x3f800000u);
+    return q * power + (power - 1.0f);
+  }
+  return (Vec<float>)((UVec<float>)(q + 1.0f) + ((UVec<float>)shifted << 23));
 }
+DEPICT_INLINE Vec<float> vexp(Vec<float> x) { return exponential<false>(x); }
+DEPICT_INLINE Vec<float> vexpm1(Vec<float> x) { return exponential<true>(x); }
 
 DEPICT_INLINE Vec<double> vexp(Vec<double> x) {
   const Vec<double> shifted = x * 1.4426950408889634074 + 6755399441055744.0;
