@@ -99,10 +99,10 @@ def test_failing_process_does_not_hang_the_others(tmp_path):
     bad.write_bytes(bad.read_bytes()[:100])
     config = write_config(tmp_path / "config.yaml", settings(data, tmp_path / "runs", train__steps=1000))
     begun = time.monotonic()
-    done = torchrun(["--config", str(config)], processes=2)
+    done = torchrun(["--config", str(config)], processes=2, timeout=240)
     assert done.returncode != 0
     assert f"error: {bad}" in done.stderr
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 180, "far below the 600 s after which a process gives up waiting"
 
 
 def test_incomplete_environment(monkeypatch):

@@ -215,7 +215,12 @@ class Trainer:
 
     def _check(self) -> list[list[float]]:
         """The window so far as [loss over all processes, gradient norm] per step; raises on NaN and the like."""
-        ops.raise_on_bad_target()
+        try:
+            ops.raise_on_bad_target()
+        except ValueError as error:
+            raise UserError(
+                f"up to step {self.step}: {error}; `python train/run.py check-data` names the file"
+            ) from None
         window = self.window[: len(self.window_images)].clone()
         window[:, 0] = sum_over(self.world, window[:, 0].contiguous())
         rows = window.tolist()
