@@ -1,7 +1,7 @@
 """Backend ``triton`` of the three upsample operators: allocates, chooses tiles, launches. Not yet run on a GPU.
 
-    pack_logits -> loss_series -> loss_careful -> finish_loss -> gather_gradient      loss and gradient
-    pack_logits -> label_tiles (-> finish_loss for the report of bad labels)          label map, confusion matrix
+    pack_logits, loss_series, gradient_series, loss_careful, finish_loss, gather_gradient   loss and gradient
+    pack_logits, label_tiles, finish_loss (for the report of bad labels)                    label map, confusion
 
 float32 inside (float64 for float64 logits); float64 for sums over pixels. Nothing synchronises with the host. The
 gradient's extra memory is four samples per tile, tiles being cells of the low-resolution grid in parts of at most
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from depict_kernels.ops.triton_kernels import tuning
+from depict_kernels.ops.triton_kernels import upsample_tuning as tuning
 from depict_kernels.ops.triton_kernels.launch import architecture, launch
+from depict_kernels.ops.triton_kernels.upsample_careful import loss_careful
 from depict_kernels.ops.triton_kernels.upsample_cells import pack_logits
 from depict_kernels.ops.triton_kernels.upsample_labels import label_tiles
-from depict_kernels.ops.triton_kernels.upsample_loss import loss_careful, loss_series
+from depict_kernels.ops.triton_kernels.upsample_loss import gradient_series, loss_series
 from depict_kernels.ops.triton_kernels.upsample_reduce import finish_loss, gather_gradient
 
 REPORTS_BAD_TARGET = True  # the forward functions return the report of ops/targets.py as they read the labels
@@ -72,7 +73,7 @@ class Packed:
 
 def _pack(logits: Tensor, weight: Tensor | None, block_c: int, *, shift: bool, smooth: bool) -> Packed:
     batch, classes, h, w = logits.shape
-    config = tuning.upsample_pack()
+    config = tuning.pack()
     lanes = -(-classes // block_c) * block_c
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     samples = batch * h * w
@@ -128,28 +129,24 @@ def _run_tiles(
     count = logits.shape[0] * tiles.per_image
     exact = logits.dtype == torch.float64
     arch = architecture(logits.device)
-    series = tuning.upsample_series(arch, tiles.rows, classes)
-    careful = tuning.upsample_careful(arch, tiles.rows * tuning.power_of_two(tiles.columns), classes)
+    series = tuning.series(arch, tiles.rows, classes)
+    careful = tuning.careful(arch, tiles.rows * tuning.power_of_two(tiles.columns), classes)
     block_c = series.columns
     smooth = label_smoothing > 0
     dtype = torch.float64 if exact else torch.float32
     if weight is not None:
         weight = weight.to(dtype).contiguous()
     packed = _pack(logits, weight, max(block_c, careful.columns), shift=True, smooth=smooth)
-    gradients = logits.new_empty((count, 4, packed.lanes), dtype=dtype) if samples else None
-    flags = None if exact else torch.empty(count, dtype=torch.int8, device=logits.device)
-    arguments = {
+    new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=logits.device)
+    gradients = new(count, 4, packed.lanes) if samples else None
+    flags = None if exact else new(count, dtype=torch.int8)
+    common = {
         "packed_ptr": packed.logits,
-        "smooth_ptr": packed.smooth,
         "weight_ptr": weight,
         "weight_sum_ptr": weight.sum().view(1) if smooth and weight is not None else None,
         "target_ptr": target,
         "upstream_ptr": upstream,
-        "pixel_loss_ptr": pixel_loss,
-        "partial_ptr": partial,
-        "bad_ptr": bad,
         "careful_ptr": flags,
-        "samples_ptr": gradients,
         **tiles.arguments,
         **_strides("target", target),
         **_strides("upstream", upstream),
@@ -159,34 +156,38 @@ def _run_tiles(
         "LANES": packed.lanes,
         "ROWS": tiles.rows,
     }
-    if not exact:
-        launch(
-            loss_series,
-            (count,),
-            logits.device,
-            num_warps=series.num_warps,
-            num_stages=series.num_stages,
-            **arguments,
-            COLUMNS=tiles.columns,
-            LEVELS=(tiles.columns - 1).bit_length(),
-            BLOCK_C=block_c,
-        )
-    launch(
-        loss_careful,
-        (count,),
+    wanted = {
+        "smooth_ptr": packed.smooth,
+        "pixel_loss_ptr": pixel_loss,
+        "partial_ptr": partial,
+        "bad_ptr": bad,
+    }
+    width = tuning.power_of_two(tiles.columns)
+    run = lambda kernel, programs, config, **arguments: launch(
+        kernel,
+        (programs,),
         logits.device,
-        num_warps=careful.num_warps,
-        num_stages=careful.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **common,
         **arguments,
-        COLUMNS=tuning.power_of_two(tiles.columns),
-        BLOCK_C=careful.columns,
+        WIDTH=width,
+        BLOCK_C=config.columns,
     )
+    if not exact:
+        u = new(count, tiles.columns, tiles.rows)
+        run(loss_series, count, series, **wanted, u_ptr=u, COLUMNS=tiles.columns)
+        if samples:
+            run(gradient_series, count, series, u_ptr=u, samples_ptr=gradients, COLUMNS=tiles.columns)
+    # Where few tiles are careful, few programs look for them; where all are, there are enough to fill a GPU.
+    group = 1 if exact else min(32, tuning.power_of_two(max(1, count // 256)))
+    run(loss_careful, -(-count // group), careful, **wanted, samples_ptr=gradients, tiles=count, GROUP=group)
     return gradients
 
 
 def _gather(samples: Tensor, scale: Tensor | None, logits: Tensor, size: tuple[int, int]) -> Tensor:
     batch, classes, h, w = logits.shape
-    tiles, config = tiles_of((h, w), size), tuning.upsample_gather()
+    tiles, config = tiles_of((h, w), size), tuning.gather()
     lanes = samples.shape[2]
     grad = torch.empty(logits.shape, dtype=samples.dtype, device=logits.device)
     launch(
@@ -215,7 +216,7 @@ def _finish(
 ) -> Tensor:
     """Writes loss and scale if given; returns the report of bad labels, int64 (5,)."""
     report = torch.empty(5, dtype=torch.int64, device=target.device)
-    config = tuning.upsample_finish()
+    config = tuning.finish()
     launch(
         finish_loss,
         (1,),
@@ -297,7 +298,7 @@ def _run_labels(
     batch, classes, h, w = logits.shape
     tiles = tiles_of((h, w), size)
     columns = tuning.power_of_two(tiles.columns)
-    config = tuning.upsample_labels(tiles.rows * columns, classes)
+    config = tuning.labels(tiles.rows * columns, classes)
     packed = _pack(logits, None, config.columns, shift=False, smooth=False)
     launch(
         label_tiles,
