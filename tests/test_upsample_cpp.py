@@ -143,6 +143,21 @@ def test_the_sum_that_vanishes_inside_a_cell(first, size, instruction_set):
         assert_within_budget(value, p, t)
 
 
+def test_steep_cells_of_few_rows(instruction_set):
+    # Two classes that trade places over a cell: exponentials shrink by e^-20 from one row or pixel to the next.
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([0.0, -20.0, -41.0, -43.0, -65.0, -67.0, -90.0, -1000.0])
+    steep = torch.tensor([[0.0, 0.0, -24.4, -65.4], [-23.9, -25.7, 0.0, 0.0]]).reshape(1, 2, 2, 2)
+    for i in range(150):
+        size = [(6, 18), (10, 7), (18, 50)][i % 3]
+        noise = torch.randn(1, 2, 2, 2, generator=generator) * 0.3
+        logits = steep if i < 3 else levels[torch.randint(0, 8, (1, 2, 2, 2), generator=generator)] + noise
+        target = torch.randint(0, 2, (1, *size), generator=generator)
+        truth, peer = (stock(logits, target, dtype) for dtype in (torch.float64, torch.float32))
+        for value, p, t in zip(compiled(logits, target), peer, truth):
+            assert_within_budget(value, p, t, ulps=8, scale=0.25)
+
+
 # --- properties ---
 
 
@@ -220,9 +235,10 @@ def _check_problem(logits, target, weight, smoothing, reduction, upstream):
     assert_within_budget(loss, peer[0], truth[0], scale=size * pixels.get(reduction, heaviest), what="loss")
     scale = {"mean": heaviest / max(total.item(), 1e-30), "sum": heaviest, "none": heaviest * 4}[reduction]
     share = max(1.0, target.shape[1] / logits.shape[2]) * max(1.0, target.shape[2] / logits.shape[3])
-    assert_within_budget(
-        grad, peer[1], truth[1], ulps=8, scale=scale * share * max(1.0, size / 64), what="gradient"
-    )
+    # In float64 the truth has the rounding of its own sums.
+    ulps = 64 if inner == torch.float64 else 8
+    scale *= share * max(1.0, size / 64)
+    assert_within_budget(grad, peer[1], truth[1], ulps=ulps, scale=scale, what="gradient")
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

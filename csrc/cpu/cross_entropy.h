@@ -26,7 +26,7 @@ constexpr T exp_floor() {
 template <class T>
 struct Workspace {
   T *e, *r, *q;          // [kTileRows][lanes] exponential of the middle pixel, ratio to the next and the last one
-  T *row_e, *row_r, *row_q;  // [lanes] relative change of those from row to row
+  T *row_e, *row_r, *row_q;  // [lanes] ratio of e, relative changes of r and q, from row to row
   T *s, *dx, *dy, *dxy;  // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
   double* logit;         // [kMaxPixels][lanes] logits of a careful row
   T* exponential;        // [kMaxPixels][lanes] their exponentials
@@ -303,6 +303,7 @@ void shift_cell(int64_t lanes, Cell<float>& cell, Workspace<float>& ws) {
   cell.careful = any != 0;
 }
 
+// The next row's ratio from the last row's and its relative change.
 DEPICT_INLINE Vec<float> advance(float* to, int64_t lanes, const float* change) {
   const Vec<float> before = load<float>(to - lanes);
   const Vec<float> now = before * load<float>(change) + before;
@@ -320,7 +321,8 @@ void sum_row(int64_t lanes, int64_t i, Workspace<float>& ws, float* z) {
   DEPICT_UNROLL
   for (int k = 0; k < N; ++k) total[k] = Vec<float>{};
   for (int64_t c = 0; c < lanes; c += L) {
-    const Vec<float> middle = Advance ? advance(e + c, lanes, ws.row_e + c) : load<float>(e + c);
+    const Vec<float> middle = Advance ? load<float>(e - lanes + c) * load<float>(ws.row_e + c) : load<float>(e + c);
+    if constexpr (Advance) store<float>(e + c, middle);
     const Vec<float> up = Advance ? advance(r + c, lanes, ws.row_r + c) : load<float>(r + c);
     const Vec<float> down = Advance ? advance(q + c, lanes, ws.row_q + c) : load<float>(q + c);
     Vec<float> term = middle;
@@ -381,18 +383,24 @@ struct Pixels {
   static constexpr int count = N;
 };
 
-// Relative changes from row to row, as exp - 1: they are small, and so is the error that repeating them adds.
+// How a row follows from the one before. The error of r is raised to the power k, so r and q move by exp - 1, which
+// is small and so is its error; returns whether it is small enough for that in every class.
 template <int N>
-void row_ratios(int64_t lanes, const Cell<float>& cell, float step_y, Workspace<float>& ws) {
+bool row_ratios(int64_t lanes, const Cell<float>& cell, float step_y, Workspace<float>& ws) {
   constexpr int L = Simd<float>::lanes;
   const float t = static_cast<float>(cell.t_x + N / 2 * cell.step_x);
   const float step = static_cast<float>(cell.step_x) * step_y;
+  IVec<float> large{};
   for (int64_t c = 0; c < lanes; c += L) {
-    const Vec<float> mixed = load<float>(ws.dxy + c);
-    store<float>(ws.row_e + c, vexpm1((load<float>(ws.dy + c) + mixed * t) * step_y));
-    store<float>(ws.row_r + c, vexpm1(mixed * step));
-    store<float>(ws.row_q + c, vexpm1(mixed * -step));
+    const Vec<float> mixed = load<float>(ws.dxy + c), change = mixed * step;
+    large |= (change > 1.0f) | (change < -1.0f);
+    store<float>(ws.row_e + c, vexp((load<float>(ws.dy + c) + mixed * t) * step_y));
+    store<float>(ws.row_r + c, vexpm1(change));
+    store<float>(ws.row_q + c, vexpm1(-change));
   }
+  int32_t any = 0;
+  for (int i = 0; i < L; ++i) any |= large[i];
+  return any == 0;
 }
 
 // Up to kTileRows rows with geometric series; `along_y` says that row ratios are at hand.
@@ -574,10 +582,10 @@ void cross_entropy_cell_row(const CrossEntropyTask<T>& task, int64_t index, void
       cell.x = x0 + pixels * chunk / chunks;
       cell.n = static_cast<int>(x0 + pixels * (chunk + 1) / chunks - cell.x);
       cell.t_x = p.x.weight(j, cell.x);
-      const bool along_y = y1 - y0 > 2;
+      bool along_y = y1 - y0 > 2;
       if constexpr (sizeof(T) == 4)
         if (!cell.careful && along_y)
-          with_pixels(cell.n, [&](auto pixels) { row_ratios<pixels.count>(lanes, cell, step_y, ws); });
+          with_pixels(cell.n, [&](auto pixels) { along_y = row_ratios<pixels.count>(lanes, cell, step_y, ws); });
       for (int64_t block = y0; block < y1; block += kBlockRows) {
         const int64_t block_end = block + kBlockRows < y1 ? block + kBlockRows : y1;
         cell.smooth_sum = Corners{};

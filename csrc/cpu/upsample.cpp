@@ -8,9 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -66,24 +66,45 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(p));
 }
 
-// Deals tasks 0 .. count - 1 to workers as they become free. `work` gets the worker's number, for scratch memory
-// that was allocated before the threads started: nothing throws in them.
-template <class Work>
-void deal(const Executor& executor, int64_t count, const Work& work) {
+// Tasks 0 .. count - 1 that may run in any order once the phases before are done. `work(worker, task)` must not throw;
+// the worker's number selects scratch memory that was allocated before.
+struct Phase {
+  template <class Work>
+  Phase(int64_t count, const Work& work)
+      : count(count), work(&work), call([](const void* work, int worker, int64_t task) {
+          (*static_cast<const Work*>(work))(worker, task);
+        }) {}
+
+  int64_t count;
+  const void* work;
+  void (*call)(const void*, int, int64_t);
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+// One parallel region for all phases: tasks go to the threads as they become free, and a phase waits for the tasks of
+// the one before, not for threads that the operating system has not yet let run.
+template <int N>
+void run(const Executor& executor, Phase (&phases)[N]) {
   struct Shared {
-    const Work& work;
-    int64_t count;
-    std::atomic<int64_t> next{0};
+    Phase* phases;
     std::atomic<int> worker{0};
-  } shared{work, count};
-  const int workers = count < executor.workers ? static_cast<int>(count) : executor.workers;
-  if (workers <= 0) return;
+  } shared{phases};
+  int64_t most = 1;
+  for (const Phase& phase : phases) most = phase.count > most ? phase.count : most;
+  const int workers = most < executor.workers ? static_cast<int>(most) : executor.workers;
   executor.run(
       workers,
       [](void* context) {
         Shared& shared = *static_cast<Shared*>(context);
         const int worker = shared.worker.fetch_add(1);
-        for (int64_t task; (task = shared.next.fetch_add(1)) < shared.count;) shared.work(worker, task);
+        for (int i = 0; i < N; ++i) {
+          Phase& phase = shared.phases[i];
+          for (int64_t task; (task = phase.next.fetch_add(1)) < phase.count;) {
+            phase.call(phase.work, worker, task);
+            phase.done.fetch_add(1, std::memory_order_release);
+          }
+          while (phase.done.load(std::memory_order_acquire) < phase.count) std::this_thread::yield();
+        }
       },
       &shared);
 }
@@ -98,8 +119,7 @@ struct Prepared {
   Buffer<T> logits, peak, weights;
   Buffer<double> smooth, pair;
 
-  Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing, bool magnitude,
-           const double* weight, const Executor& executor) {
+  Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing) {
     packed.batch = view.batch;
     packed.classes = view.classes;
     packed.lanes = round_up(view.classes, kLanePadding);
@@ -112,10 +132,6 @@ struct Prepared {
     packed.logits = logits.get();
     packed.peak = peak.get();
     packed.smooth = smooth.get();
-    const Kernels<T>& k = kernels<T>();
-    deal(executor, view.batch * view.height,
-         [&](int, int64_t task) { k.pack(packed, view, weight, magnitude, task); });
-
     const int64_t padded = width + kMaxPixels;
     weights = allocate<T>(2 * padded);
     pair = allocate<double>(2 * padded);
@@ -153,7 +169,7 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   const LogitsView<T>& view = problem.logits;
   const bool smoothing = problem.label_smoothing != 0;
   const Kernels<T>& k = kernels<T>();
-  const Prepared<T> prepared(view, problem.height, problem.width, smoothing, false, problem.weight, executor);
+  const Prepared<T> prepared(view, problem.height, problem.width, smoothing);
 
   CrossEntropyTask<T> task{};
   task.packed = prepared.packed;
@@ -180,27 +196,30 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
 
   std::vector<CrossEntropyPartial> partial(static_cast<size_t>(cell_rows), CrossEntropyPartial{0, 0, -1});
   const std::vector<Worker> worker = workers(executor, k.cross_entropy_scratch(task));
-  deal(executor, cell_rows, [&](int w, int64_t index) {
-    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(), partial[static_cast<size_t>(index)]);
-  });
 
-  double loss = 0, weight = 0;
+  double loss = 0, scale = 1.0;
   int64_t bad = -1;
-  for (const CrossEntropyPartial& part : partial) {
-    loss += part.loss;
-    weight += part.weight;
-    if (part.bad >= 0 && (bad < 0 || part.bad < bad)) bad = part.bad;
-  }
-  double scale = 1.0;
-  if (problem.mean) {
+  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, false, index); };
+  const auto sweep = [&](int w, int64_t index) {
+    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(), partial[static_cast<size_t>(index)]);
+  };
+  const auto add_up = [&](int, int64_t) {
+    double weight = 0;
+    for (const CrossEntropyPartial& part : partial) {
+      loss += part.loss;
+      weight += part.weight;
+      if (part.bad >= 0 && (bad < 0 || part.bad < bad)) bad = part.bad;
+    }
+    if (!problem.mean) return;
     // Without a valid pixel loss and gradient are 0, also where weights make the sum 0.
     scale = weight == 0 ? 0.0 : 1.0 / weight;
     loss = weight == 0 ? 0.0 : loss / weight;
-  }
-  if (problem.gradient) {
-    const auto gather = [&](int, int64_t index) { k.gather(task, index, static_cast<T>(scale), problem.gradient); };
-    deal(executor, view.batch * view.height, gather);
-  }
+  };
+  const auto gather = [&](int, int64_t index) { k.gather(task, index, static_cast<T>(scale), problem.gradient); };
+  const int64_t rows_in = view.batch * view.height;
+  Phase phases[] = {Phase(rows_in, pack), Phase(cell_rows, sweep), Phase(1, add_up),
+                    Phase(problem.gradient ? rows_in : 0, gather)};
+  run(executor, phases);
   return {loss, bad};
 }
 
@@ -208,7 +227,7 @@ template <class T>
 int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
   const LogitsView<T>& view = problem.logits;
   const Kernels<T>& k = kernels<T>();
-  const Prepared<T> prepared(view, problem.height, problem.width, false, true, nullptr, executor);
+  const Prepared<T> prepared(view, problem.height, problem.width, false);
   LabelTask<T> task{};
   task.packed = prepared.packed;
   task.pixel = prepared.pixel;
@@ -225,10 +244,13 @@ int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
       each.confusion = allocate<int64_t>(counts);
       std::memset(each.confusion.get(), 0, static_cast<size_t>(counts) * sizeof(int64_t));
     }
-  deal(executor, view.batch * (view.height + 1), [&](int w, int64_t index) {
+  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, nullptr, true, index); };
+  const auto sweep = [&](int w, int64_t index) {
     Worker& own = worker[static_cast<size_t>(w)];
     k.labels(task, index, own.scratch.get(), own.confusion.get(), own.bad);
-  });
+  };
+  Phase phases[] = {Phase(view.batch * view.height, pack), Phase(view.batch * (view.height + 1), sweep)};
+  run(executor, phases);
   int64_t bad = -1;
   for (const Worker& each : worker)
     if (each.bad >= 0 && (bad < 0 || each.bad < bad)) bad = each.bad;
