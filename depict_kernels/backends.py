@@ -91,10 +91,21 @@ def why_unavailable(backend: str, operator: str, device_type: str, dtype: torch.
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter gets bfloat16 products wrong; use float32 or float16 there"
+        return _why_not_dtype(backend, operator, dtype)
     if device_type != "cuda":
         return f"it runs on GPU tensors and these are on {device_type}"
-    return None
+    return _why_not_dtype(backend, operator, dtype)
+
+
+def _why_not_dtype(backend: str, operator: str, dtype: torch.dtype) -> str | None:
+    """A backend's module may list the dtypes its kernels take as DTYPES; without a list it takes all of them."""
+    taken = getattr(implementation(backend, OPERATORS[operator]), "DTYPES", None)
+    if taken is None or dtype in taken:
+        return None
+    names = ", ".join(str(t).removeprefix("torch.") for t in taken)
+    return f"its kernels take {names}; {str(dtype).removeprefix('torch.')} is not supported"
 
 
 def available_backends(

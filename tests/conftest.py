@@ -37,6 +37,33 @@ def triton_device(request) -> str:
 
 
 @pytest.fixture
+def triton_launches(monkeypatch) -> list[str]:
+    """The names of the Triton kernels that ran, in order: counted where Triton itself starts them."""
+    import triton
+
+    names: list[str] = []
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import GridExecutor
+
+        run = GridExecutor.__call__
+
+        def counted(self, *args, **kwargs):
+            names.append(self.fn.__name__)
+            return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", counted)
+    else:
+        run = triton.JITFunction.run
+
+        def counted(self, *args, **kwargs):
+            names.append(self.fn.__name__)
+            return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(triton.JITFunction, "run", counted)
+    return names
+
+
+@pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN (and extreme integers): an output element nobody wrote shows itself."""
     filled, deterministic = torch.utils.deterministic.fill_uninitialized_memory, None

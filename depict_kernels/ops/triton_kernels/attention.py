@@ -72,33 +72,20 @@ def attention_forward(
     w_ptr += batch * w_batch * UNIT + head * w_head * UNIT
     q = load_rows(q_ptr, q_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
 
-    # The last block of keys, the only one that needs a mask, starts the online softmax.
-    last = (keys - 1) // BLOCK_N * BLOCK_N
-    w = load_rows(
-        w_ptr + tl.cast(last, tl.int64) * w_row * UNIT,
-        w_row * UNIT,
-        keys - last,
-        BLOCK_N,
-        DIM,
-        STARTS,
-        WIDTHS,
-        True,
-    )
-    s = dot_rows(q, w, PRECISION) * scale
-    s = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys - last, s, float("-inf"))
-    top = tl.max(s, 1)
-    p = tl.exp2(s - top[:, None])
-    total = tl.sum(p, 1)
-    acc = add_product(zero_rows(BLOCK_M, WIDTHS), p, w, PRECISION)
-
-    for _ in range(0, last, BLOCK_N):
-        w = load_rows(w_ptr, w_row * UNIT, 0, BLOCK_N, DIM, STARTS, WIDTHS, False)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zero_rows(BLOCK_M, WIDTHS)
+    column = tl.arange(0, BLOCK_N)[None, :]
+    for start in range(0, keys, BLOCK_N):
+        w = load_rows(w_ptr, w_row * UNIT, keys - start, BLOCK_N, DIM, STARTS, WIDTHS, True)
         s = dot_rows(q, w, PRECISION)
         # The scale is applied in the exponent's multiply-add, so the largest score is the smallest product
         # where the scale is negative.
         if NEGATIVE:
+            s = tl.where(column < keys - start, s, float("inf"))
             higher = tl.maximum(top, tl.min(s, 1) * scale)
         else:
+            s = tl.where(column < keys - start, s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         rescale = tl.exp2(top - higher)
@@ -144,59 +131,6 @@ def attention_delta(
     row = tl.arange(0, BLOCK)
     delta_ptr += (batch * heads + head) * queries + first
     tl.store(delta_ptr + row, tl.sum(grad * out, 1) * scale, mask=row < left)
-
-
-@triton.jit
-def _add_block(
-    acc,
-    x,
-    grad_x,  # gradients of the own rows, () unless they are queries
-    lse_x,
-    delta_x,
-    y_ptr,
-    grad_y_ptr,
-    lse_ptr,
-    delta_ptr,
-    left,  # valid rows of this block
-    y_row,
-    grad_row,
-    scale,
-    scale_log2,
-    UNIT: tl.constexpr,
-    DIM: tl.constexpr,
-    STARTS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    QUERY: tl.constexpr,
-    KEY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """acc + what the BLOCK_N rows at y_ptr add to the gradient of the own rows x."""
-    y = load_rows(y_ptr, y_row * UNIT, left, BLOCK_N, DIM, STARTS, WIDTHS, MASK)
-    s = dot_rows(x, y, PRECISION)
-    column = tl.arange(0, BLOCK_N)
-    if QUERY:  # x asks, y is key and value
-        p = tl.exp2(s * scale_log2 - lse_x[:, None])
-        grad_s = p * (dot_rows(grad_x, y, PRECISION) * scale - delta_x[:, None])
-        if MASK:
-            grad_s = tl.where(column[None, :] < left, grad_s, 0.0)
-    if KEY:  # y asks, x is key and value; the same scores, seen transposed
-        grad_y = load_rows(grad_y_ptr, grad_row * UNIT, left, BLOCK_N, DIM, STARTS, WIDTHS, MASK)
-        if MASK:  # an infinite log-sum-exp makes the weight of a missing row 0
-            lse_y = tl.load(lse_ptr + column, mask=column < left, other=float("inf"))
-            delta_y = tl.load(delta_ptr + column, mask=column < left, other=0.0)
-        else:
-            lse_y = tl.load(lse_ptr + column)
-            delta_y = tl.load(delta_ptr + column)
-        p = tl.exp2(s * scale_log2 - (lse_y * 1.4426950408889634)[None, :])
-        grad_s_key = p * (dot_rows(x, grad_y, PRECISION) * scale - delta_y[None, :])
-        acc = add_product(acc, p, grad_y, PRECISION)
-        if QUERY:
-            grad_s += grad_s_key
-        else:
-            grad_s = grad_s_key
-    return add_product(acc, grad_s, y, PRECISION)
 
 
 @triton.jit
@@ -251,27 +185,34 @@ def attention_backward(
         grad_x = load_rows(own, grad_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
         lse_x = tl.load(lse_ptr + first + row, mask=row < left, other=0.0) * 1.4426950408889634
         delta_x = tl.load(delta_ptr + first + row, mask=row < left, other=0.0)
-    else:
-        grad_x, lse_x, delta_x = (), 0.0, 0.0
 
-    # The last block of the other rows, the only one that needs a mask, comes first.
-    last = (y_rows - 1) // BLOCK_N * BLOCK_N
-    acc = _add_block(
-        zero_rows(BLOCK_M, WIDTHS), x, grad_x, lse_x, delta_x,
-        y_ptr + tl.cast(last, tl.int64) * y_row * UNIT, grad_ptr + tl.cast(last, tl.int64) * grad_row * UNIT,
-        lse_ptr + last, delta_ptr + last, y_rows - last, y_row, grad_row, scale, scale_log2,
-        UNIT, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, True,
-    )  # fmt: skip
-    for _ in range(0, last, BLOCK_N):
-        acc = _add_block(
-            acc, x, grad_x, lse_x, delta_x, y_ptr, grad_ptr, lse_ptr, delta_ptr, 0, y_row, grad_row,
-            scale, scale_log2, UNIT, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, False,
-        )  # fmt: skip
-        y_ptr += tl.cast(y_row, tl.int64) * (BLOCK_N * UNIT)
-        if KEY:
+    acc = zero_rows(BLOCK_M, WIDTHS)
+    column = tl.arange(0, BLOCK_N)
+    for start in range(0, y_rows, BLOCK_N):
+        valid = column < y_rows - start
+        y = load_rows(y_ptr, y_row * UNIT, y_rows - start, BLOCK_N, DIM, STARTS, WIDTHS, True)
+        s = dot_rows(x, y, PRECISION)
+        if QUERY:  # x asks, y is key and value
+            p = tl.exp2(s * scale_log2 - lse_x[:, None])
+            grad_s = p * (dot_rows(grad_x, y, PRECISION) * scale - delta_x[:, None])
+            grad_s = tl.where(valid[None, :], grad_s, 0.0)
+        if KEY:  # y asks, x is key and value; the same scores, seen transposed
+            grad_y = load_rows(grad_ptr, grad_row * UNIT, y_rows - start, BLOCK_N, DIM, STARTS, WIDTHS, True)
+            # An infinite log-sum-exp makes the weight of a missing row 0.
+            lse_y = tl.load(lse_ptr + column, mask=valid, other=float("inf")) * 1.4426950408889634
+            delta_y = tl.load(delta_ptr + column, mask=valid, other=0.0)
+            p = tl.exp2(s * scale_log2 - lse_y[None, :])
+            grad_s_key = p * (dot_rows(x, grad_y, PRECISION) * scale - delta_y[None, :])
+            acc = add_product(acc, p, grad_y, PRECISION)
+            if QUERY:
+                grad_s += grad_s_key
+            else:
+                grad_s = grad_s_key
             grad_ptr += tl.cast(grad_row, tl.int64) * (BLOCK_N * UNIT)
             lse_ptr += BLOCK_N
             delta_ptr += BLOCK_N
+        acc = add_product(acc, grad_s, y, PRECISION)
+        y_ptr += tl.cast(y_row, tl.int64) * (BLOCK_N * UNIT)
 
     out_row = heads * DIM
     out_ptr += (batch * x_rows + first) * out_row + head * DIM
@@ -346,7 +287,7 @@ def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor,
         keys=w.shape[1],
         **_strides("q", q, unit),
         **_strides("w", w, unit),
-        scale=scale * math.log2(math.e),
+        scale=scale * math.log2(math.e) or 1e-37,  # not 0: masked scores are infinite and must stay so
         UNIT=unit,
         NEGATIVE=scale < 0,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from depict_kernels.ops.triton_kernels import launch as _launch
 from depict_kernels.ops.triton_kernels import tuning
-from depict_kernels.ops.triton_kernels.tiles import chunks, zero_chunk, zero_rows
+from depict_kernels.ops.triton_kernels.tiles import zero_chunk, zero_rows
 
 DTYPES = _launch.DTYPES
 REGISTER_CLASSES = 256  # up to here all classes of a patch stay in registers
@@ -38,6 +38,14 @@ def _tile(ptr, row_stride, rows, columns, rows_left, columns_left):
 @triton.jit
 def _class_range(START: tl.constexpr, WIDTH: tl.constexpr):
     return START + tl.arange(0, WIDTH)
+
+
+@triton.jit
+def _logit_offsets(classes, rows, patch_count, WIDE: tl.constexpr):
+    """Offsets in an image's (C, N) logits; 64 bits only for an image of 2**31 logits, they cost registers."""
+    if WIDE:
+        classes = classes.to(tl.int64)
+    return classes[None, :] * patch_count + rows[:, None]
 
 
 @triton.jit
@@ -96,14 +104,15 @@ def _inverse_norm(squares):
 
 @triton.jit
 def _store_logits(
-    logits_ptr, weight_ptr, bias_ptr, m, mean, rstd, classes, patch_count, class_count, rows, patches_left
-):
+    logits_ptr, weight_ptr, bias_ptr, m, mean, rstd, classes, patch_count, class_count, rows, patches_left,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     """LayerNorm's affine part and the transposed store: logits_ptr is at the first patch of class 0."""
     valid = classes < class_count
     weight = tl.load(weight_ptr + classes, mask=valid, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + classes, mask=valid, other=0.0).to(tl.float32)
     y = (m - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-    offset = classes.to(tl.int64)[None, :] * patch_count + rows[:, None]
+    offset = _logit_offsets(classes, rows, patch_count, WIDE)
     mask = (rows[:, None] < patches_left) & valid[None, :]
     tl.store(logits_ptr + offset, y.to(logits_ptr.dtype.element_ty), mask=mask)
 
@@ -134,6 +143,7 @@ def mask_forward(
     STARTS: tl.constexpr,
     WIDTHS: tl.constexpr,
     LOOP: tl.constexpr,  # classes go in blocks of WIDTHS[0], twice
+    WIDE: tl.constexpr,  # an image's logits need 64-bit offsets
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -182,8 +192,8 @@ def mask_forward(
             m = products[0] * inv_x[:, None] * _inverse_norm(q_squares[0])[None, :]
             classes = start + _class_range(0, WIDTHS[0])
             _store_logits(
-                logits_ptr, weight_ptr, bias_ptr, m, mean, rstd, classes, patch_count, class_count, rows, left
-            )
+                logits_ptr, weight_ptr, bias_ptr, m, mean, rstd, classes, patch_count, class_count, rows, left, WIDE
+            )  # fmt: skip
     else:
         products, x_squares, q_squares = _products(
             x_ptr, q_ptr, x_row * UNIT, q_row * UNIT, left, class_count, width,
@@ -210,7 +220,8 @@ def mask_forward(
         for i in tl.static_range(len(WIDTHS)):
             classes = _class_range(STARTS[i], WIDTHS[i])
             _store_logits(
-                logits_ptr, weight_ptr, bias_ptr, cosines[i], mean, rstd, classes, patch_count, class_count, rows, left
+                logits_ptr, weight_ptr, bias_ptr, cosines[i], mean, rstd, classes, patch_count, class_count, rows, left,
+                WIDE,
             )  # fmt: skip
 
     offset = batch * patch_count + first + rows
@@ -224,26 +235,16 @@ def mask_forward(
 
 @triton.jit
 def _upstream(
-    grad_ptr,
-    weight_ptr,
-    inv_q_ptr,
-    product,
-    inv_x,
-    mean,
-    rstd,
-    classes,
-    patch_count,
-    class_count,
-    rows,
-    patches_left,
-):
+    grad_ptr, weight_ptr, inv_q_ptr, product, inv_x, mean, rstd, classes, patch_count, class_count, rows,
+    patches_left, WIDE: tl.constexpr,
+):  # fmt: skip
     """For one chunk: upstream gradient, that times weight, cosines, normalised cosines, 1 / |class|.
 
     Past the last class and the last patch all gradients are 0.
     """
     valid = classes < class_count
     mask = (rows[:, None] < patches_left) & valid[None, :]
-    offset = classes.to(tl.int64)[None, :] * patch_count + rows[:, None]
+    offset = _logit_offsets(classes, rows, patch_count, WIDE)
     grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + classes, mask=valid, other=0.0).to(tl.float32)
     inv_q = tl.load(inv_q_ptr + classes, mask=valid, other=0.0)
@@ -296,6 +297,7 @@ def mask_backward(
     STARTS: tl.constexpr,
     WIDTHS: tl.constexpr,
     LOOP: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -329,7 +331,7 @@ def mask_backward(
             )  # fmt: skip
             grad, g, m, z, inv_q = _upstream(
                 grad_ptr, weight_ptr, inv_q_ptr, products[0], inv_x, mean, rstd, start + _class_range(0, WIDTHS[0]),
-                patch_count, class_count, rows, left,
+                patch_count, class_count, rows, left, WIDE,
             )  # fmt: skip
             mean_g += tl.sum(g, 1)
             mean_gz += tl.sum(g * z, 1)
@@ -343,7 +345,7 @@ def mask_backward(
             classes = start + _class_range(0, WIDTHS[0])
             grad, g, m, z, inv_q = _upstream(
                 grad_ptr, weight_ptr, inv_q_ptr, products[0], inv_x, mean, rstd, classes,
-                patch_count, class_count, rows, left,
+                patch_count, class_count, rows, left, WIDE,
             )  # fmt: skip
             along += _finish_chunk(
                 t_ptr, sums_ptr, sums_stride, grad, g, m, z, inv_q, inv_x, rstd, mean_g, mean_gz,
@@ -357,7 +359,7 @@ def mask_backward(
         for i in tl.static_range(len(WIDTHS)):
             grad, g, m, z, inv_q = _upstream(
                 grad_ptr, weight_ptr, inv_q_ptr, products[i], inv_x, mean, rstd, _class_range(STARTS[i], WIDTHS[i]),
-                patch_count, class_count, rows, left,
+                patch_count, class_count, rows, left, WIDE,
             )  # fmt: skip
             mean_g += tl.sum(g, 1)
             mean_gz += tl.sum(g * z, 1)
@@ -369,7 +371,7 @@ def mask_backward(
             classes = _class_range(STARTS[i], WIDTHS[i])
             grad, g, m, z, inv_q = _upstream(
                 grad_ptr, weight_ptr, inv_q_ptr, products[i], inv_x, mean, rstd, classes,
-                patch_count, class_count, rows, left,
+                patch_count, class_count, rows, left, WIDE,
             )  # fmt: skip
             along += _finish_chunk(
                 t_ptr, sums_ptr, sums_stride, grad, g, m, z, inv_q, inv_x, rstd, mean_g, mean_gz,
@@ -499,13 +501,14 @@ def _strides(prefix: str, t: Tensor, unit: int) -> dict[str, int]:
 
 
 def _class_chunks(classes: int) -> dict:
-    if classes > REGISTER_CLASSES:
-        return {"STARTS": (0,), "WIDTHS": (128,), "LOOP": True}
-    starts, widths = chunks(classes)
-    return {"STARTS": starts, "WIDTHS": widths, "LOOP": False}
+    """Chunks of one width: of 64, 64 and 32 the last one's layout differs, which spills in the backward kernel."""
+    width = 16 if classes <= 16 else 32 if classes <= 32 else 64
+    loop = classes > REGISTER_CLASSES
+    count = 1 if loop else max(1, triton.cdiv(classes, width))
+    return {"STARTS": tuple(range(0, count * width, width)), "WIDTHS": (width,) * count, "LOOP": loop}
 
 
-def _launch_rows(kernel, name: str, x: Tensor, q: Tensor, config: tuning.Config, **arguments) -> None:
+def _launch_rows(kernel, x: Tensor, q: Tensor, config: tuning.Config, **arguments) -> None:
     unit = _unit(x, q)
     _launch.launch(
         kernel,
@@ -522,6 +525,7 @@ def _launch_rows(kernel, name: str, x: Tensor, q: Tensor, config: tuning.Config,
         **_strides("q", q, unit),
         UNIT=unit,
         **_class_chunks(q.shape[1]),
+        WIDE=x.shape[1] * q.shape[1] >= 2**31,
         PRECISION=_launch.dot_precision(x.dtype),
         BLOCK_N=config.rows,
         BLOCK_D=config.columns,
@@ -545,7 +549,6 @@ def mask_logits_forward(
     config = tuning.mask_head("forward", _launch.architecture(x.device), c, x.element_size())
     _launch_rows(
         mask_forward,
-        "forward",
         x,
         q,
         config,
@@ -588,7 +591,6 @@ def mask_logits_backward(
     along, sums = new((batch, n), torch.float32), new((3, programs, c), torch.float32)
     _launch_rows(
         mask_backward,
-        "backward",
         x,
         q,
         config,

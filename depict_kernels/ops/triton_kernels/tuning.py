@@ -1,7 +1,8 @@
 """Launch configurations of the Triton kernels: one small table, no tuning at first use.
 
 Chosen from registers, shared memory and spills of the ahead-of-time reports (benchmarks/kernel_report.py); not yet
-measured on a GPU. Keys: kernel, width class (head_dim up to 64, 128, 256), bytes per element class (2 or 4).
+measured on a GPU. Attention is keyed by kernel and width class (head_dim up to 64, 128, 256); float32 and some
+architectures have entries of their own.
 """
 
 from __future__ import annotations
@@ -19,66 +20,34 @@ class Config:
     num_stages: int
 
 
+# Wider blocks of the other side spill in the backward kernels; 16 rows per warp is what the products' layout wants.
 _ATTENTION = {
-    ("forward", 64, 2): Config(64, 64, 4, 3),
-    ("forward", 128, 2): Config(64, 64, 4, 3),
-    ("forward", 256, 2): Config(64, 32, 4, 2),
-    ("self_backward", 64, 2): Config(64, 64, 4, 2),
-    ("self_backward", 128, 2): Config(64, 64, 8, 2),
-    ("self_backward", 256, 2): Config(32, 32, 4, 2),
-    ("query_backward", 64, 2): Config(64, 64, 4, 2),
-    ("query_backward", 128, 2): Config(64, 64, 4, 2),
-    ("query_backward", 256, 2): Config(32, 32, 4, 2),
-    ("key_backward", 64, 2): Config(64, 64, 4, 2),
-    ("key_backward", 128, 2): Config(64, 64, 4, 2),
-    ("key_backward", 256, 2): Config(32, 32, 4, 2),
+    "forward": {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 4, 2)},
+    "self_backward": {64: Config(64, 32, 4, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 16, 4, 2)},
+    "query_backward": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 16, 4, 2)},
+    "key_backward": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 16, 4, 2)},
 }
-_FLOAT32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)}
+_ATTENTION_SM80 = {"forward": {128: Config(64, 32, 4, 3)}}
+_ATTENTION_GFX = {"forward": {128: Config(64, 64, 4, 2)}, "self_backward": {128: Config(64, 32, 4, 2)}}
+_ATTENTION_FLOAT32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 4, 1)}
 
 
 def attention(kernel: str, architecture: str, dim: int, element_size: int) -> Config:
-    """Configuration of ``kernel`` ("forward", "self_backward", "query_backward", "key_backward")."""
-    width = next(w for w in (64, 128, 256) if dim <= w)
-    if element_size == 4:
-        return _FLOAT32[width]
-    return _ATTENTION[kernel, width, 2]
+    """Configuration of ``kernel`` ("forward", "self_backward", "query_backward", "key_backward").
 
-
-# The upsample kernels. Rows: pixels (or samples) of a tile, columns: classes per step.
-
-
-def upsample_pack() -> Config:
-    return Config(32, 32, 4, 1)
-
-
-def upsample_series(architecture: str, rows: int, classes: int) -> Config:
-    """One warp holds rows x columns = 128 sums per pixel column: 64 registers for tiles of 16 x 16 pixels.
-
-    Few classes per step make the sums over classes short, many those over rows; nothing meets in shared memory.
+    Raises ValueError for a head_dim above 256.
     """
-    most = 64 if architecture == "interpreter" else 128 // rows  # every step costs the interpreter the same
-    return Config(rows, min(most, max(8, power_of_two(classes))), 1, 1)
-
-
-def upsample_careful(architecture: str, pixels: int, classes: int) -> Config:
-    most = 64 if architecture == "interpreter" else min(64, 2048 // pixels)
-    return Config(pixels, min(most, max(8, power_of_two(classes))), 4, 1)
-
-
-def upsample_gather() -> Config:
-    return Config(32, 32, 4, 1)
-
-
-def upsample_finish() -> Config:
-    return Config(1, 2048, 8, 1)
-
-
-def upsample_labels(pixels: int, classes: int) -> Config:
-    return Config(pixels, min(128, max(8, power_of_two(classes))), 1 if pixels <= 256 else 4, 1)
-
-
-def power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    width = next((w for w in (64, 128, 256) if dim <= w), None)
+    if width is None:
+        raise ValueError(f"the triton backend takes a head_dim up to 256, got {dim}; use backend='torch'")
+    if element_size == 4:
+        return _ATTENTION_FLOAT32[width]
+    special = {}
+    if architecture.startswith("sm_8"):
+        special = _ATTENTION_SM80
+    elif architecture.startswith("gfx"):
+        special = _ATTENTION_GFX
+    return special.get(kernel, {}).get(width) or _ATTENTION[kernel][width]
 
 
 def mask_head(kernel: str, architecture: str, classes: int, element_size: int) -> Config:
@@ -87,4 +56,8 @@ def mask_head(kernel: str, architecture: str, classes: int, element_size: int) -
         return Config(32, 32, 4, 2)
     if kernel == "product":
         return Config(64, 64, 4, 3)
-    return Config(64, 64, 4, 2)
+    if architecture.startswith("sm_8"):
+        return Config(32, 64, 8, 2)
+    if kernel == "forward":
+        return Config(64, 64, 8, 2)
+    return Config(32, 64, 4 if architecture.startswith("gfx") else 8, 2)
