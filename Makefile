@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | floor | gpu | asan | clean
+# make demo | test | lint | bench | floor | aot | gpu | asan | clean
 # Every target but gpu makes its own virtual environment (.venv) when there is none.
 
 SHELL := /bin/bash
@@ -12,7 +12,7 @@ CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint bench floor gpu asan clean install
+.PHONY: demo test lint bench floor aot gpu asan clean install
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ bench: install
 # The oldest supported torch, with its Triton, in an environment of its own.
 floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+# Compiles every Triton kernel for every target, without a GPU (minutes); CI compiles the core set in the tests.
+aot: install
+	$(BIN)/python benchmarks/kernel_report.py --targets sm_80 sm_90 sm_100 gfx942
 
 # Uses PYTHON as it is and installs nothing from the network.
 gpu:

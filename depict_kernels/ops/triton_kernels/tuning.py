@@ -60,4 +60,4 @@ def mask_head(kernel: str, architecture: str, classes: int, element_size: int) -
         return Config(32, 64, 8, 2)
     if kernel == "forward":
         return Config(64, 64, 8, 2)
-    return Config(32, 64, 4 if architecture.startswith("gfx") else 8, 2)
+    return Config(16, 64, 4, 2) if architecture.startswith("gfx") else Config(32, 64, 8, 2)

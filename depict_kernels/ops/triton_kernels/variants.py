@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from depict_kernels.ops.triton_kernels import attention, launch, mask_head
+from depict_kernels.ops.triton_kernels import attention, launch, mask_head, upsample
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
@@ -24,6 +24,8 @@ class Case:
     name: str
     call: Callable[[], object]
     core: bool = False
+    core_targets: tuple[str, ...] = TARGETS
+    may_spill: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Variant:
     name: str
     target: str
     launch: launch.Launch
+    may_spill: bool
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -49,21 +52,26 @@ def _attention_cases() -> Iterator[Case]:
             w, q = _meta(batch, n, heads, dim, dtype=dtype), _meta(batch, m, heads, dim, dtype=dtype)
             lse_w, lse_q = _meta(batch, heads, n), _meta(batch, heads, m)
             scale = dim**-0.5
-            tag = f"d{dim} {name}"
-            core = dim == 100 and dtype == torch.bfloat16
-            yield Case(f"self forward {tag}", partial(attention.self_attention_forward, w, scale), core)
-            yield Case(
-                f"self backward {tag}",
-                partial(attention.self_attention_backward, w, w, w, lse_w, scale),
-                core,
-            )
-            core = dim == 50 and dtype == torch.bfloat16
-            yield Case(f"cross forward {tag}", partial(attention.cross_attention_forward, q, w, scale), core)
-            yield Case(
-                f"cross backward {tag}",
-                partial(attention.cross_attention_backward, q, q, w, q, lse_q, scale),
-                core,
-            )
+            spill = dim > 128 or dtype == torch.float32
+            main = dtype == torch.bfloat16 and dim == 100
+            for what, call in (
+                ("forward", partial(attention.self_attention_forward, w, scale)),
+                ("backward", partial(attention.self_attention_backward, w, w, w, lse_w, scale)),
+            ):
+                yield Case(f"self {what} d{dim} {name}", call, main, may_spill=spill)
+            main = dtype == torch.bfloat16 and dim == 50
+            for what, call in (
+                ("forward", partial(attention.cross_attention_forward, q, w, scale)),
+                ("backward", partial(attention.cross_attention_backward, q, q, w, q, lse_q, scale)),
+            ):
+                yield Case(f"cross {what} d{dim} {name}", call, main, ("sm_90",), spill)
+    # Sizes and strides of 1 become constants of the kernel, which must still compile.
+    w, lse = _meta(1, 1, 1, 1), _meta(1, 1, 1)
+    yield Case("self forward one of each", partial(attention.self_attention_forward, w, 1.0))
+    yield Case("self backward one of each", partial(attention.self_attention_backward, w, w, w, lse, 1.0))
+    yield Case(
+        "cross backward one of each", partial(attention.cross_attention_backward, w, w, w, w, lse, -1.0)
+    )
 
 
 def _mask_head_cases() -> Iterator[Case]:
@@ -79,6 +87,7 @@ def _mask_head_cases() -> Iterator[Case]:
                 f"mask_logits forward {tag}",
                 partial(mask_head.mask_logits_forward, x, q, weight, weight, grid, 1e-5),
                 core,
+                may_spill=dtype == torch.float32,
             )
             yield Case(
                 f"mask_logits backward {tag}",
@@ -87,12 +96,66 @@ def _mask_head_cases() -> Iterator[Case]:
                     _meta(batch, classes, *grid), x, q, weight, rows, _meta(batch, classes), rows, rows,
                 ),
                 core,
+                may_spill=dtype == torch.float32,
             )  # fmt: skip
+    one = _meta(1, 1, 1)
+    yield Case(
+        "mask_logits forward one of each",
+        partial(mask_head.mask_logits_forward, one, one, _meta(1), _meta(1), (1, 1), 1e-5),
+    )
+    yield Case(
+        "mask_logits backward one of each",
+        partial(
+            mask_head.mask_logits_backward,
+            _meta(1, 1, 1, 1), one, one, _meta(1), _meta(1, 1), _meta(1, 1), _meta(1, 1), _meta(1, 1),
+        ),
+    )  # fmt: skip
+
+
+def _upsample_cases() -> Iterator[Case]:
+    # batch, classes, grid, size: patch 16 and 14, scale 4, a non-integer scale, downsampling
+    shapes = {
+        "16x": (8, 150, (32, 32), (512, 512)),
+        "14x": (8, 150, (37, 37), (518, 518)),
+        "64x": (8, 19, (16, 32), (1024, 2048)),
+        "4x": (8, 19, (128, 128), (512, 512)),
+        "2.7x": (2, 847, (24, 24), (65, 65)),
+        "0.5x": (8, 150, (64, 64), (32, 32)),
+    }
+    options = {"": (None, 0.0), " weighted": (True, 0.0), " smoothed": (True, 0.1)}
+    for shape, (batch, classes, grid, size) in shapes.items():
+        main = shape == "16x"
+        weights, counts = _meta(classes), _meta(classes, classes, dtype=torch.int64)
+        for dtype, target_dtype in ((torch.bfloat16, torch.uint8), (torch.float32, torch.int64)):
+            if dtype == torch.float32 and not main:
+                continue  # only pack_logits knows the logits' dtype
+            logits = _meta(batch, classes, *grid, dtype=dtype)
+            target = _meta(batch, *size, dtype=target_dtype)
+            for option, (weighted, smoothing) in options.items() if main else [("", options[""])]:
+                tag = f"C{classes} {shape} {_NAMES[dtype]}{option}"
+                weight = weights if weighted else None
+                loss = partial(upsample.cross_entropy_forward, logits, target, weight, 255, smoothing)
+                core = main and not option and dtype == torch.bfloat16
+                yield Case(f"loss and gradient {tag}", partial(loss, "mean", True), core, ("sm_90",))
+                if not main:
+                    continue
+                yield Case(f"loss per pixel {tag}", partial(loss, "none", False))
+                backward = partial(upsample.cross_entropy_backward, _meta(batch, *size), logits, target)
+                yield Case(f"backward per pixel {tag}", partial(backward, weight, 255, smoothing))
+            tag = f"C{classes} {shape} {_NAMES[dtype]}"
+            yield Case(f"label map {tag}", partial(upsample.argmax, logits, size, torch.uint8))
+            yield Case(f"confusion {tag}", partial(upsample.confusion, logits, target, 255, counts))
+    logits, target = _meta(2, 19, 8, 8, dtype=torch.float64), _meta(2, 32, 32, dtype=torch.int64)
+    yield Case(
+        "loss and gradient fp64",
+        partial(upsample.cross_entropy_forward, logits, target, None, 255, 0.0, "mean", True),
+    )
+    yield Case("label map fp64", partial(upsample.argmax, logits, (32, 32), torch.int64))
 
 
 def cases() -> list[Case]:
     """Every case, of all kernel families."""
-    return [*_attention_cases(), *_mask_head_cases()]
+    return [*_attention_cases(), *_mask_head_cases(), *_upsample_cases()]
 
 
 def variants(targets: tuple[str, ...] = TARGETS, *, core: bool = False) -> list[Variant]:
@@ -100,11 +163,12 @@ def variants(targets: tuple[str, ...] = TARGETS, *, core: bool = False) -> list[
     found: dict[tuple, Variant] = {}
     for target in targets:
         for case in cases():
-            if core and not case.core:
+            if core and not (case.core and target in case.core_targets):
                 continue
             with launch.recording(target) as launches:
                 case.call()
             for recorded in launches:
                 key = (target, *launch.fingerprint(recorded))
-                found.setdefault(key, Variant(f"{case.name}: {recorded.kernel.__name__}", target, recorded))
+                name = f"{case.name}: {recorded.kernel.__name__}"
+                found.setdefault(key, Variant(name, target, recorded, case.may_spill))
     return list(found.values())

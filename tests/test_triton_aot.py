@@ -1,0 +1,84 @@
+"""Every Triton kernel compiles without a GPU for sm_80, sm_90 and gfx942, and 16-bit kernels do not spill.
+
+The compiler runs in a process of its own: in this one Triton's interpreter may have replaced it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from depict_kernels.ops.triton_kernels import attention, launch, tuning, variants
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    """The rows of ``benchmarks/kernel_report.py --core``."""
+    out = tmp_path_factory.mktemp("aot") / "report.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/kernel_report.py", "--core", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert out.exists(), done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert done.returncode == (1 if any(r["spills"] and not r["may_spill"] for r in found) else 0), (
+        done.stderr
+    )
+    return found
+
+
+def test_core_set_is_small_and_covers_every_target(rows):
+    assert len(rows) <= 40
+    for target in variants.TARGETS:
+        kernels = {row["name"].rsplit(": ")[-1] for row in rows if row["target"] == target}
+        assert kernels >= {
+            "attention_forward",
+            "attention_delta",
+            "attention_backward",
+            "mask_forward",
+            "mask_backward",
+            "mask_product",
+        }
+
+
+def test_resources_fit_the_machine(rows):
+    for row in rows:
+        nvidia = row["target"].startswith("sm_")
+        assert 0 < row["registers"] <= (255 if nvidia else 512)
+        limit = {"sm_80": 163, "sm_90": 227}.get(row["target"], 64) * 1024
+        assert row["shared"] <= limit
+        assert row["registers"] * 32 * row["num_warps"] <= 65536 or not nvidia
+
+
+def test_no_spills_in_16_bit(rows):
+    assert not [f"{r['name']} {r['target']}" for r in rows if r["spills"] and not r["may_spill"]]
+
+
+def test_recording_launches_nothing_and_ends():
+    """The registry's calls must not reach a device, and code after them must."""
+    w = torch.empty(1, 40, 2, 100, device="meta", dtype=torch.float16)
+    with launch.recording("sm_90") as launches:
+        attention.self_attention_forward(w, 0.1)
+        assert launch.architecture(w.device) == "sm_90"
+    assert [recorded.kernel.__name__ for recorded in launches] == ["attention_forward"]
+    arguments = launches[0].arguments
+    assert arguments["WIDTHS"] == (64, 32, 16) and arguments["UNIT"] == 4
+    assert launch.architecture(torch.device("cpu")) == "interpreter"
+
+
+def test_launch_table_has_every_class():
+    for architecture in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx90a", "interpreter"):
+        for size in (2, 4):
+            for dim in (1, 50, 64, 65, 100, 128, 129, 256):
+                for kernel in ("forward", "self_backward", "query_backward", "key_backward"):
+                    config = tuning.attention(kernel, architecture, dim, size)
+                    assert config.rows & (config.rows - 1) == 0 and config.rows >= 16 <= config.columns
+            for kernel in ("forward", "backward", "product"):
+                assert tuning.mask_head(kernel, architecture, 150, size).rows >= 16
