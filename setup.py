@@ -162,6 +162,8 @@ class BuildPython(build_py):
     def run(self) -> None:
         write_record()
         super().run()
+        if reason is not None and not self.editable_mode:  # a library left by an earlier build in this tree
+            (Path(self.build_lib) / "depict_kernels" / "_cpu.abi3.so").unlink(missing_ok=True)
 
 
 def write_record() -> None:

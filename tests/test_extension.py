@@ -1,0 +1,175 @@
+"""The compiled part: its build, its record, and the reasons it gives where it cannot be used."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from depict_kernels import extension
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_library = pytest.mark.skipif(
+    not extension._CPU_LIBRARY.exists(), reason="the C++ part is not built in this installation"
+)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The extension module as if it were installed in tmp_path; returns a writer of the build record."""
+    monkeypatch.setattr(extension, "_CPU_LIBRARY", tmp_path / "_cpu.abi3.so")
+    monkeypatch.setattr(extension, "_BUILD_RECORD", tmp_path / "_build.json")
+    extension.load_cpu.cache_clear()
+
+    def write(**record):
+        (tmp_path / "_build.json").write_text(json.dumps(record))
+        extension.load_cpu.cache_clear()
+
+    yield write
+    extension.load_cpu.cache_clear()
+
+
+@needs_library
+def test_loads_once_and_says_what_it_is():
+    assert extension.load_cpu() is None and extension.cpu_available() == (True, None)
+    status = extension.status()
+    assert status["cpu"].startswith("loaded, uses ")
+    for key in ("compiler", "torch", "commit", "flags", "machine"):
+        assert status[key], key
+    assert extension.build_record()["torch_target"] == "2.11"
+
+
+def test_not_built_says_how(elsewhere):
+    available, reason = extension.cpu_available()
+    assert not available and "not built" in reason and "pip install" in reason
+    assert extension.status()["cpu"] == f"not available: {reason}"
+
+
+def test_not_built_gives_the_build_s_reason(elsewhere):
+    elsewhere(
+        cpu={"built": False, "reason": "there was no C++ compiler (looked for 'c++'); install g++ or set CXX"}
+    )
+    assert "no C++ compiler" in extension.load_cpu()
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"machine": "riscv64"}, "built for riscv64, this is"),
+        ({"torch_target": "99.0"}, f"built for torch 99.0 and later, you have {torch.__version__}"),
+        ({"torch": "2.15.0"}, f"built with torch 2.15.0, you have {torch.__version__}) did not load"),
+    ],
+    ids=["machine", "older torch", "no library"],
+)
+def test_built_for_something_else(elsewhere, record, words):
+    extension._CPU_LIBRARY.write_bytes(b"not a shared library")
+    elsewhere(**record)
+    assert words in extension.load_cpu()
+
+
+def test_damaged_record_is_named(elsewhere):
+    extension._BUILD_RECORD.write_text("{")
+    assert "_build.json is not JSON" in extension.status()["error"]
+
+
+def test_an_explicit_backend_raises_the_reason(elsewhere):
+    from depict_kernels import backends, ops
+
+    elsewhere(cpu={"built": False, "reason": "there was no C++ compiler"})
+    logits = torch.randn(1, 3, 2, 2)
+    with pytest.raises(
+        backends.BackendUnavailable, match=r"no C\+\+ compiler.*Available: auto, reference, torch"
+    ):
+        ops.upsample_argmax(logits, (4, 4), backend="cpp")
+    assert ops.upsample_argmax(logits, (4, 4)).shape == (1, 4, 4)  # auto takes stock torch
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_only_the_stable_interface_is_linked():
+    command = ["nm", "-D", "--undefined-only", str(extension._CPU_LIBRARY)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert any(name.startswith("aoti_torch_") for name in symbols)
+    unstable = [
+        name
+        for name in symbols
+        if name.startswith("_Z") and any(ns in name for ns in ("3c10", "2at", "5torch"))
+    ]
+    assert not unstable
+    assert not any(name.startswith(("Py", "_Py")) for name in symbols)
+
+
+@needs_library
+def test_unknown_instruction_set_is_refused():
+    extension.load_cpu()
+    ops = torch.ops.depict_kernels_cpu
+    before = ops.use_instruction_set("")
+    with pytest.raises(RuntimeError, match="no instruction set 'mmx' here; there are: .*baseline"):
+        ops.use_instruction_set("mmx")
+    assert ops.use_instruction_set("") == before
+
+
+@needs_library
+def test_private_operators_check_what_memory_safety_needs():
+    extension.load_cpu()
+    op = torch.ops.depict_kernels_cpu.cross_entropy
+    logits, target = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
+    loss = torch.zeros(())
+    good = [logits, target, None, None, loss, None, None, 255, 0.0, True]
+    for position, value in [
+        (0, logits[0]),
+        (0, logits.half()),
+        (1, target.float()),
+        (1, target.expand(2, -1, -1)),
+        (2, torch.ones(2, dtype=torch.float64)),
+        (2, torch.ones(3)),
+        (3, torch.ones(1, 4, 3)),
+        (4, torch.zeros((), dtype=torch.float64)),
+        (5, torch.zeros(1, 4, 5)),
+        (6, torch.zeros(1, 3, 2, 3)),
+        (6, torch.zeros(1, 2, 2, 3).transpose(1, 3)),
+    ]:
+        wrong = list(good)
+        wrong[position] = value
+        with pytest.raises(RuntimeError):
+            op(*wrong)
+    assert op(*good) == -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler (looked for 'no-such-compiler')"),
+        ({"DEPICT_KERNELS_NO_EXTENSIONS": "1"}, "DEPICT_KERNELS_NO_EXTENSIONS was set"),
+    ],
+    ids=["no compiler", "switched off"],
+)
+def test_builds_without_the_compiled_part(tmp_path, variables, words):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    # A library of an earlier build must not slip into a package that says it has none.
+    shutil.copytree(
+        ROOT / "depict_kernels", tmp_path / "depict_kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (tmp_path / "depict_kernels" / "_cpu.abi3.so").touch()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-base", "out"],
+        cwd=tmp_path,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert words in result.stderr
+    built = tmp_path / "out" / "lib" / "depict_kernels"
+    record = json.loads((built / "_build.json").read_text())
+    assert record["cpu"]["built"] is False and words in record["cpu"]["reason"]
+    assert (built / "extension.py").exists() and not list(built.glob("*.so"))
