@@ -363,3 +363,11 @@ def test_predict_is_argmax_of_the_upsampled_masks():
     label = model.predict(images, torch.uint8)
     assert label.dtype == torch.uint8
     assert torch.equal(label.long(), ops.upsample_argmax(model(images), (32, 32)))
+
+
+def test_step_init_starts_near_the_identity():
+    decoder = DepictDecoder(5, 24, "ca", step_init=-0.1)
+    steps = [p for name, p in decoder.named_parameters() if name.endswith(".step")]
+    assert len(steps) == 6 and all(s.item() == pytest.approx(-0.1) and s.requires_grad for s in steps)
+    drawn = DepictDecoder(5, 24, "ca")
+    assert len({p.item() for name, p in drawn.named_parameters() if name.endswith(".step")}) == 6

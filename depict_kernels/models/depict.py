@@ -16,14 +16,21 @@ from depict_kernels import ops
 class _SubspaceAttention(nn.Module):
     """One shared projection P (H * d, D) as query, key, value and (transposed) output map, one step size."""
 
-    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        backend: str = "auto",
+        step_init: float | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.backend = backend
         self.norm = nn.LayerNorm(embed_dim)
         self.proj = nn.Parameter(torch.randn(num_heads * head_dim, embed_dim) * embed_dim**-0.5)
-        self.step = nn.Parameter(torch.randn(()))
+        self.step = nn.Parameter(torch.randn(()) if step_init is None else torch.tensor(float(step_init)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, H, d): what the projection yields without a copy."""
@@ -67,6 +74,10 @@ class DepictDecoder(nn.Module):
         depth, num_heads, head_dim: of the MSSA layers.
         cross_depth, cross_head_dim: of the MSCA layers; not used by "sa".
         backend: of the operators, see :mod:`depict_kernels.backends`.
+        step_init: first value of every layer's step size; None draws them from a normal distribution, as the
+            official code does. A small value starts every layer near the identity (as LayerScale does), which
+            is what a backbone without pretrained weights needs: a drawn step near minus one over the gain
+            of P^T P cancels the embeddings.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class DepictDecoder(nn.Module):
         cross_depth: int = 3,
         cross_head_dim: int = 50,
         backend: str = "auto",
+        step_init: float | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("sa", "ca"):
@@ -92,12 +104,12 @@ class DepictDecoder(nn.Module):
         self.class_embed = nn.Parameter(torch.empty(1, num_classes, embed_dim))
         nn.init.trunc_normal_(self.class_embed, std=0.02)
         self.layers = nn.ModuleList(
-            SubspaceSelfAttention(embed_dim, num_heads, head_dim, backend) for _ in range(depth)
+            SubspaceSelfAttention(embed_dim, num_heads, head_dim, backend, step_init) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim)
         if mode == "ca":
             self.cross_layers = nn.ModuleList(
-                SubspaceCrossAttention(embed_dim, num_heads, cross_head_dim, backend)
+                SubspaceCrossAttention(embed_dim, num_heads, cross_head_dim, backend, step_init)
                 for _ in range(cross_depth)
             )
             self.cross_norm = nn.LayerNorm(embed_dim)
