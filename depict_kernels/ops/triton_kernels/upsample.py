@@ -45,9 +45,10 @@ class Tiles:
         return (self.h + 1) * self.parts_y * (self.w + 1) * self.parts_x
 
     @property
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, int | bool]:
         names = ("h", "w", "height", "width", "parts_y", "parts_x")
-        return {name: getattr(self, name) for name in names}
+        longest = max((2 * self.h + 3) * self.height, (2 * self.w + 3) * self.width)
+        return {name: getattr(self, name) for name in names} | {"WIDE": longest >= 2**31, "ROWS": self.rows}
 
 
 def tiles_of(grid: tuple[int, int], size: tuple[int, int]) -> Tiles:
@@ -154,7 +155,6 @@ def _run_tiles(
         "SMOOTHING": label_smoothing,
         "CLASSES": classes,
         "LANES": packed.lanes,
-        "ROWS": tiles.rows,
     }
     wanted = {
         "smooth_ptr": packed.smooth,
@@ -319,7 +319,6 @@ def _run_labels(
         ignore_index=ignore_index,
         CLASSES=classes,
         LANES=packed.lanes,
-        ROWS=tiles.rows,
         COLUMNS=columns,
         BLOCK_C=config.columns,
         EPSILON=8 * torch.finfo(packed.logits.dtype).eps,

@@ -53,11 +53,12 @@ def _careful_tile(
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x)
+    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x, WIDE)
     DTYPE: tl.constexpr = packed_ptr.dtype.element_ty
     lane = tl.arange(0, BLOCK_C)
     pixel = tl.arange(0, ROWS * WIDTH)
@@ -155,6 +156,7 @@ def loss_careful(
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,  # columns of a tile, a power of two here
     BLOCK_C: tl.constexpr,
@@ -202,6 +204,7 @@ def loss_careful(
                 SMOOTHING,
                 CLASSES,
                 LANES,
+                WIDE,
                 ROWS,
                 WIDTH,
                 BLOCK_C,

@@ -28,20 +28,25 @@ def _span(cell, part, parts, samples, pixels):
     first = _begin(cell, samples, pixels)
     count = _begin(cell + 1, samples, pixels) - first
     start = count * part // parts
-    return first + start, count * (part + 1) // parts - start
+    return (first + start).to(tl.int64), (count * (part + 1) // parts - start).to(tl.int64)
 
 
 @triton.jit
-def tile_of(pid, h, w, height, width, parts_y, parts_x):
-    """Program -> (batch, cell row, cell column, first row, rows, first column, columns) of its tile."""
-    pid = pid.to(tl.int64)
+def tile_of(pid, h, w, height, width, parts_y, parts_x, WIDE: tl.constexpr):
+    """Program -> (batch, cell row, cell column, first row, rows, first column, columns) of its tile, in int64.
+
+    WIDE: twice the number of samples times that of pixels along an axis may pass 2^31.
+    """
+    pid = pid.to(tl.int32)  # 32-bit divisions cost a tenth of 64-bit ones
     across = (w + 1) * parts_x
     column, rest = pid % across, pid // across
     row, batch = rest % ((h + 1) * parts_y), rest // ((h + 1) * parts_y)
     cell_y, cell_x = row // parts_y - 1, column // parts_x - 1
+    if WIDE:
+        cell_y, cell_x = cell_y.to(tl.int64), cell_x.to(tl.int64)
     y, rows = _span(cell_y, row % parts_y, parts_y, h, height)
     x, columns = _span(cell_x, column % parts_x, parts_x, w, width)
-    return batch, cell_y, cell_x, y, rows, x, columns
+    return batch.to(tl.int64), cell_y.to(tl.int64), cell_x.to(tl.int64), y, rows, x, columns
 
 
 @triton.jit
@@ -106,12 +111,16 @@ def pack_logits(
     BLOCK_C: tl.constexpr,
 ):
     blocks = tl.cdiv(w, BLOCK_X)
-    pid = tl.program_id(0).to(tl.int64)
-    x = (pid % blocks) * BLOCK_X + tl.arange(0, BLOCK_X)
-    row = pid // blocks
+    pid = tl.program_id(0)
+    x = ((pid % blocks) * BLOCK_X + tl.arange(0, BLOCK_X)).to(tl.int64)
+    row, b, y = (
+        (pid // blocks).to(tl.int64),
+        (pid // blocks // h).to(tl.int64),
+        (pid // blocks % h).to(tl.int64),
+    )
     lane = tl.arange(0, BLOCK_C)
     dtype = packed_ptr.dtype.element_ty
-    logits_ptr += (row // h) * stride_b + (row % h) * stride_y
+    logits_ptr += b * stride_b + y * stride_y
     inside = x < w
     at = row * w + x
 
@@ -125,7 +134,7 @@ def pack_logits(
                 other=float("-inf"),
             ).to(dtype)
             best = tl.where(z > best, z, best)
-        peak = tl.max(best, 1)
+        peak = tl.where(inside, tl.max(best, 1), 0.0)
 
     total = tl.full([BLOCK_X, BLOCK_C], 0, dtype)
     for c0 in range(0, LANES, BLOCK_C):

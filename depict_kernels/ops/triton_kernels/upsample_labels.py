@@ -42,13 +42,14 @@ def label_tiles(
     ignore_index,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two
     BLOCK_C: tl.constexpr,
     EPSILON: tl.constexpr,  # times the largest |logit|: covers the rounding of the evaluation
 ):
     pid = tl.program_id(0).to(tl.int64)
-    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x)
+    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x, WIDE)
     if bad_ptr is not None:
         tl.store(bad_ptr + pid, NO_BAD)
     if rows * columns == 0:

@@ -163,6 +163,7 @@ def loss_series(
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # pixels of a tile along x, at most 16
     WIDTH: tl.constexpr,  # COLUMNS rounded up to a power of two
@@ -170,7 +171,7 @@ def loss_series(
 ):
     """Losses and u = scale / Z of the pixels of one tile."""
     pid = tl.program_id(0).to(tl.int64)
-    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x)
+    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x, WIDE)
     if rows * columns == 0:
         tl.store(careful_ptr + pid, 0)
         if partial_ptr is not None:
@@ -198,7 +199,9 @@ def loss_series(
         wide |= too_wide
         slope = dx[None, :] + dxy[None, :] * ty[:, None]
         e = tl.exp2((s[None, :] + dy[None, :] * ty[:, None]) + slope * tx)
-        r = tl.exp2(slope * step)
+        r = e  # a tile of one column needs no ratio, and r may be infinite where a step is longer than a cell
+        if COLUMNS > 1:
+            r = tl.exp2(slope * step)
         r2 = r * r
         grown = ()
         for k in tl.static_range(COLUMNS):  # r and r^2 in turn: fewer products and roundings than r alone
@@ -292,6 +295,7 @@ def gradient_series(
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -301,7 +305,7 @@ def gradient_series(
     pid = tl.program_id(0).to(tl.int64)
     if tl.load(careful_ptr + pid) != 0:
         return
-    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x)
+    batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x, WIDE)
     lane = tl.arange(0, BLOCK_C)
     samples_ptr += pid * 4 * LANES
     if rows * columns == 0:
@@ -347,15 +351,16 @@ def gradient_series(
         s, dx, dy, dxy, _wide = _series(packed_ptr, corners, c, LANES)
         slope = dx[None, :] + dxy[None, :] * ty[:, None]
         e = tl.exp2((s[None, :] + dy[None, :] * ty[:, None]) + slope * tx)
-        r = tl.exp2(slope * step)
+        r = e
+        if COLUMNS > 1:
+            r = tl.exp2(slope * step)
         # total = sum of u_k r^k; moment = sum of k u_k r^k = r times its derivative
         total, moment = zero + u[COLUMNS - 1], zero
         for i in tl.static_range(1, COLUMNS):
             moment = moment * r + total
             total = total * r + u[COLUMNS - 1 - i]
         total *= e
-        if COLUMNS > 1:  # else r may be infinite: downsampling steps over more than a cell
-            moment *= e * r
+        moment *= e * r
         g_all, g_moment = tl.sum(total, 0), tl.sum(moment, 0)
         g_lower, g_lower_moment = tl.sum(total * ty[:, None], 0), tl.sum(moment * ty[:, None], 0)
         g_right, g_lr = tx * g_all + step * g_moment, tx * g_lower + step * g_lower_moment

@@ -72,9 +72,9 @@ def gather_gradient(
 ):
     """Adds what the tiles of the (at most) four cells around each sample wrote for it."""
     blocks = tl.cdiv(w, BLOCK_X)
-    pid = tl.program_id(0).to(tl.int64)
-    x = (pid % blocks) * BLOCK_X + tl.arange(0, BLOCK_X)
-    b, y = pid // blocks // h, pid // blocks % h
+    pid = tl.program_id(0)
+    x = ((pid % blocks) * BLOCK_X + tl.arange(0, BLOCK_X)).to(tl.int64)
+    b, y = (pid // blocks // h).to(tl.int64), (pid // blocks % h).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = (x < w)[:, None] & (c < LANES)[None, :]
     across = (w + 1) * parts_x
