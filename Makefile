@@ -57,6 +57,10 @@ gpu:
 	$(PYTHON) -m depict_kernels
 	$(PYTHON) -m pytest tests -m gpu -q
 
+# The C++ kernels' tests under AddressSanitizer and UBSan.
+asan: install
+	bash csrc/asan.sh $(BIN)/python
+
 clean:
 	rm -rf .venv .venv-floor build dist runs data .cache *.egg-info depict_kernels/*.so depict_kernels/_build*.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
