@@ -28,8 +28,12 @@ _ATTENTION = {
     "key_backward": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 16, 4, 2)},
 }
 _ATTENTION_SM80 = {"forward": {128: Config(64, 32, 4, 3)}}
-_ATTENTION_GFX = {"forward": {128: Config(64, 64, 4, 2)}, "self_backward": {128: Config(64, 32, 4, 2)}}
-_ATTENTION_FLOAT32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 4, 1)}
+_ATTENTION_GFX = {"forward": {128: Config(64, 64, 4, 2)}, "self_backward": {128: Config(64, 16, 4, 2)}}
+# True float32 products are multiply-adds in registers: they spill in the backward kernels whatever the block.
+_ATTENTION_FLOAT32 = {
+    "forward": {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 4, 1)},
+    "backward": {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+}
 
 
 def attention(kernel: str, architecture: str, dim: int, element_size: int) -> Config:
@@ -41,7 +45,7 @@ def attention(kernel: str, architecture: str, dim: int, element_size: int) -> Co
     if width is None:
         raise ValueError(f"the triton backend takes a head_dim up to 256, got {dim}; use backend='torch'")
     if element_size == 4:
-        return _ATTENTION_FLOAT32[width]
+        return _ATTENTION_FLOAT32["forward" if kernel == "forward" else "backward"][width]
     special = {}
     if architecture.startswith("sm_8"):
         special = _ATTENTION_SM80
