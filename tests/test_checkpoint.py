@@ -120,9 +120,10 @@ def test_unreadable_checkpoints_are_named(tmp_path):
     path = tmp_path / "last.pt"
     with pytest.raises(UserError, match=r"last.pt: no such checkpoint"):
         checkpoint.load(path)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"last.pt: not a readable checkpoint"):
-        checkpoint.load(path)
+    for junk in (b"", b"junk", b"no checkpoint at all", bytes(1000), b"\x80\x02}q\x00."):
+        path.write_bytes(junk)
+        with pytest.raises(UserError, match=r"last.pt: not a readable checkpoint"):
+            checkpoint.load(path)
     checkpoint.save(path, {"model": torch.randn(10_000)})
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(UserError, match=r"last.pt: not a readable checkpoint"):

@@ -305,6 +305,8 @@ def refusal(capsys, keys: dict) -> str:
         ({"model.backbone": "vit_tiny_patch16_383"}, ["vit_tiny_patch16_383", "vit_tiny_patch16_384"]),
         ({"model.backbone_kwargs": {"num_haeds": 3}}, ["model", "num_haeds"]),
         ({"model.backend": "cuad"}, ["cuad", "cuda"]),
+        ({"model.backend": "cuda"}, ["model.backend", "'cuda'", "Available: auto"]),
+        ({"run.name": ".."}, ["run.name", "plain folder name"]),
         ({"train.device": "cuda:97"}, ["train.device", "cuda:97"]),
         ({"train.device": "gpu"}, ["train.device", "'gpu'"]),
         ({"run.resume": "nowhere.pt"}, ["nowhere.pt", "no such checkpoint"]),

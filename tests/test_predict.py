@@ -185,7 +185,7 @@ def test_images_of_one_stem_keep_apart(tmp_path):
 
 
 def test_find_images(tmp_path):
-    for name in ("b.PNG", "a.jpg", "notes.txt"):
+    for name in ("b.PNG", "a.jpg", "notes.txt", "._a.jpg"):
         (tmp_path / name).touch()
     (tmp_path / "sub.jpg").mkdir()
     assert [p.name for p in find_images([tmp_path])] == ["a.jpg", "b.PNG"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_run import Started, configuration, make_data, run_all, settings, write_config
 
 from train import checkpoint
@@ -145,6 +146,59 @@ def test_overwrite_leaves_other_folders_alone(interrupted, tmp_path, capsys):
     (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
     text = refusal(capsys, keys | {"run.name": "photos", "run.overwrite": True})
     assert "no run folder" in text and (tmp_path / "photos" / "a.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"data.root": "/nowhere"}, {"model.backbone": "vit_tny"}, {"loss.class_weights": [1.0]}]
+)
+def test_overwrite_waits_for_good_input(interrupted, tmp_path, capsys, overrides):
+    keys, _ = interrupted
+    (tmp_path / "tiny" / "config.yaml").write_text("{}")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tiny").glob("*.*")}
+    refusal(capsys, keys | {"run.overwrite": True} | overrides)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").glob("*.*")} == before
+
+
+def resumed(keys: dict, folder: Path) -> Trainer:
+    """What the command would train, in its folder."""
+    from train import run
+    from train.config import load_config
+
+    config = load_config([], keys)
+    state = run.prepare_folder(config, folder)
+    return Trainer(config, CPU, folder, state)
+
+
+def test_run_from_another_folders_checkpoint_has_a_best_of_its_own(interrupted, tmp_path, capsys):
+    keys, state = interrupted
+    other = tmp_path / "other"
+    keys |= {"run.name": "other", "run.resume": str(tmp_path / "tiny"), "train.steps": 8}
+    checkpoint.save(tmp_path / "tiny" / "last.pt", state | {"best_miou": 0.99})
+    trainer = resumed(keys, other)
+    assert trainer.step == state["step"]
+    trainer.train()
+    best = checkpoint.load(other / "best.pt")
+    assert best["miou"] == trainer.best_miou < 0.99
+    # The same command again goes on from what this run has reached; another one is refused.
+    assert resumed(keys, other).step == 8
+    assert "optim.lr" in refusal(capsys, keys | {"optim.lr": 0.5})
+    text = refusal(capsys, keys | {"run.name": "third", "model.name": "depict_ca_vit_tiny"})
+    assert str(tmp_path / "tiny" / "last.pt") in text
+
+
+def test_evaluation_that_cannot_give_a_result(interrupted, tmp_path, capsys):
+    from train import run
+    from train.config import load_config
+
+    keys, _ = interrupted
+    config, folder = load_config([], keys), tmp_path / "tiny"
+    run.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    assert run.main(["eval", str(folder), "--output", str(tmp_path / "nowhere" / "a.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: --output")
+    for path in (tmp_path / "data" / "annotations" / "validation").iterdir():
+        Image.new("L", (32, 32)).save(path)
+    assert run.main(["eval", str(folder)]) == 2
+    assert "no labelled pixel in validation" in capsys.readouterr().err
 
 
 def test_kill_between_a_step_and_its_evaluation(interrupted, tmp_path):

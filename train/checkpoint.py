@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,11 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: not a readable checkpoint: it is damaged, or holds more than tensors and plain values"
+        ) from None
+    except Exception as error:  # torch.load reads an arbitrary file as one of several formats
         raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this trainer (key 'format' is not {FORMAT!r})")

@@ -117,7 +117,7 @@ def check(config: Config) -> None:
         )
     if not evaluation.scales or not evaluation.multiscale_scales:
         raise UserError("eval.scales and eval.multiscale_scales need at least one scale")
-    if not config.run.name or Path(config.run.name).name != config.run.name:
+    if config.run.name in ("", "..") or Path(config.run.name).name != config.run.name:
         raise UserError(
             f"run.name: {config.run.name!r} must be a plain folder name; the folder above is run.root"
         )

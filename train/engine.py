@@ -354,7 +354,7 @@ class Trainer:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        path = self.folder / "last.pt"
+        path = Path(state.get("file", self.folder / "last.pt"))
         checkpoint.load_weights(self.model, state["model"], path, state["config"], self.config)
         if self.ema is not None:
             # A run that had no average yet starts one from its weights.

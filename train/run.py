@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file runs without installing `train`
 
+from depict_kernels.backends import BackendUnavailable
 from train.errors import UserError, first_line, user_message
 
 # Keys that change what is reported or where it goes, not what is trained.
@@ -56,6 +57,9 @@ def main(arguments: list[str]) -> int:
         return status
     except UserError as error:
         print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
+        return 2
+    except BackendUnavailable as error:
+        print(f"error: model.backend: {first_line(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
@@ -100,7 +104,14 @@ def train_run(arguments: list[str]) -> int:
 
     trainer = Trainer(config, world, folder, resume)
     del resume
-    distributed.on_main(world, lambda: write_run_folder(config, folder, trainer.classes, world))
+
+    def open_folder() -> None:
+        if config.run.overwrite:  # not before the data and the model were found to be good
+            for path in folder.iterdir():  # the folder itself may be a link
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_run_folder(config, folder, trainer.classes, world)
+
+    distributed.on_main(world, open_folder)
     describe(trainer)
     if trainer.step >= trainer.total_steps and (folder / "results.json").exists():
         trainer.log.say(f"{folder} is finished; --run.overwrite true starts over")
@@ -125,32 +136,34 @@ def prepare_torch(config: Any) -> None:
 def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     """Decides whether this run is new or goes on; the checkpoint's state in the latter case.
 
-    Raises ``UserError`` rather than mix two runs in one folder.
+    ``run.resume=PATH`` of another folder starts this one from there; once it has a checkpoint of its own, the same
+    command goes on from that. Nothing is deleted yet. Raises ``UserError`` rather than mix two runs in one folder.
     """
     from train import checkpoint
     from train.config import to_dict
 
     resume, last = config.run.resume, folder / "last.pt"
-    if config.run.overwrite and folder.exists():
-        if any(folder.iterdir()) and not (folder / "config.yaml").exists():
-            raise UserError(
-                f"{folder}: no run folder (it has no config.yaml), so run.overwrite leaves it alone"
-            )
-        shutil.rmtree(folder)
+    over = config.run.overwrite
+    if over and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: no run folder (it has no config.yaml), so run.overwrite leaves it alone")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     checkpoint.remove_leftovers(folder)
+    path = Path(resume)
+    path = path / "last.pt" if path.is_dir() else path
+    named = resume not in ("auto", "never")
+    own = named and path.resolve().parent == folder.resolve()
     if resume == "never":
-        if last.exists():
+        if last.exists() and not over:
             raise UserError(
                 f"{folder}: holds a run; give another run.name, or run.overwrite=true to start over"
             )
         return None
-    if resume == "auto":
-        if not last.exists():
-            return None
+    if resume == "auto" and (over or not last.exists()):
+        return None
+    if not over and last.exists() and not own:
         state = checkpoint.load(last)
         changed = [
             text
@@ -163,11 +176,12 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
                 f"run.overwrite=true to start over, or run.resume={last} to go on with the new values"
             )
         return state
-    path = Path(resume)
-    state = checkpoint.load(path / "last.pt" if path.is_dir() else path)
+    state = checkpoint.load(path)
     if "optimizer" not in state:
         raise UserError(f"{path}: holds weights only; last.pt of a run folder is what training resumes from")
-    return state
+    if over or not own:  # the best checkpoint stays behind in the other folder
+        state |= {"best_miou": -1.0, "best_step": -1, "evaluated_step": -1}
+    return {**state, "file": str(path)}
 
 
 def write_run_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
@@ -335,6 +349,8 @@ def evaluate_run(arguments: list[str]) -> int:
     folder, config, classes, model, state, world = open_run(words, rest, which, usage)
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}; usage: python train/run.py {usage}")
+    if not Path(own.get("output", folder)).parent.is_dir():
+        raise UserError(f"--output {own['output']}: there is no folder {Path(own['output']).parent}")
     from train import build
     from train.inference import Comparison, evaluate, print_progress
 
@@ -355,6 +371,8 @@ def evaluate_run(arguments: list[str]) -> int:
     )
     if world.main:
         results = metrics.results()
+        if results["miou"] is None:
+            raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
         print(f"{folder}, {which} checkpoint (step {state['step']}), {len(dataset)} images of {dataset.root}"
               + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
         for key, title in SCORES.items():
