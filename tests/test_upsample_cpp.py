@@ -123,6 +123,40 @@ def _reference(name):
     return logits, target, stock(logits, target, torch.float64), stock(logits, target, torch.float32)
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", ["every class", "every class of one sample", "one class", "both ends"])
+def test_samples_masked_with_the_lowest_number(instruction_set, dtype, masked):
+    """Class lanes are padded with a low number: no real one may lose against it, and no label may be a padded one."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 3, 3, generator=generator, dtype=dtype)
+    target = torch.randint(0, 2, (2, 31, 20), generator=generator)
+    if masked == "every class":
+        logits[:] = -2e38
+    elif masked == "every class of one sample":
+        logits[:, :, 1, 1] = LOWEST
+    elif masked == "one class":
+        logits[:, 3] = LOWEST
+    else:
+        logits[:, 3, 1, 1], logits[:, 4, 0, 2] = LOWEST, -LOWEST
+    labels = kernels.argmax(logits, (31, 20), torch.int64)
+    assert labels.max() < 5
+    exact = upsample(logits.double(), (31, 20))
+    best, own = exact.amax(1), exact.gather(1, labels[:, None])[:, 0]
+    assert (best - own <= 1e-6 * exact.abs().amax(1)).all()
+    count = torch.zeros(5, 5, dtype=torch.int64)
+    kernels.confusion(logits, target, IGNORE, count)
+    pairs = torch.bincount((target * 5 + labels).flatten(), minlength=25)
+    assert torch.equal(count, pairs.view(5, 5))
+    if masked == "one class" and dtype == torch.float32:
+        for result, peer, exact in zip(
+            compiled(logits, target), stock(logits, target, dtype), stock(logits, target, torch.float64)
+        ):
+            assert_within_budget(result, peer, exact)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_error_is_at_most_torchs_and_loss_within_one_ulp(name, instruction_set):
     logits, target, (loss64, grad64), (_, grad32) = _reference(name)

@@ -7,7 +7,12 @@
 namespace depict::cpu {
 
 constexpr int kLanePadding = 16;  // class lanes are padded to this, a multiple of every vector width
-constexpr double kPadLogit = -1e38;  // of padded lanes: never the maximum, and finite, so that 0 times it is 0
+// Padded lanes are finite, so that 0 times them is 0. Samples beyond kHuge, which masking with the lowest number
+// brings, could tie with them and overflow in differences: those cells take a way of their own.
+template <class T>
+constexpr T kPadLogit = sizeof(T) == 4 ? T(-3.4028234663852886e38) : T(-1e308);
+template <class T>
+constexpr T kHuge = sizeof(T) == 4 ? T(5e37) : T(5e307);
 constexpr int kMaxPixels = 16;    // pixels of a cell treated together along x
 constexpr int kTileRows = 4;      // rows between two evaluations of true exponentials
 

@@ -102,7 +102,7 @@ void evaluate(const T* const* corner, int count, int pixels, LabelWorkspace<T>& 
   }
 }
 
-// Cells with an infinite or NaN sample: torch's order, in which NaN is the maximum.
+// Cells with a huge, infinite or NaN sample: torch's formula and order, in which NaN is the maximum.
 template <class T>
 void evaluate_special(int64_t classes, const T* const* corner, int pixels, LabelWorkspace<T>& ws) {
   for (int p = 0; p < pixels; ++p) {
@@ -144,13 +144,13 @@ void label_cell_row(const LabelTask<T>& task, int64_t index, void* scratch, int6
     const int64_t at[4] = {upper + p.x.lower(j), upper + p.x.upper(j), lower + p.x.lower(j), lower + p.x.upper(j)};
     const T* corner[4];
     T magnitude = 0;
-    bool finite = true;
+    bool tame = true;
     for (int q = 0; q < 4; ++q) {
       corner[q] = p.logits + at[q] * lanes;
-      finite &= p.peak[at[q]] - p.peak[at[q]] == 0;
+      tame &= p.peak[at[q]] <= kHuge<T>;  // not so for NaN
       magnitude = p.peak[at[q]] > magnitude ? p.peak[at[q]] : magnitude;
     }
-    const int count = finite ? find_candidates(lanes, corner, epsilon * magnitude, ws) : 0;
+    const int count = tame ? find_candidates(lanes, corner, epsilon * magnitude, ws) : 0;
     const int64_t wide = x1 - x0 < kMaxPixels ? x1 - x0 : kMaxPixels, tall = kTilePixels / wide;
     for (int64_t x = x0; x < x1; x += wide) {
       const int64_t n = x + wide < x1 ? wide : x1 - x;
@@ -169,7 +169,7 @@ void label_cell_row(const LabelTask<T>& task, int64_t index, void* scratch, int6
               ws.txy[r * n + k] = tx * ty;
             }
           }
-          if (finite)
+          if (tame)
             evaluate(corner, count, pixels, ws);
           else
             evaluate_special(p.classes, corner, pixels, ws);

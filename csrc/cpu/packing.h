@@ -17,7 +17,7 @@ void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* 
       for (int64_t x = x0; x < x1; ++x) to[x * lanes + c] = from[c * view.stride[1] + x * view.stride[3]];
     for (int64_t x = x0; x < x1; ++x) {
       T* pixel = to + x * lanes;
-      for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = magnitude ? T(0) : T(kPadLogit);
+      for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = magnitude ? T(0) : kPadLogit<T>;
       // The maximum skips NaN, the magnitude becomes NaN: the cross-entropy meets the NaN again, argmax must know.
       Vec<T> best[1] = {magnitude ? Vec<T>{} : splat<T>(-__builtin_inf())};
       Vec<T> poison{};
@@ -31,7 +31,7 @@ void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* 
       reduce_lanes<T, Add, 1>(&poison, poisoned);
       packed.peak[task * w + x] = magnitude ? peak[0] + poisoned[0] : peak[0];
       if (magnitude)
-        for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = T(kPadLogit);
+        for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = kPadLogit<T>;
       if (packed.smooth) {
         double sum = 0;
         for (int64_t c = 0; c < packed.classes; ++c)
