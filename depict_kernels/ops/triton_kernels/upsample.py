@@ -4,8 +4,9 @@
     pack_logits, label_tiles, finish_loss (for the report of bad labels)                    label map, confusion
 
 float32 inside (float64 for float64 logits); float64 for sums over pixels. Nothing synchronises with the host. The
-gradient's extra memory is four samples per tile, tiles being cells of the low-resolution grid in parts of at most
-16 x 16 pixels: 21 MB for 8 x 150 x 32 x 32 logits.
+number of classes and the label smoothing are compiled in. Tiles are cells of the low-resolution grid in parts of at
+most 16 x 16 pixels; the gradient takes four samples of all classes per tile (21 MB for 8 x 150 x 32 x 32 logits
+upsampled 16 times), one number per pixel and a packed copy of the logits besides.
 """
 
 from __future__ import annotations
