@@ -28,6 +28,8 @@ OPERATORS = {
     "upsample_confusion": "upsample",
 }
 
+_DIFFERENTIABLE = frozenset(OPERATORS) - {"upsample_argmax", "upsample_confusion"}
+
 _FOLDERS = {
     "reference": "depict_kernels.ops.reference",
     "torch": "depict_kernels.ops.stock",
@@ -134,12 +136,29 @@ def _resolve(requested: str, operator: str, device_type: str, dtype: torch.dtype
 def choose(requested: str, operator: str, tensor: torch.Tensor) -> str:
     """The backend a call takes: the argument, else the surrounding :func:`use_backend`, else ``auto``'s table.
 
+    Registered operators know reverse-mode differentiation alone, and torch would drop a forward-mode tangent
+    silently: under torch.func.grad, torch.func.jvp and dual numbers ``auto`` takes ``torch``.
+
     Raises ValueError for an unknown name and :class:`BackendUnavailable` for one that cannot run here.
     """
     _check_name(requested)
     if requested == "auto":
         requested = _override.get() or "auto"
+    if operator in _DIFFERENTIABLE and not torch.compiler.is_compiling() and _in_transform(tensor):
+        if requested not in ("auto", "torch"):
+            raise BackendUnavailable(
+                f"backend {requested!r} cannot run {operator} under torch.func.grad, torch.func.jvp or "
+                "forward-mode differentiation. Available: auto, torch"
+            )
+        return "torch"
     return _resolve(requested, operator, tensor.device.type, tensor.dtype)
+
+
+def _in_transform(tensor: torch.Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation follows this tensor."""
+    if torch._C._functorch.is_gradtrackingtensor(tensor):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def implementation(backend: str, stem: str):

@@ -313,3 +313,26 @@ def test_module_is_a_drop_in():
     assert module.weight.dtype == torch.float64 and "weight" not in module.state_dict()
     expected = naive(logits.double(), target, weight=weight.double(), label_smoothing=0.1)
     torch.testing.assert_close(module(logits.double(), target), expected)
+
+
+def test_transforms_that_kernels_do_not_know_take_torch_or_raise():
+    logits, target = torch.randn(2, 5, 4, 4), torch.randint(0, 5, (2, 9, 7))
+
+    def loss(x, backend="auto"):
+        return ops.upsample_cross_entropy(x, target, backend=backend)
+
+    x = logits.clone().requires_grad_()
+    loss(x).backward()
+    assert torch.allclose(torch.func.grad(loss)(logits), x.grad, atol=1e-7)
+    direction = torch.randn_like(logits)
+    expected = (x.grad * direction).sum()
+    assert torch.allclose(torch.func.jvp(loss, (logits,), (direction,))[1], expected, atol=1e-6)
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, direction)
+        assert torch.allclose(forward_ad.unpack_dual(loss(dual)).tangent, expected, atol=1e-6)
+        assert torch.equal(ops.upsample_argmax(dual, (9, 7)), ops.upsample_argmax(logits, (9, 7)))
+        with pytest.raises(backends.BackendUnavailable, match="forward-mode"):
+            loss(dual, "reference")
+    with pytest.raises(backends.BackendUnavailable, match=r"torch\.func\.grad"):
+        torch.func.grad(lambda x: loss(x, "reference"))(logits)
