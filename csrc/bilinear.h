@@ -2,8 +2,9 @@
 //
 // Output pixel x of an axis reads source coordinate s(x) = (x + 0.5) * in / out - 0.5. Pixels with the same
 // floor(s) form a "cell": cell j lies between source samples j and j + 1, and t = s - j moves linearly in it.
-// Cells -1 and in - 1 are the borders, where torch clamps the coordinate or the neighbour: there t = 0 is right
-// and both samples are the nearest one. All quantities are ratios of integers, so cells are found exactly.
+// Cells -1 and in - 1 are the borders, where torch clamps the coordinate or the neighbour: there t = 0 is
+// right and both samples are the nearest one. All quantities are ratios of integers, so cells are found
+// exactly.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Private operators of the CPU kernels: the checks that memory safety needs, and nothing else. Everything a user
-// should be told about is checked in Python, where ValueError and TypeError exist. Only torch's stable interface is
-// used, so that one binary serves every torch from the target version on.
+// Private operators of the CPU kernels: the checks that memory safety needs, and nothing else. Everything a
+// user should be told about is checked in Python, where ValueError and TypeError exist. Only torch's stable
+// interface is used, so that one binary serves every torch from the target version on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const depict::cpu::Executor torch_threads() {
-  return {static_cast<int>(torch::stable::get_num_threads()), [](int workers, void (*body)(void*), void* context) {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int workers, void (*body)(void*), void* context) {
             torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) body(context);
             });
@@ -60,7 +61,9 @@ depict::cpu::LogitsView<T> logits_view(const Tensor& logits) {
 depict::cpu::LabelView label_view(const Tensor& target, int64_t batch) {
   STD_TORCH_CHECK(target.is_cpu() && target.dim() == 3 && target.size(0) == batch,
                   "target must be a (B, H, W) CPU tensor");
-  return {target.const_data_ptr(), int_type(target, "target"), {target.stride(0), target.stride(1), target.stride(2)}};
+  return {target.const_data_ptr(),
+          int_type(target, "target"),
+          {target.stride(0), target.stride(1), target.stride(2)}};
 }
 
 // A contiguous CPU tensor of dtype T with `count` elements.
@@ -104,16 +107,16 @@ int64_t cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> weight
                       std::optional<Tensor> pixel_loss, std::optional<Tensor> gradient, int64_t ignore_index,
                       double label_smoothing, bool mean) {
   if (logits.scalar_type() == ScalarType::Double)
-    return run_cross_entropy<double>(logits, target, weight, pixel_gradient, loss, pixel_loss, gradient, ignore_index,
-                                     label_smoothing, mean);
+    return run_cross_entropy<double>(logits, target, weight, pixel_gradient, loss, pixel_loss, gradient,
+                                     ignore_index, label_smoothing, mean);
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "logits must be float32 or float64");
-  return run_cross_entropy<float>(logits, target, weight, pixel_gradient, loss, pixel_loss, gradient, ignore_index,
-                                  label_smoothing, mean);
+  return run_cross_entropy<float>(logits, target, weight, pixel_gradient, loss, pixel_loss, gradient,
+                                  ignore_index, label_smoothing, mean);
 }
 
 template <class T>
-int64_t run_label_map(const Tensor& logits, const std::optional<Tensor>& labels, int64_t height, int64_t width,
-                      const std::optional<Tensor>& target, int64_t ignore_index,
+int64_t run_label_map(const Tensor& logits, const std::optional<Tensor>& labels, int64_t height,
+                      int64_t width, const std::optional<Tensor>& target, int64_t ignore_index,
                       const std::optional<Tensor>& confusion) {
   depict::cpu::LabelProblem<T> problem{};
   problem.logits = logits_view<T>(logits);
@@ -134,7 +137,8 @@ int64_t run_label_map(const Tensor& logits, const std::optional<Tensor>& labels,
   depict::cpu::LabelView view{};
   STD_TORCH_CHECK(target.has_value() == confusion.has_value(), "target and confusion go together");
   if (target) {
-    STD_TORCH_CHECK(target->size(1) == height && target->size(2) == width, "target must be (B, height, width)");
+    STD_TORCH_CHECK(target->size(1) == height && target->size(2) == width,
+                    "target must be (B, height, width)");
     view = label_view(*target, logits.size(0));
     problem.target = &view;
     problem.confusion = contiguous<int64_t>(confusion, ScalarType::Long, classes * classes, "confusion");
@@ -153,8 +157,8 @@ int64_t label_map(Tensor logits, std::optional<Tensor> labels, int64_t height, i
 std::string instruction_sets() { return depict::cpu::instruction_sets(); }
 
 std::string use_instruction_set(std::string name) {
-  STD_TORCH_CHECK(name.empty() || depict::cpu::use_instruction_set(name.c_str()), "no instruction set '", name,
-                  "' here; there are: ", depict::cpu::instruction_sets());
+  STD_TORCH_CHECK(name.empty() || depict::cpu::use_instruction_set(name.c_str()), "no instruction set '",
+                  name, "' here; there are: ", depict::cpu::instruction_sets());
   return depict::cpu::instruction_set_in_use();
 }
 
@@ -164,7 +168,8 @@ std::string use_instruction_set(std::string name) {
 STABLE_TORCH_LIBRARY(depict_kernels_cpu, m) {
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_gradient, Tensor(a!)? loss, "
-      "Tensor(b!)? pixel_loss, Tensor(c!)? gradient, int ignore_index, float label_smoothing, bool mean) -> int");
+      "Tensor(b!)? pixel_loss, Tensor(c!)? gradient, int ignore_index, float label_smoothing, bool mean) -> "
+      "int");
   m.def(
       "label_map(Tensor logits, Tensor(a!)? labels, int height, int width, Tensor? target, int ignore_index, "
       "Tensor(b!)? confusion) -> int");

@@ -1,5 +1,5 @@
-// What the instruction-set specific translation units (upsample_*.cpp) hand to upsample.cpp: functions that do
-// one task each. Shared by both sides, so nothing here depends on the instruction set.
+// What the instruction-set specific translation units (upsample_*.cpp) hand to upsample.cpp: functions that
+// do one task each. Shared by both sides, so nothing here depends on the instruction set.
 #pragma once
 
 #include "upsample.h"
@@ -7,17 +7,17 @@
 namespace depict::cpu {
 
 constexpr int kLanePadding = 16;  // class lanes are padded to this, a multiple of every vector width
-// Padded lanes are finite, so that 0 times them is 0. Samples beyond kHuge, which masking with the lowest number
-// brings, could tie with them and overflow in differences: those cells take a way of their own.
+// Padded lanes are finite, so that 0 times them is 0. Samples beyond kHuge, which masking with the lowest
+// number brings, could tie with them and overflow in differences: those cells take a way of their own.
 template <class T>
 constexpr T kPadLogit = sizeof(T) == 4 ? T(-3.4028234663852886e38) : T(-1e308);
 template <class T>
 constexpr T kHuge = sizeof(T) == 4 ? T(5e37) : T(5e307);
-constexpr int kMaxPixels = 16;    // pixels of a cell treated together along x
-constexpr int kTileRows = 4;      // rows between two evaluations of true exponentials
+constexpr int kMaxPixels = 16;  // pixels of a cell treated together along x
+constexpr int kTileRows = 4;    // rows between two evaluations of true exponentials
 
 template <class T>
-struct Packed {  // low-resolution logits, classes innermost
+struct Packed {                   // low-resolution logits, classes innermost
   int64_t batch, classes, lanes;  // lanes: classes padded
   Axis y, x;
   T* logits;       // (batch, h, w, lanes)
@@ -76,7 +76,8 @@ struct Kernels {
   // Does cell row `task` of (batch, h + 1). Scratch is 64-byte aligned, zero at first and kept between tasks.
   int64_t (*cross_entropy_scratch)(const CrossEntropyTask<T>&);
   void (*cross_entropy)(const CrossEntropyTask<T>&, int64_t task, void* scratch, CrossEntropyPartial&);
-  // Adds the gradient rows of low-resolution row `task` of (batch, h) into the contiguous (batch, classes, h, w).
+  // Adds the gradient rows of low-resolution row `task` of (batch, h) into the contiguous (batch, classes, h,
+  // w).
   void (*gather)(const CrossEntropyTask<T>&, int64_t task, T scale, T* gradient);
   LoadLabels (*label_loader)(IntType);
   int64_t (*label_scratch)(const LabelTask<T>&);

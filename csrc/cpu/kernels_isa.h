@@ -5,6 +5,12 @@
 // (order matters: each builds on the ones before)
 #include "packing.h"
 
+#include "cell.h"
+
+#include "careful.h"
+
+#include "series.h"
+
 #include "cross_entropy.h"
 
 #include "label_map.h"
@@ -13,8 +19,8 @@ namespace depict::cpu::DEPICT_ISA {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {pack_row<T>, cross_entropy_scratch<T>, cross_entropy_cell_row<T>, gather_row<T>, label_loader,
-          label_scratch<T>, label_cell_row<T>};
+  return {pack_row<T>,  cross_entropy_scratch<T>, cross_entropy_cell_row<T>, gather_row<T>,
+          label_loader, label_scratch<T>,         label_cell_row<T>};
 }
 
 }  // namespace depict::cpu::DEPICT_ISA

@@ -1,9 +1,9 @@
 // Argmax over classes of bilinearly upsampled logits, without the upsampled logits.
 //
-// In a cell, class c can be the maximum somewhere only if the largest of its four samples reaches the largest, over
-// classes, of the smallest of their four: trained masks leave one to three candidates of 150. Those are evaluated
-// for all pixels of the cell (lanes are pixels), in class order, so that ties go to the lowest class as in
-// torch.argmax.
+// In a cell, class c can be the maximum somewhere only if the largest of its four samples reaches the
+// largest, over classes, of the smallest of their four: trained masks leave one to three candidates of 150.
+// Those are evaluated for all pixels of the cell (lanes are pixels), in class order, so that ties go to the
+// lowest class as in torch.argmax.
 #pragma once
 
 namespace depict::cpu::DEPICT_ISA {
@@ -12,16 +12,17 @@ constexpr int kTilePixels = 256;
 
 template <class T>
 struct LabelWorkspace {
-  T* high;            // [lanes] largest sample of the cell by class
-  int32_t* candidate; // [classes + 16]
-  T *tx, *ty, *txy;   // [kTilePixels] weights of the tile's pixels
-  int32_t* label;     // [kTilePixels]
-  int32_t* target;    // [kTilePixels]
+  T* high;             // [lanes] largest sample of the cell by class
+  int32_t* candidate;  // [classes + 16]
+  T *tx, *ty, *txy;    // [kTilePixels] weights of the tile's pixels
+  int32_t* label;      // [kTilePixels]
+  int32_t* target;     // [kTilePixels]
 };
 
 template <class T>
 int64_t label_scratch(const LabelTask<T>& task) {
-  return task.packed.lanes * static_cast<int64_t>(sizeof(T)) + 3 * kTilePixels * static_cast<int64_t>(sizeof(T)) +
+  return task.packed.lanes * static_cast<int64_t>(sizeof(T)) +
+         3 * kTilePixels * static_cast<int64_t>(sizeof(T)) +
          (2 * kTilePixels + task.packed.classes + 16) * static_cast<int64_t>(sizeof(int32_t)) + 256;
 }
 
@@ -38,8 +39,8 @@ LabelWorkspace<T> carve(const LabelTask<T>& task, void* scratch) {
   return ws;
 }
 
-// Ascending list of the classes that can be the maximum somewhere in the cell. `margin` covers the rounding of
-// the evaluation.
+// Ascending list of the classes that can be the maximum somewhere in the cell. `margin` covers the rounding
+// of the evaluation.
 template <class T>
 int find_candidates(int64_t lanes, const T* const* corner, T margin, LabelWorkspace<T>& ws) {
   constexpr int L = Simd<T>::lanes;
@@ -128,7 +129,8 @@ void write_labels(const int32_t* label, int n, void* out, int64_t at) {
 }
 
 template <class T>
-void label_cell_row(const LabelTask<T>& task, int64_t index, void* scratch, int64_t* confusion, int64_t& bad) {
+void label_cell_row(const LabelTask<T>& task, int64_t index, void* scratch, int64_t* confusion,
+                    int64_t& bad) {
   const Packed<T>& p = task.packed;
   const int64_t w = p.x.in, lanes = p.lanes;
   const int64_t b = index / (p.y.in + 1), i = index % (p.y.in + 1) - 1;
@@ -141,7 +143,8 @@ void label_cell_row(const LabelTask<T>& task, int64_t index, void* scratch, int6
   for (int64_t j = -1; j < w; ++j) {
     const int64_t x0 = p.x.begin(j), x1 = p.x.begin(j + 1);
     if (x0 == x1) continue;
-    const int64_t at[4] = {upper + p.x.lower(j), upper + p.x.upper(j), lower + p.x.lower(j), lower + p.x.upper(j)};
+    const int64_t at[4] = {upper + p.x.lower(j), upper + p.x.upper(j), lower + p.x.lower(j),
+                           lower + p.x.upper(j)};
     const T* corner[4];
     T magnitude = 0;
     bool tame = true;
@@ -187,8 +190,8 @@ void label_cell_row(const LabelTask<T>& task, int64_t index, void* scratch, int6
             const LabelView& view = *task.target;
             const int64_t first = b * view.stride[0] + (y + r) * view.stride[1] + x * view.stride[2];
             const int64_t wrong = task.load_labels(
-                static_cast<const char*>(view.data) + first * kSize[static_cast<int>(view.type)], view.stride[2], n,
-                p.classes, task.ignore_index, ws.target);
+                static_cast<const char*>(view.data) + first * kSize[static_cast<int>(view.type)],
+                view.stride[2], n, p.classes, task.ignore_index, ws.target);
             if (wrong >= 0 && (bad < 0 || pixel + wrong < bad)) bad = pixel + wrong;
             for (int64_t k = 0; k < n; ++k)
               if (ws.target[k] >= 0) ++confusion[ws.target[k] * p.classes + label[k]];

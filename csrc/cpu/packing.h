@@ -10,15 +10,22 @@ void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* 
   const int64_t h = packed.y.in, w = packed.x.in, lanes = packed.lanes;
   const T* from = view.data + task / h * view.stride[0] + task % h * view.stride[2];
   T* to = packed.logits + task * w * lanes;
-  constexpr int64_t kBlock = 32;  // this many packed pixels stay in the first-level cache
+  constexpr int64_t kBlock = 128;  // the cache lines being written stay in the first-level cache
+  constexpr int64_t kAhead = 8, kLine = 64 / sizeof(T);
   for (int64_t x0 = 0; x0 < w; x0 += kBlock) {
     const int64_t x1 = x0 + kBlock < w ? x0 + kBlock : w;
-    for (int64_t c = 0; c < packed.classes; ++c)
+    for (int64_t c = 0; c < packed.classes; ++c) {
+      // Every class lies on a page of its own, where no hardware prefetch reaches.
+      if (c + kAhead < packed.classes)
+        for (int64_t x = x0; x < x1; x += kLine)
+          __builtin_prefetch(from + (c + kAhead) * view.stride[1] + x * view.stride[3]);
       for (int64_t x = x0; x < x1; ++x) to[x * lanes + c] = from[c * view.stride[1] + x * view.stride[3]];
+    }
     for (int64_t x = x0; x < x1; ++x) {
       T* pixel = to + x * lanes;
       for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = magnitude ? T(0) : kPadLogit<T>;
-      // The maximum skips NaN, the magnitude becomes NaN: the cross-entropy meets the NaN again, argmax must know.
+      // The maximum skips NaN, the magnitude becomes NaN: the cross-entropy meets the NaN again, argmax must
+      // know.
       Vec<T> best[1] = {magnitude ? Vec<T>{} : splat<T>(-__builtin_inf())};
       Vec<T> poison{};
       for (int64_t c = 0; c < lanes; c += L) {
@@ -42,11 +49,12 @@ void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* 
   }
 }
 
-// Adds what the two cell rows beside a low-resolution row found. The order is fixed, whichever thread computed it.
+// Adds what the two cell rows beside a low-resolution row found. The order is fixed, whichever thread
+// computed it.
 template <class T>
 void gather_row(const CrossEntropyTask<T>& task, int64_t index, T scale, T* gradient) {
   constexpr int L = Simd<T>::lanes;
-  constexpr int64_t kBlock = 16;
+  constexpr int64_t kBlock = 128;
   const Packed<T>& p = task.packed;
   const int64_t h = p.y.in, w = p.x.in, lanes = p.lanes, row = w * lanes;
   const int64_t b = index / h, y = index % h;

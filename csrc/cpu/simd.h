@@ -1,7 +1,7 @@
 // Fixed-width vectors in GCC's and clang's portable notation: one source for AVX-512, AVX2, SSE2 and NEON.
-// Included by the three translation units upsample_*.cpp, which define DEPICT_ISA (a namespace) and DEPICT_LANES
-// (floats in a vector) after selecting the instruction set. Nothing here may come from a header of the standard
-// library, whose inline functions the linker would share with code for older processors.
+// Included by the three translation units upsample_*.cpp, which define DEPICT_ISA (a namespace) and
+// DEPICT_LANES (floats in a vector) after selecting the instruction set. Nothing here may come from a header
+// of the standard library, whose inline functions the linker would share with code for older processors.
 #pragma once
 
 #define DEPICT_INLINE inline __attribute__((always_inline))
@@ -59,9 +59,9 @@ DEPICT_INLINE V at_most(V a, V b) {
 }
 
 // --- exp -------------------------------------------------------------------------------------------------
-// exp(x) = 2^n exp(r), |r| <= ln 2 / 2. x must lie in [-87, 88] (float) or [-700, 709] (double); NaN stays NaN.
-// Adding 1.5 * 2^mantissa rounds x / ln 2 and leaves n in the low bits. The float polynomial is a minimax fit of
-// relative error 3e-9, the double one Taylor's to degree 13.
+// exp(x) = 2^n exp(r), |r| <= ln 2 / 2. x must lie in [-87, 88] (float) or [-700, 709] (double); NaN stays
+// NaN. Adding 1.5 * 2^mantissa rounds x / ln 2 and leaves n in the low bits. The float polynomial is a
+// minimax fit of relative error 3e-9, the double one Taylor's to degree 13.
 template <bool MinusOne>
 DEPICT_INLINE Vec<float> exponential(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
@@ -140,7 +140,8 @@ DEPICT_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b, int first, Sequence<I...>)
 #if defined(__clang__)
   return first ? __builtin_shufflevector(a, b, (2 * I + 1)...) : __builtin_shufflevector(a, b, (2 * I)...);
 #else
-  return first ? __builtin_shuffle(a, b, IVec<T>{(2 * I + 1)...}) : __builtin_shuffle(a, b, IVec<T>{(2 * I)...});
+  return first ? __builtin_shuffle(a, b, IVec<T>{(2 * I + 1)...})
+               : __builtin_shuffle(a, b, IVec<T>{(2 * I)...});
 #endif
 }
 

@@ -1,7 +1,7 @@
 // Scheduling: packs the logits, deals cell rows to threads, adds what they found in a fixed order.
 //
-// Every (batch, cell row) writes to a place of its own and the order of additions does not depend on which thread
-// did what, so results are bitwise the same for any number of threads.
+// Every (batch, cell row) writes to a place of its own and the order of additions does not depend on which
+// thread did what, so results are bitwise the same for any number of threads.
 #include "upsample.h"
 
 #include <atomic>
@@ -66,8 +66,8 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(p));
 }
 
-// Tasks 0 .. count - 1 that may run in any order once the phases before are done. `work(worker, task)` must not throw;
-// the worker's number selects scratch memory that was allocated before.
+// Tasks 0 .. count - 1 that may run in any order once the phases before are done. `work(worker, task)` must
+// not throw; the worker's number selects scratch memory that was allocated before.
 struct Phase {
   template <class Work>
   Phase(int64_t count, const Work& work)
@@ -81,8 +81,8 @@ struct Phase {
   std::atomic<int64_t> next{0}, done{0};
 };
 
-// One parallel region for all phases: tasks go to the threads as they become free, and a phase waits for the tasks of
-// the one before, not for threads that the operating system has not yet let run.
+// One parallel region for all phases: tasks go to the threads as they become free, and a phase waits for the
+// tasks of the one before, not for threads that the operating system has not yet let run.
 template <int N>
 void run(const Executor& executor, Phase (&phases)[N]) {
   struct Shared {
@@ -201,7 +201,8 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   int64_t bad = -1;
   const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, false, index); };
   const auto sweep = [&](int w, int64_t index) {
-    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(), partial[static_cast<size_t>(index)]);
+    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(),
+                    partial[static_cast<size_t>(index)]);
   };
   const auto add_up = [&](int, int64_t) {
     double weight = 0;
@@ -215,7 +216,9 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
     scale = weight == 0 ? 0.0 : 1.0 / weight;
     loss = weight == 0 ? 0.0 : loss / weight;
   };
-  const auto gather = [&](int, int64_t index) { k.gather(task, index, static_cast<T>(scale), problem.gradient); };
+  const auto gather = [&](int, int64_t index) {
+    k.gather(task, index, static_cast<T>(scale), problem.gradient);
+  };
   const int64_t rows_in = view.batch * view.height;
   Phase phases[] = {Phase(rows_in, pack), Phase(cell_rows, sweep), Phase(1, add_up),
                     Phase(problem.gradient ? rows_in : 0, gather)};

@@ -32,20 +32,21 @@ template <class T>
 struct CrossEntropyProblem {
   LogitsView<T> logits;
   LabelView target;
-  int64_t height, width;     // of the target
-  const double* weight;      // (classes) or null
+  int64_t height, width;  // of the target
+  const double* weight;   // (classes) or null
   double label_smoothing;
   int64_t ignore_index;
-  bool mean;                 // divide loss and gradient by the valid weight
-  const T* pixel_gradient;   // (batch, height, width) contiguous upstream gradient of reduction "none", or null
-  bool want_loss;            // fill CrossEntropyResult::loss
-  T* pixel_loss;             // (batch, height, width) contiguous, or null
-  T* gradient;               // (batch, classes, h, w) contiguous, or null
+  bool mean;  // divide loss and gradient by the valid weight
+  const T*
+      pixel_gradient;  // (batch, height, width) contiguous upstream gradient of reduction "none", or null
+  bool want_loss;      // fill CrossEntropyResult::loss
+  T* pixel_loss;       // (batch, height, width) contiguous, or null
+  T* gradient;         // (batch, classes, h, w) contiguous, or null
 };
 
 struct CrossEntropyResult {
-  double loss;       // summed or averaged
-  int64_t bad;       // linear index of the first label outside [0, classes) other than ignore_index, or -1
+  double loss;  // summed or averaged
+  int64_t bad;  // linear index of the first label outside [0, classes) other than ignore_index, or -1
 };
 
 template <class T>
@@ -55,11 +56,11 @@ template <class T>
 struct LabelProblem {
   LogitsView<T> logits;
   int64_t height, width;
-  void* labels;            // (batch, height, width) contiguous u8, i32 or i64, or null
+  void* labels;  // (batch, height, width) contiguous u8, i32 or i64, or null
   IntType label_type;
   const LabelView* target;  // with `confusion`
   int64_t ignore_index;
-  int64_t* confusion;       // (classes, classes) contiguous, rows = target, added to; or null
+  int64_t* confusion;  // (classes, classes) contiguous, rows = target, added to; or null
 };
 
 // Returns the linear index of the first bad label of `target`, or -1.

@@ -1,5 +1,5 @@
-// x86-64-v4. The instruction set is chosen here rather than by compiler flags, after every standard header: inline
-// functions of those must stay usable on older processors.
+// x86-64-v4. The instruction set is chosen here rather than by compiler flags, after every standard header:
+// inline functions of those must stay usable on older processors.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
@@ -10,14 +10,16 @@ namespace depict::cpu {
 
 static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
 
 }  // namespace depict::cpu
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt"))), apply_to = function)
+#pragma clang attribute push(                                                              \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt")
 #endif

@@ -17,6 +17,7 @@ namespace depict::cpu {
 
 static bool supported() { return true; }
 
-extern const InstructionSet kBaseline{"baseline", supported, baseline::table<float>(), baseline::table<double>()};
+extern const InstructionSet kBaseline{"baseline", supported, baseline::table<float>(),
+                                      baseline::table<double>()};
 
 }  // namespace depict::cpu

@@ -1,0 +1,115 @@
+// What the cross-entropy kernels share: a cell, a row of its pixels, the memory they work in.
+#pragma once
+
+namespace depict::cpu::DEPICT_ISA {
+
+typedef double Corners __attribute__((vector_size(32)));  // upper left, upper right, lower left, lower right
+
+// Exponents below kFloor are raised to it: e^-66 times weights and 1 / sum stays clear of subnormal floats,
+// which are slow. That is harmless for a class that stays below kNegligible in the whole cell while the sum
+// is at least kSmallSum (a relative error of e^-42 / 2e-9 = 3e-10), and only then.
+constexpr float kFloor = -66.0f, kNegligible = -42.0f, kSmallSum = 2e-9f;
+constexpr int64_t kBlockRows = 64;  // rows accumulated in T before they are added to the cell row's sums
+
+// Relative to the pixel's maximum; e to this is nothing beside 1, and its products are not subnormal.
+template <class T>
+constexpr T exp_floor() {
+  return sizeof(T) == 4 ? T(-60) : T(-300);
+}
+
+template <class T>
+struct Workspace {
+  T *e, *r, *q;  // [kTileRows][lanes] exponential of the middle pixel, ratio to the next and the last one
+  T *row_e, *row_r, *row_q;  // [lanes] ratio of e, relative changes of r and q, from row to row
+  T *s, *dx, *dy, *dxy;  // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
+  double* logit;         // [kMaxPixels][lanes] logits of a careful row
+  T* exponential;        // [kMaxPixels][lanes] their exponentials
+  T* sum[4];             // [lanes] gradient of the cell's samples, over a block of rows
+  T *left, *right;       // [2][lanes] gradient of the samples left and right of the cell, upper and lower
+  Corners* hits;         // [classes] bilinear weights of the pixels with this label
+  int32_t* touched;      // [classes + 1] labels met in this cell
+  uint8_t* met;          // [classes]
+  // Sums over the rows of a cell row, one per pixel position in a chunk (so that the compiler vectorises).
+  double log_sum[kMaxPixels];
+  double upper[kMaxPixels], lower[kMaxPixels];  // of this block: coefficients times weight along y
+};
+
+template <class T>
+int64_t cross_entropy_scratch(const CrossEntropyTask<T>& task) {
+  const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
+  return lanes * (3 * kTileRows + 3 + 4 + kMaxPixels + 4 + 4) * static_cast<int64_t>(sizeof(T)) +
+         lanes * kMaxPixels * static_cast<int64_t>(sizeof(double)) +
+         classes * static_cast<int64_t>(sizeof(Corners) + sizeof(int32_t) + 1) + 256;
+}
+
+template <class T>
+Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
+  const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
+  Workspace<T> ws;
+  T* p = static_cast<T*>(scratch);
+  const auto take = [&](int64_t rows) {
+    T* here = p;
+    p += rows * lanes;
+    return here;
+  };
+  ws.e = take(kTileRows), ws.r = take(kTileRows), ws.q = take(kTileRows);
+  ws.row_e = take(1), ws.row_r = take(1), ws.row_q = take(1);
+  ws.s = take(1), ws.dx = take(1), ws.dy = take(1), ws.dxy = take(1);
+  ws.exponential = take(kMaxPixels);
+  for (T*& sum : ws.sum) sum = take(1);
+  ws.left = take(2), ws.right = take(2);
+  ws.logit = reinterpret_cast<double*>(p);
+  ws.hits = reinterpret_cast<Corners*>(ws.logit + kMaxPixels * lanes);
+  ws.touched = reinterpret_cast<int32_t*>(ws.hits + classes);
+  ws.met = reinterpret_cast<uint8_t*>(ws.touched + classes + 1);
+  for (int k = 0; k < kMaxPixels; ++k) ws.log_sum[k] = ws.upper[k] = ws.lower[k] = 0;
+  return ws;
+}
+
+// A chunk of up to kMaxPixels pixels of one cell and the rows it spans.
+template <class T>
+struct Cell {
+  const T* corner[4];
+  double peak[4];
+  double smooth[4];
+  int64_t x, cell_x, cell_y;
+  int n;
+  double t_x, step_x;
+  bool careful;               // some class spans more than the geometric series can hold
+  bool near_padding = false;  // the largest sample of some corner may be as low as the padded lanes
+  Corners smooth_sum;  // bilinear sum over the block's pixels of the upstream gradient, for label smoothing
+};
+
+template <class T>
+struct PixelRow {
+  alignas(64) double scale[kMaxPixels];  // coefficient of the log-sum-exp; 0 for ignored pixels and beyond n
+  alignas(64) double hit[kMaxPixels];    // coefficient of the label's logit
+  alignas(64) T u_left[kMaxPixels],
+      u_right[kMaxPixels];  // coefficient / sum of exponentials * weight along x
+  alignas(64) T z[2 * kMaxPixels];
+  alignas(64) int32_t label[kMaxPixels];
+  T w_upper, w_lower;  // weights along y
+  double upper, lower;
+  bool live;  // some pixel counts
+};
+
+// Losses of single pixels, for reduction "none": `base` is what the sum of exponentials was taken relative
+// to.
+template <class T, class Base, class LabelLogit>
+void write_pixel_losses(const CrossEntropyTask<T>& task, const Cell<T>& cell, const PixelRow<T>& row,
+                        int64_t pixel, const Base& base, const LabelLogit& label_logit) {
+  for (int k = 0; k < cell.n; ++k) {
+    double loss = 0;
+    if (row.label[k] >= 0) {
+      loss = row.scale[k] * (pixel_log(row.z[k]) + base(k)) - row.hit[k] * label_logit(k);
+      if (task.smoothing != 0) {
+        const double *pair = task.pixel.pair + 2 * (cell.x + k), *s = cell.smooth;
+        loss -= task.smoothing * (row.upper * (pair[0] * s[0] + pair[1] * s[1]) +
+                                  row.lower * (pair[0] * s[2] + pair[1] * s[3]));
+      }
+    }
+    task.pixel_loss[pixel + k] = static_cast<T>(loss);
+  }
+}
+
+}  // namespace depict::cpu::DEPICT_ISA
