@@ -42,7 +42,8 @@ def forbid_gradient(name: str) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts to the autocast dtype where autocast is on, as torch does for its own matrix products."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # (torch.amp.is_autocast_available cannot be traced by torch 2.11's compiler)
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
