@@ -59,5 +59,13 @@ def model(config: Config, num_classes: int, weights: bool = True) -> Segmentatio
         )
     except PretrainedWeightsError as error:
         raise UserError(f"model.pretrained: {first_line(error)}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         raise UserError(f"model: {first_line(error)}") from None

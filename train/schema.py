@@ -160,7 +160,7 @@ class Train:
     """Decay of an exponential moving average of the weights, which is then evaluated; null: none."""
     compile: bool = False
     """Compile the model and its loss with torch.compile."""
-    seed: int = number(0, ge=0)
+    seed: int = number(0, ge=0, le=10**18)
     """Seed of the weights, the data order and everything random about a sample."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

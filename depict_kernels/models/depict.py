@@ -98,6 +98,12 @@ class DepictDecoder(nn.Module):
             raise ValueError(f"mode must be 'sa' or 'ca', got {mode!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        sizes = {"num_heads": num_heads, "head_dim": head_dim, "cross_head_dim": cross_head_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if depth < 0 or cross_depth < 0:
+            raise ValueError(f"depth and cross_depth must be at least 0, got {depth} and {cross_depth}")
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.mode = mode
