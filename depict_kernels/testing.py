@@ -79,13 +79,15 @@ def check_against_float64(
     factor: float = 2.0,
     ulps: float = 4.0,
     scale: float = 0.0,
+    gradient_scale: float = 1.0,
     seed: int = 0,
 ) -> None:
     """Asserts that output and every gradient of ``kernel`` are within the budget.
 
     The truth is ``peer`` on float64 copies of the inputs; the peer's own error is measured at the inputs'
     dtype. Both are differentiated with one random upstream gradient. ``scale`` is the size of the terms that
-    the output is a difference of, where it can cancel to 0.
+    the output is a difference of, where it can cancel to 0; ``gradient_scale`` is the same of the gradients, in
+    multiples of the upstream gradient.
     """
     truth_inputs = [t.double() if t.is_floating_point() else t for t in inputs]
     shape = peer(*truth_inputs).shape
@@ -97,6 +99,7 @@ def check_against_float64(
     out, grads = value_and_gradients(kernel, inputs, upstream)
     assert_within_budget(out, peer_out, truth, factor=factor, ulps=ulps, scale=scale, what="output")
     largest = upstream.abs().max().item() if upstream.numel() else 0.0  # a gradient sums multiples of it
+    largest *= gradient_scale
     for i, (g, p, t) in enumerate(zip(grads, peer_grads, truth_grads)):
         assert_within_budget(g, p, t, factor=factor, ulps=ulps, scale=largest, what=f"gradient {i}")
 
