@@ -8,7 +8,6 @@ A backend is a set of modules with the stems of ``depict_kernels.ops`` (attentio
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
 import importlib.util
 import os
@@ -42,7 +41,9 @@ _FOLDERS = {
 # A backend enters this table only with a measurement behind it (benchmarks/).
 _AUTO = {"cpu": ("cpp", "torch")}
 
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("depict_kernels_backend", default=None)
+# Of the whole process, like torch's own backend flags: a context variable would be per thread, but torch.compile
+# cannot trace one in torch 2.11, and it guards on a plain global.
+_override: str | None = None
 
 
 class BackendUnavailable(RuntimeError):
@@ -53,14 +54,16 @@ class BackendUnavailable(RuntimeError):
 def use_backend(name: str) -> Iterator[None]:
     """Within the context every operator called with ``backend="auto"`` takes backend ``name``.
 
-    An explicit ``backend=`` argument still wins. Raises ValueError for an unknown name.
+    An explicit ``backend=`` argument still wins. Holds for the whole process, not for one thread. Raises
+    ValueError for an unknown name.
     """
+    global _override
     _check_name(name)
-    token = _override.set(None if name == "auto" else name)
+    before, _override = _override, None if name == "auto" else name
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def _check_name(name: str) -> None:
@@ -143,7 +146,7 @@ def choose(requested: str, operator: str, tensor: torch.Tensor) -> str:
     """
     _check_name(requested)
     if requested == "auto":
-        requested = _override.get() or "auto"
+        requested = _override or "auto"
     if operator in _DIFFERENTIABLE and not torch.compiler.is_compiling() and _in_transform(tensor):
         if requested not in ("auto", "torch"):
             raise BackendUnavailable(

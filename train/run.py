@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file runs without installing `train`
+# Read when torch is first imported. OpenMP's threads otherwise spin while one of them waits for a core, which makes a
+# run several times slower on a machine that does anything else besides.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from depict_kernels.backends import BackendUnavailable
 from train.errors import UserError, first_line, user_message
