@@ -150,7 +150,7 @@ def test_samples_masked_with_the_lowest_number(instruction_set, dtype, masked):
     kernels.confusion(logits, target, IGNORE, count)
     pairs = torch.bincount((target * 5 + labels).flatten(), minlength=25)
     assert torch.equal(count, pairs.view(5, 5))
-    if masked == "one class" and dtype == torch.float32:
+    if masked != "both ends" and dtype == torch.float32:  # there stock torch overflows
         for result, peer, exact in zip(
             compiled(logits, target), stock(logits, target, dtype), stock(logits, target, torch.float64)
         ):

@@ -83,8 +83,10 @@ void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<
   if (task.want_loss) {
     for (int k = 0; k < cell.n; ++k)
       if (row.label[k] >= 0) {
-        ws.log_sum[k] += row.scale[k] * (pixel_log(row.z[k]) + peak[k]);
-        if (cell.careful) ws.log_sum[k] -= row.hit[k] * label_logit(k);
+        double rest = row.scale[k] * peak[k];
+        if (cell.careful)  // peak - label first: masked samples are both near the lowest number
+          rest = row.hit[k] * (peak[k] - label_logit(k)) + (row.scale[k] - row.hit[k]) * peak[k];
+        ws.log_sum[k] += row.scale[k] * pixel_log(row.z[k]) + rest;
       }
   }
   if (task.pixel_loss)

@@ -220,6 +220,7 @@ void cross_entropy_cell_row(const CrossEntropyTask<T>& task, int64_t index, void
       for (int q = 0; q < 4; ++q) {
         cell.corner[q] = p.logits + at[q] * lanes;
         cell.peak[q] = static_cast<double>(p.peak[at[q]]);
+        cell.near_padding |= p.peak[at[q]] < -kHuge<T>;
         cell.smooth[q] = p.smooth ? p.smooth[at[q]] : 0;
       }
       cell.cell_x = j;
@@ -228,7 +229,7 @@ void cross_entropy_cell_row(const CrossEntropyTask<T>& task, int64_t index, void
       cell.careful = true;
       // Two pixels in a row are cheaper directly.
       if constexpr (sizeof(T) == 4)
-        if (pixels > 2 * chunks) shift_cell(lanes, cell, ws);
+        if (pixels > 2 * chunks && !cell.near_padding) shift_cell(lanes, cell, ws);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         cell.x = x0 + pixels * chunk / chunks;
         cell.n = static_cast<int>(x0 + pixels * (chunk + 1) / chunks - cell.x);
