@@ -159,20 +159,17 @@ def test_autocast_casts_as_stock_products_do():
             assert ops.subspace_self_attention(w, backend=backend).dtype == torch.bfloat16
 
 
-def test_flop_counter_sees_kernels_and_stock_alike():
+def test_flop_counter_sees_kernels():
     from torch.utils.flop_counter import FlopCounterMode
 
     q, w = torch.randn(2, 4, 3, 8, requires_grad=True), torch.randn(2, 6, 3, 8, requires_grad=True)
-    counts = {}
-    for backend in BACKENDS:
-        with FlopCounterMode(display=False) as counter:
-            out = ops.subspace_cross_attention(q, w, backend=backend)
-        counts[backend] = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            out.sum().backward()
-        counts[backend, "backward"] = counter.get_total_flops()
-    assert counts["reference"] == counts["torch"] == 2 * 2 * (2 * 3 * 4 * 6 * 8)
-    assert counts["reference", "backward"] == 5 * 2 * (2 * 3 * 4 * 6 * 8)
+    product = 2 * (2 * 3 * 4 * 6 * 8)
+    with FlopCounterMode(display=False) as counter:
+        out = ops.subspace_cross_attention(q, w, backend="reference")
+    assert counter.get_total_flops() == 2 * product
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
 
 
 @pytest.mark.parametrize(
@@ -212,6 +209,4 @@ def test_use_backend_is_seen_by_compiled_code():
     compiled = torch.compile(lambda w: ops.subspace_self_attention(w), fullgraph=True, backend="eager")
     assert "depict_kernels" not in type(compiled(w).grad_fn).__name__
     with backends.use_backend("reference"):
-        assert "depict_kernels" in type(
-            compiled(w).grad_fn.next_functions[0][0] or compiled(w).grad_fn
-        ).__name__ or ("depict_kernels" in type(compiled(w).grad_fn).__name__)
+        assert "depict_kernels" in type(compiled(w).grad_fn).__name__

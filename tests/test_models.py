@@ -52,7 +52,11 @@ def test_parameters_and_flops_are_the_papers(width, side, kind, parameters, gflo
         decoder = DECODERS[kind](150, width).eval().requires_grad_(False)
         patches = torch.empty(1, side * side, width)
     assert round(sum(p.numel() for p in decoder.parameters()) / 1e6, 3) == parameters
-    decoder.backend = "torch"
+    for (
+        module
+    ) in decoder.modules():  # registered operators: torch 2.11 counts 0 for its own attention on some devices
+        if hasattr(module, "backend"):
+            module.backend = "reference"
     with FlopCounterMode(display=False) as counter:
         decoder(patches, (side, side))
     # 0.005 for the published rounding, and upstream's counter saw 1e-3 of it differently at most
