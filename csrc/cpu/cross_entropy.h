@@ -16,7 +16,7 @@ void read_row(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int64_t
               CrossEntropyPartial& partial) {
   const Axis& ay = task.packed.y;
   const int n = cell.n;
-  row.lower = ay.weight(cell.cell_y, y);
+  row.lower = task.pixel.row[y];
   row.upper = 1.0 - row.lower;
   row.w_lower = static_cast<T>(row.lower);
   row.w_upper = static_cast<T>(row.upper);

@@ -31,6 +31,7 @@ struct PixelWeights {
   const T* lower;
   const T* upper;
   const double* pair;  // (lower, upper) interleaved
+  const double* row;   // of the lower sample along y, one per row
 };
 
 typedef int64_t (*LoadLabels)(const void* row, int64_t stride, int64_t n, int64_t classes, int64_t ignore,

@@ -117,7 +117,7 @@ struct Prepared {
   Packed<T> packed;
   PixelWeights<T> pixel;
   Buffer<T> logits, peak, weights;
-  Buffer<double> smooth, pair;
+  Buffer<double> smooth, pair, row;
 
   Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing) {
     packed.batch = view.batch;
@@ -143,7 +143,9 @@ struct Prepared {
       weights[x] = static_cast<T>(1.0 - upper);
       weights[padded + x] = static_cast<T>(upper);
     }
-    pixel = {weights.get(), weights.get() + padded, pair.get()};
+    row = allocate<double>(height);
+    for (int64_t y = 0; y < height; ++y) row[y] = packed.y.weight(packed.y.cell_of(y), y);
+    pixel = {weights.get(), weights.get() + padded, pair.get(), row.get()};
   }
 };
 
