@@ -41,7 +41,10 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: install
-	$(BIN)/python -m pytest benchmarks -q
+	$(BIN)/python benchmarks/bench_upsample_cpu.py
+	$(BIN)/python benchmarks/bench_training_step.py
+	$(BIN)/python benchmarks/bench_loader.py --output benchmarks/results/loader_cpu.json
+	$(BIN)/python benchmarks/report.py
 
 # The oldest supported torch, with its Triton, in an environment of its own.
 floor:

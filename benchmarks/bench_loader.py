@@ -15,6 +15,7 @@ are timed in turns, so that a change of the machine's load meets all of them; th
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -112,6 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="a data set in ADE20K's layout")
     parser.add_argument("--rounds", type=int, default=30, help="batches of 8 images per way")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     if not args.root.is_dir():
         print(f"skipped: {args.root} is missing; name a data set with --root", file=sys.stderr)
@@ -130,6 +132,10 @@ def main() -> int:
     ]
     for name, value, needed in rows:
         print(f"{name:34} {value:9.2f} {1e3 / value:9.1f} {ms['plain'] / value:6.1f}   {needed}")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        record = {"torch": torch.__version__, "rounds": args.rounds, "ms_per_image": ms}
+        args.output.write_text(json.dumps(record, indent=2) + "\n")
     return 0 if ms["plain"] / ms["jpeg"] >= 4 and ms["plain"] / ms["cache"] >= 10 else 1
 
 

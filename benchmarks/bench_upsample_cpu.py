@@ -62,13 +62,13 @@ def interleave(stock: Callable, kernel: Callable, rounds: int) -> dict[str, floa
         begin = time.perf_counter()
         stock()
         middle = time.perf_counter()
-        # The kernel is so much shorter than stock torch that one run of it meets less of the machine's noise.
-        best = math.inf
+        # Three runs, the middle one: a single interruption weighs more on a run this short.
+        runs = []
         for _ in range(3):
             start = time.perf_counter()
             kernel()
-            best = min(best, time.perf_counter() - start)
-        pairs.append((middle - begin, best))
+            runs.append(time.perf_counter() - start)
+        pairs.append((middle - begin, statistics.median(runs)))
     stock_s, kernel_s = (min(column) for column in zip(*pairs))
     return {
         "stock_ms": 1e3 * stock_s,

@@ -24,3 +24,10 @@ def test_files_it_names_exist():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"train/configs/\w+\.yaml|(?<=\()[A-Z]+\.md", text))
     assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_speed_tables_are_the_records():
+    from benchmarks.report import with_speed
+
+    text = (ROOT / "README.md").read_text()
+    assert with_speed(text) == text, "run python benchmarks/report.py"
