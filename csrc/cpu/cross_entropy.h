@@ -59,24 +59,28 @@ void read_row(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int64_t
   }
 }
 
-// Adds the row's bilinear weights to its labels, a run of equal labels at a time.
+// Adds the row's bilinear weights to its labels, a run of equal labels at a time. `across` are the weights of
+// the left and the right sample, twice.
 template <class T>
-void scatter_row(const PixelRow<T>& row, int n, const double* pair, Workspace<T>& ws, int64_t& touched) {
-  int k = 0;
-  while (k < n) {
+DEPICT_INLINE void scatter_row(const PixelRow<T>& row, int n, const Corners* across, const Workspace<T>& ws,
+                               int64_t& touched) {
+  // Local, since the compiler has to assume that a store of bytes changes anything else.
+  Corners* const hits = ws.hits;
+  int32_t* const list = ws.touched;
+  uint8_t* const met = ws.met;
+  const Corners down{row.upper, row.upper, row.lower, row.lower};
+  int64_t count = touched;
+  for (int k = 0; k < n;) {
     const int32_t label = row.label[k];
-    double left = 0, right = 0;
-    do {
-      left += row.hit[k] * pair[2 * k];
-      right += row.hit[k] * pair[2 * k + 1];
-      ++k;
-    } while (k < n && row.label[k] == label);
+    Corners run = row.hit[k] * across[k];
+    for (++k; k < n && row.label[k] == label; ++k) run += row.hit[k] * across[k];
     if (label < 0) continue;
-    ws.hits[label] += Corners{row.upper * left, row.upper * right, row.lower * left, row.lower * right};
-    ws.touched[touched] = label;
-    touched += 1 - ws.met[label];
-    ws.met[label] = 1;
+    hits[label] += run * down;
+    list[count] = label;
+    count += 1 - met[label];
+    met[label] = 1;
   }
+  touched = count;
 }
 
 template <class T>
@@ -169,6 +173,11 @@ void sweep_chunk(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int6
                   [&](auto pixels) { along_y = row_ratios<pixels.count>(p.lanes, cell, step_y, ws); });
     }
   PixelRow<T> row[kTileRows];
+  Corners across[kMaxPixels];
+  for (int k = 0; k < cell.n; ++k) {
+    const double* pair = task.pixel.pair + 2 * (cell.x + k);
+    across[k] = Corners{pair[0], pair[1], pair[0], pair[1]};
+  }
   for (int64_t block = y0; block < y1; block += kBlockRows) {
     const int64_t block_end = block + kBlockRows < y1 ? block + kBlockRows : y1;
     cell.smooth_sum = Corners{};
@@ -185,7 +194,7 @@ void sweep_chunk(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int6
       tile<T>(task, cell, row, count, along_y, pixel, ws);
       for (int k = 0; k < count; ++k) {
         if (row[k].live)
-          scatter_row(row[k], cell.n, task.pixel.pair + 2 * cell.x, ws, touched);
+          scatter_row(row[k], cell.n, across, ws, touched);
         else if (task.pixel_loss)
           for (int x = 0; x < cell.n; ++x) task.pixel_loss[pixel + k * p.x.out + x] = 0;
       }
