@@ -1,10 +1,11 @@
 """The CPU upsample operators against stock torch: time, accuracy and memory, interleaved in one process.
 
-    python benchmarks/bench_upsample_cpu.py [--rounds 7] [--threads 2] [--output FILE.json]
+    python benchmarks/bench_upsample_cpu.py [--rounds 9] [--threads 2] [--output FILE.json]
     python -m pytest benchmarks/bench_upsample_cpu.py        # the same figures, asserted against the goals
 
-Every round runs stock torch and the kernel one after the other, so that both see the same machine; the ratio is
-of the fastest rounds, and the median of the per-round ratios is given beside it. Correctness comes first: a case
+Every round runs stock torch and the kernel one after the other, so that both see the same machine. "ratio" is the
+median over the third of the rounds in which stock torch was fastest, that is in which the machine was least busy
+with other things; "all" is the median over all rounds. Correctness comes first: a case
 whose gradient error exceeds torch's own is reported as wrong and fails.
 """
 
@@ -69,11 +70,12 @@ def interleave(stock: Callable, kernel: Callable, rounds: int) -> dict[str, floa
             kernel()
             runs.append(time.perf_counter() - start)
         pairs.append((middle - begin, statistics.median(runs)))
-    stock_s, kernel_s = (min(column) for column in zip(*pairs))
+    pairs.sort()
+    quiet = pairs[: (len(pairs) + 2) // 3]
     return {
-        "stock_ms": 1e3 * stock_s,
-        "kernel_ms": 1e3 * kernel_s,
-        "ratio": stock_s / kernel_s,
+        "stock_ms": 1e3 * statistics.median(a for a, _ in quiet),
+        "kernel_ms": 1e3 * statistics.median(b for _, b in quiet),
+        "ratio": statistics.median(a / b for a, b in quiet),
         "median_ratio": statistics.median(a / b for a, b in pairs),
     }
 
@@ -218,7 +220,7 @@ def run(rounds: int, threads: int) -> dict:
     torch.set_num_threads(threads)
     result = {"environment": environment(threads), "loss": {}, "labels": {}}
     print(
-        f"{'forward + backward':22} {'stock ms':>9} {'ms':>8} {'ratio':>7} {'median':>7} {'goal':>5}"
+        f"{'forward + backward':22} {'stock ms':>9} {'ms':>8} {'ratio':>7} {'all':>7} {'goal':>5}"
         f" {'grad error':>11} {'of stock':>9} {'loss ulp':>8}"
     )
     for name in LOSS_CASES:
@@ -246,10 +248,10 @@ def run(rounds: int, threads: int) -> dict:
 
 
 def test_goals():
-    result = run(rounds=3, threads=2)
+    result = run(rounds=5, threads=2)
     for name, row in (result["loss"] | {f"argmax {k}": v for k, v in result["labels"].items()}).items():
         assert row["right"], name
-        assert max(row["ratio"], row["median_ratio"]) >= row["goal"], (name, row["ratio"])
+        assert row["ratio"] >= row["goal"], (name, row["ratio"])
     assert result["memory_mib"]["kernel_512"] < 16
 
 
@@ -257,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/upsample_cpu.json"))
     arguments = parser.parse_args()
