@@ -25,7 +25,7 @@ def speed() -> str:
     where = upsample["environment"]
     lines = [
         f"CPU, {where['threads']} threads, torch {where['torch']}, float32, interleaved with stock torch in one "
-        "process (fastest run of each; the median ratio of the rounds in brackets).",
+        "process (medians of the quietest third of the rounds; the ratio over all rounds in brackets).",
         "",
         "| against `F.interpolate` and `F.cross_entropy`, forward + backward | stock | `cpp` | ratio | gradient error "
         "(stock's) |",
