@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${1:-python3}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac  # the tests run in another folder
 shift || true
 copy=build/asan
 mkdir -p "$copy"
