@@ -1,12 +1,17 @@
 """Builds the compiled parts. Metadata is in pyproject.toml.
 
-``depict_kernels/_cpu.abi3.so`` holds the C++ kernels. It uses torch's stable interface alone, so one binary serves
-every torch from TORCH_TARGET on and every Python from 3.10. What was built, with what, or why not, is written to
-``depict_kernels/_build.json``; ``python -m depict_kernels`` shows it. Without a C++ compiler (or with
-DEPICT_KERNELS_NO_EXTENSIONS=1) the package installs without it and the operators run on stock torch.
+``depict_kernels/_cpu.abi3.so`` holds the C++ kernels, ``_cuda.abi3.so`` the CUDA kernels, built where nvcc is found
+(with or without a GPU). They use torch's stable interface alone, so one binary serves every torch from TORCH_TARGET
+on and every Python from 3.10. What was built, with what, or why not, is written to ``depict_kernels/_build.json``;
+``python -m depict_kernels`` shows it. Without a compiler the package installs without the part and the operators run
+on stock torch.
 
-MAX_JOBS bounds the parallel compilations. DEPICT_KERNELS_SANITIZE=1 builds with AddressSanitizer and UBSan
-(see ``make asan``).
+Environment variables:
+    MAX_JOBS                        bounds the parallel compilations
+    TORCH_CUDA_ARCH_LIST            GPU architectures, by default those of CUDA_ARCHITECTURES that nvcc knows
+    DEPICT_KERNELS_NO_CUDA=1        no CUDA kernels; DEPICT_KERNELS_NO_EXTENSIONS=1: nothing compiled at all
+    DEPICT_KERNELS_EMULATE_CUDA=1   also builds the CUDA kernels for the emulator, which runs them on the CPU in tests
+    DEPICT_KERNELS_SANITIZE=1       the CPU parts with AddressSanitizer and UBSan (see ``make asan``)
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +35,9 @@ RECORD = ROOT / "depict_kernels" / "_build.json"
 TORCH_TARGET = (2, 11)
 PYTHON_TARGET = (3, 10)
 MEMORY_PER_JOB = 2 << 30  # bytes that one compilation may need
+
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
+CUDA_MINIMUM = (12, 0)  # the first that knows sm_90a
 
 CPU_SOURCES = [
     "csrc/bindings_cpu.cpp",
@@ -57,6 +66,31 @@ SANITIZE_FLAGS = [
 ]
 
 
+EMULATE_FLAGS = [
+    "-x",
+    "c++",
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-DDEPICT_EMULATE",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-g0",
+]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
+
+
+def switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def compiler() -> str | None:
     """The C++ compiler's command, or None where there is none."""
     command = os.environ.get("CXX", "c++")
@@ -74,11 +108,11 @@ def output_of(*command: str) -> str:
 
 
 def why_not() -> str | None:
-    """What keeps the CPU part from being built, or None."""
-    if os.environ.get("DEPICT_KERNELS_NO_EXTENSIONS", "0") not in ("", "0"):
+    """What keeps any compiled part from being built, or None."""
+    if switched_on("DEPICT_KERNELS_NO_EXTENSIONS"):
         return "DEPICT_KERNELS_NO_EXTENSIONS was set when the package was built"
     if sys.platform == "win32":
-        return "the C++ part is built on Linux and macOS only"
+        return "the compiled parts are built on Linux and macOS only"
     if compiler() is None:
         return (
             f"there was no C++ compiler (looked for {os.environ.get('CXX', 'c++')!r}); install g++ or set CXX"
@@ -91,6 +125,73 @@ def why_not() -> str | None:
     if version < TORCH_TARGET:
         return f"the build environment has torch {torch.__version__}, at least {version_text(TORCH_TARGET)} is needed"
     return None
+
+
+def nvcc() -> Path | None:
+    """CUDA's compiler: of CUDA_HOME, on the PATH, or of the packages that NVIDIA keeps on PyPI."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes]
+    if shutil.which("nvcc"):
+        candidates.append(Path(shutil.which("nvcc")))
+    for folder in sys.path:
+        candidates += sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True)
+    return next((path.resolve() for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def cuda_home() -> Path:
+    """The toolkit's folder as nvcc itself knows it: what is on the PATH may be a wrapper."""
+    command = [str(nvcc()), "--dryrun", "-x", "cu", "-c", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return Path(found[1]).resolve() if found else nvcc().parent.parent
+
+
+def nvcc_version() -> tuple[int, ...]:
+    found = re.search(r"release (\d+)\.(\d+)", output_of(str(nvcc()), "--version"))
+    return tuple(map(int, found.groups())) if found else (0, 0)
+
+
+def why_not_cuda() -> str | None:
+    """What keeps the CUDA part from being built where the CPU part is, or None."""
+    if switched_on("DEPICT_KERNELS_NO_CUDA"):
+        return "DEPICT_KERNELS_NO_CUDA was set when the package was built"
+    if sys.platform != "linux":
+        return "the CUDA part is built on Linux only"
+    if nvcc() is None:
+        return "nvcc was not found (looked in CUDA_HOME and on the PATH); install the CUDA toolkit and build again"
+    if nvcc_version() < CUDA_MINIMUM:
+        return f"{nvcc()} is CUDA {version_text(nvcc_version())}, at least {version_text(CUDA_MINIMUM)} is needed"
+    return None
+
+
+def architectures() -> list[str]:
+    """Compute capabilities to compile for, such as ["8.0", "9.0a", "12.0+PTX"]."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
+    if asked.strip(";"):
+        chosen = [entry for entry in asked.split(";") if entry]
+        for entry in chosen:
+            if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", entry):
+                raise SystemExit(
+                    f"TORCH_CUDA_ARCH_LIST: {entry!r} is no architecture; write e.g. 8.0;9.0a;12.0+PTX"
+                )
+            if float(re.match(r"\d+\.\d", entry)[0]) < 8:
+                raise SystemExit(
+                    f"TORCH_CUDA_ARCH_LIST: {entry}: the CUDA kernels need compute capability 8.0"
+                )
+        return chosen
+    known = output_of(str(nvcc()), "--list-gpu-code").split()
+    number = lambda entry: re.match(r"\d+\.\d", entry)[0].replace(".", "")
+    return [entry for entry in CUDA_ARCHITECTURES.split(";") if f"sm_{number(entry)}" in known]
+
+
+def architecture_flags() -> list[str]:
+    flags = []
+    for entry in architectures():
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def version_text(version: tuple[int, ...]) -> str:
@@ -106,14 +207,16 @@ def bound_jobs() -> None:
     os.environ["MAX_JOBS"] = str(max(1, min(cores, memory // MEMORY_PER_JOB)))
 
 
-def build_record(reason: str | None, flags: list[str]) -> dict:
+def build_record() -> dict:
     record = {
-        "version": 1,
+        "version": 2,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=12") or "unknown",
         "machine": platform.machine(),
         "python": platform.python_version(),
         "cpu": {"built": reason is None, "reason": reason},
+        "cuda": {"built": cuda_reason is None, "reason": cuda_reason},
+        "cuda_emulated": {"built": emulate, "reason": None if emulate else "it is built for tests only"},
     }
     if reason is None:
         import torch
@@ -126,34 +229,85 @@ def build_record(reason: str | None, flags: list[str]) -> dict:
         record["cpu"]["instruction_sets"] = (
             ["avx512", "avx2", "baseline"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
         )
+    if cuda_reason is None:
+        record["cuda"]["nvcc"] = version_text(nvcc_version())
+        record["cuda"]["architectures"] = architectures()
     return record
 
 
+def compile_objects(folder: Path, command: list[str], sources: list[str]) -> list[str]:
+    """Compiles each source to an object under ``folder`` where it or what it includes changed; ninja does the work."""
+    import ninja
+
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    objects = [folder / (Path(source).stem + ".o") for source in sources]
+    lines = [
+        "rule compile",
+        f"  command = {shlex.join(command).replace('$', '$$')} -MD -MF $out.d -c $in -o $out",
+        "  description = $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    lines += [f"build {escape(o)}: compile {escape(ROOT / s)}" for o, s in zip(objects, sources)]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    program = Path(ninja.BIN_DIR) / "ninja"
+    subprocess.run([str(program), "-C", str(folder), "-j", os.environ["MAX_JOBS"]], check=True)
+    return [str(path) for path in objects]
+
+
 reason = why_not()
-flags = CXX_FLAGS + (
-    SANITIZE_FLAGS if os.environ.get("DEPICT_KERNELS_SANITIZE", "0") not in ("", "0") else []
-)
-extensions, commands = [], {}
+cuda_reason = reason or why_not_cuda()
+emulate = reason is None and switched_on("DEPICT_KERNELS_EMULATE_CUDA")
+flags = CXX_FLAGS + (SANITIZE_FLAGS if switched_on("DEPICT_KERNELS_SANITIZE") else [])
+sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
+headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
+cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+cuda_bindings = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("bindings_cuda*.cpp"))
+extensions, commands, object_builds = [], {}, {}
+
+
+def extension(name: str, sources: list[str], flags: list[str], link_flags: list[str]):
+    from torch.utils.cpp_extension import CppExtension
+
+    major, minor = TORCH_TARGET
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+    return CppExtension(
+        f"depict_kernels.{name}",
+        sources,
+        extra_compile_args={"cxx": [*flags, target]},
+        extra_link_args=[*link_flags, *sanitize],
+        depends=headers,
+        py_limited_api=True,
+    )
+
+
 if reason is None:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension
 
     bound_jobs()
-    major, minor = TORCH_TARGET
-    extensions.append(
-        CppExtension(
-            "depict_kernels._cpu",
-            CPU_SOURCES,
-            extra_compile_args={
-                "cxx": [*flags, f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
-            },
-            extra_link_args=["-fsanitize=address,undefined"]
-            if "-fsanitize=address,undefined" in flags
-            else [],
-            depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
-            py_limited_api=True,
-        )
-    )
     commands["build_ext"] = BuildExtension
+    extensions.append(extension("_cpu", CPU_SOURCES, flags, []))
+if cuda_reason is None:
+    home = cuda_home()
+    folders = [p.parent for p in sorted(home.glob("**/libcudart_static.a"))[:1]]
+    link = [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    link.append("-Wl,--exclude-libs,ALL")
+    extensions.append(extension("_cuda", cuda_bindings, [*CXX_FLAGS, f"-I{home / 'include'}"], link))
+    host = shlex.split(compiler())[0]
+    command = [str(nvcc()), *NVCC_FLAGS, f"-ccbin={shutil.which(host)}", *architecture_flags()]
+    object_builds["depict_kernels._cuda"] = (command, cuda_sources)
+if emulate:
+    extensions.append(extension("_cuda_emulated", cuda_bindings, [*flags, "-DDEPICT_EMULATE"], []))
+    # Uninitialised variables hold a pattern, not whatever a GPU's registers would happen to hold.
+    pattern = ["-ftrivial-auto-var-init=pattern"]
+    known = subprocess.run(
+        [*shlex.split(compiler()), *pattern, "-E", "-x", "c++", os.devnull], capture_output=True
+    )
+    pattern = pattern if known.returncode == 0 else []
+    command = [*shlex.split(compiler()), *EMULATE_FLAGS, *pattern, *sanitize]
+    object_builds["depict_kernels._cuda_emulated"] = (command, [*cuda_sources, "csrc/cuda/emulator.cpp"])
 
 
 class BuildPython(build_py):
@@ -163,13 +317,16 @@ class BuildPython(build_py):
         write_record()
         super().run()
         if reason is not None and not self.editable_mode:  # a library left by an earlier build in this tree
-            (Path(self.build_lib) / "depict_kernels" / "_cpu.abi3.so").unlink(missing_ok=True)
+            for library in (Path(self.build_lib) / "depict_kernels").glob("_*.abi3.so"):
+                library.unlink()
 
 
 def write_record() -> None:
-    RECORD.write_text(json.dumps(build_record(reason, flags), indent=2) + "\n")
+    RECORD.write_text(json.dumps(build_record(), indent=2) + "\n")
     if reason is not None:
         print(f"depict_kernels: the C++ kernels are not built: {reason}", file=sys.stderr)
+    elif cuda_reason is not None:
+        print(f"depict_kernels: the CUDA kernels are not built: {cuda_reason}", file=sys.stderr)
 
 
 commands["build_py"] = BuildPython
@@ -179,6 +336,10 @@ if extensions:
     class BuildCpp(build_extension):
         def run(self) -> None:
             write_record()
+            for module in self.extensions:
+                if module.name in object_builds:
+                    folder = Path(self.build_temp) / module.name.rpartition(".")[2]
+                    module.extra_objects = compile_objects(folder, *object_builds[module.name])
             super().run()
 
     commands["build_ext"] = BuildCpp

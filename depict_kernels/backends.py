@@ -91,17 +91,33 @@ def why_unavailable(backend: str, operator: str, device_type: str, dtype: torch.
             return f"it runs on CPU tensors and these are on {device_type}"
         from depict_kernels import extension
 
-        built, reason = extension.cpu_available()
-        return None if built else reason
+        return extension.load("cpu")
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         if dtype == torch.bfloat16 and OPERATORS[operator] != "upsample":  # which has no products
             return "Triton's interpreter gets bfloat16 products wrong; use float32 or float16 there"
         return _why_not_dtype(backend, operator, dtype)
+    if backend == "cuda":
+        reason = _why_not_cuda(device_type)
+        return reason if reason is not None else _why_not_dtype(backend, operator, dtype)
     if device_type != "cuda":
         return f"it runs on GPU tensors and these are on {device_type}"
     return _why_not_dtype(backend, operator, dtype)
+
+
+def _why_not_cuda(device_type: str) -> str | None:
+    from depict_kernels import extension
+
+    if device_type == "cpu" and extension.emulated():
+        return extension.load("cuda_emulated")
+    if device_type != "cuda":
+        return f"it runs on GPU tensors and these are on {device_type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU that this torch can use"
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs"
+    return extension.load("cuda") or extension.why_not_on_gpu(torch.cuda.get_device_capability())
 
 
 def _why_not_dtype(backend: str, operator: str, dtype: torch.dtype) -> str | None:

@@ -1,4 +1,4 @@
-"""The compiled part: found and loaded at first use, with the reason at hand where it cannot be.
+"""The compiled parts: found and loaded at first use, with the reason at hand where it cannot be.
 
 The build writes ``_build.json`` beside this file: what was built, from which commit, with which compiler and torch,
 or why it was not. ``python -m depict_kernels`` prints :func:`status`.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 from pathlib import Path
 
 import torch
 
 _HERE = Path(__file__).resolve().parent
-_CPU_LIBRARY = _HERE / "_cpu.abi3.so"
 _BUILD_RECORD = _HERE / "_build.json"
+EMULATE = "DEPICT_KERNELS_EMULATE_CUDA"
 _REBUILD = "pip install --no-build-isolation -e . in a checkout builds it"
 
 
@@ -33,49 +34,78 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 
 
+_WHAT = {
+    "cpu": "C++ kernels",
+    "cuda": "CUDA kernels",
+    "cuda_emulated": "CUDA kernels for the emulator",
+}
+
+
+def _library(part: str) -> Path:
+    return _HERE / f"_{part}.abi3.so"
+
+
 @functools.cache
-def load_cpu() -> str | None:
-    """Loads the C++ kernels once. Returns None where that worked, else the reason in one sentence."""
-    record = build_record()
-    if not _CPU_LIBRARY.exists():
-        reason = record.get("cpu", {}).get("reason")
-        return (
-            f"the C++ kernels were not built: {reason}"
-            if reason
-            else f"the C++ kernels are not built; {_REBUILD}"
-        )
+def load(part: str) -> str | None:
+    """Loads ``part`` ("cpu", "cuda" or "cuda_emulated") once. Returns None where that worked, else the reason."""
+    what, library, record = _WHAT[part], _library(part), build_record()
+    if not library.exists():
+        reason = record.get(part, {}).get("reason")
+        if part == "cuda_emulated":
+            return f"the {what} are not built; {EMULATE}=1 {_REBUILD}"
+        return f"the {what} were not built: {reason}" if reason else f"the {what} are not built; {_REBUILD}"
     machine = record.get("machine", platform.machine())
     if machine != platform.machine():
-        return f"the C++ kernels were built for {machine}, this is {platform.machine()}"
+        return f"the {what} were built for {machine}, this is {platform.machine()}"
     target = record.get("torch_target")
     if target is not None and _version(torch.__version__) < _version(target):
-        return f"the C++ kernels were built for torch {target} and later, you have {torch.__version__}"
+        return f"the {what} were built for torch {target} and later, you have {torch.__version__}"
     try:
-        torch.ops.load_library(str(_CPU_LIBRARY))
+        torch.ops.load_library(str(library))
     except OSError as error:
         built = record.get("torch", "an unknown torch")
-        return (
-            f"the C++ kernels (built with torch {built}, you have {torch.__version__}) did not load: {error}"
-        )
+        return f"the {what} (built with torch {built}, you have {torch.__version__}) did not load: {error}"
     return None
 
 
-def cpu_available() -> tuple[bool, str | None]:
-    """(True, None) where the C++ kernels run here, else (False, reason)."""
-    reason = load_cpu()
-    return reason is None, reason
+def why_not_on_gpu(capability: tuple[int, int]) -> str | None:
+    """None where the CUDA kernels were compiled for a GPU of this compute capability, else the reason."""
+    built = build_record().get("cuda", {}).get("architectures", [])
+    for entry in built:
+        exact = entry.removesuffix("+PTX")
+        major, minor = (int(part) for part in exact.rstrip("abcdefghijklmnopqrstuvwxyz").split("."))
+        same_family = major == capability[0] and minor <= capability[1]
+        if exact[-1].isalpha() and not exact.endswith("f"):  # "9.0a" runs on 9.0 alone
+            same_family = (major, minor) == capability
+        if same_family or (entry.endswith("+PTX") and (major, minor) <= capability):
+            return None
+    return (
+        f"the CUDA kernels were built for compute capability {', '.join(built)} and this GPU has "
+        f"{capability[0]}.{capability[1]}; TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} {_REBUILD}"
+    )
+
+
+def emulated() -> bool:
+    """Whether backend ``cuda`` takes CPU tensors and runs its kernels in the emulator (a test's way)."""
+    return os.environ.get(EMULATE, "0") not in ("", "0")
 
 
 def status() -> dict[str, str]:
-    """The compiled part in a few lines of text: state of each module, then the build record."""
-    reason = load_cpu()
+    """The compiled parts in a few lines of text: state of each module, then the build record."""
+    reason = load("cpu")
     if reason is None:
         ops = torch.ops.depict_kernels_cpu
         cpu = f"loaded, uses {ops.use_instruction_set('')} of {ops.instruction_sets().replace(' ', ', ')}"
     else:
         cpu = f"not available: {reason}"
-    lines = {"cpu": cpu}
     record = build_record()
+    reason = load("cuda")
+    cuda = record.get("cuda", {})
+    if reason is None:
+        built = f"CUDA {cuda.get('nvcc', 'unknown')} for {', '.join(cuda.get('architectures', ['?']))}"
+    lines = {"cpu": cpu, "cuda": f"loaded, {built}" if reason is None else f"not available: {reason}"}
+    if emulated():
+        lines["cuda emulator"] = load("cuda_emulated") or "loaded"
     for key in ("error", "date", "commit", "compiler", "torch", "torch_target", "python", "machine"):
         if key in record:
             lines[key.replace("_", " ")] = str(record[key])

@@ -11,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Without a GPU Triton's interpreter runs the kernels on the CPU. It must be chosen before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -35,6 +36,17 @@ def triton_device(request) -> str:
     pytest.importorskip("triton")
     if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton's interpreter is off (TRITON_INTERPRET is not 1)")
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def cuda_device(request) -> str:
+    """ "cpu" runs the CUDA kernels in the emulator (csrc/cuda/emulator.h), "cuda" on the GPU."""
+    from depict_kernels import extension
+
+    reason = extension.load("cuda" if request.param == "cuda" else "cuda_emulated")
+    if reason is not None:
+        pytest.skip(reason)
     return request.param
 
 

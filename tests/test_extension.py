@@ -15,28 +15,28 @@ from depict_kernels import extension
 ROOT = Path(__file__).resolve().parents[1]
 
 needs_library = pytest.mark.skipif(
-    not extension._CPU_LIBRARY.exists(), reason="the C++ part is not built in this installation"
+    not extension._library("cpu").exists(), reason="the C++ part is not built in this installation"
 )
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """The extension module as if it were installed in tmp_path; returns a writer of the build record."""
-    monkeypatch.setattr(extension, "_CPU_LIBRARY", tmp_path / "_cpu.abi3.so")
+    monkeypatch.setattr(extension, "_HERE", tmp_path)
     monkeypatch.setattr(extension, "_BUILD_RECORD", tmp_path / "_build.json")
-    extension.load_cpu.cache_clear()
+    extension.load.cache_clear()
 
     def write(**record):
         (tmp_path / "_build.json").write_text(json.dumps(record))
-        extension.load_cpu.cache_clear()
+        extension.load.cache_clear()
 
     yield write
-    extension.load_cpu.cache_clear()
+    extension.load.cache_clear()
 
 
 @needs_library
 def test_loads_once_and_says_what_it_is():
-    assert extension.load_cpu() is None and extension.cpu_available() == (True, None)
+    assert extension.load("cpu") is None
     status = extension.status()
     assert status["cpu"].startswith("loaded, uses ")
     for key in ("compiler", "torch", "commit", "flags", "machine"):
@@ -45,8 +45,8 @@ def test_loads_once_and_says_what_it_is():
 
 
 def test_not_built_says_how(elsewhere):
-    available, reason = extension.cpu_available()
-    assert not available and "not built" in reason and "pip install" in reason
+    reason = extension.load("cpu")
+    assert "not built" in reason and "pip install" in reason
     assert extension.status()["cpu"] == f"not available: {reason}"
 
 
@@ -54,7 +54,7 @@ def test_not_built_gives_the_build_s_reason(elsewhere):
     elsewhere(
         cpu={"built": False, "reason": "there was no C++ compiler (looked for 'c++'); install g++ or set CXX"}
     )
-    assert "no C++ compiler" in extension.load_cpu()
+    assert "no C++ compiler" in extension.load("cpu")
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_not_built_gives_the_build_s_reason(elsewhere):
     ids=["machine", "older torch", "no library"],
 )
 def test_built_for_something_else(elsewhere, record, words):
-    extension._CPU_LIBRARY.write_bytes(b"not a shared library")
+    extension._library("cpu").write_bytes(b"not a shared library")
     elsewhere(**record)
-    assert words in extension.load_cpu()
+    assert words in extension.load("cpu")
 
 
 def test_damaged_record_is_named(elsewhere):
@@ -92,7 +92,7 @@ def test_an_explicit_backend_raises_the_reason(elsewhere):
 @needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 def test_only_the_stable_interface_is_linked():
-    command = ["nm", "-D", "--undefined-only", str(extension._CPU_LIBRARY)]
+    command = ["nm", "-D", "--undefined-only", str(extension._library("cpu"))]
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert any(name.startswith("aoti_torch_") for name in symbols)
     unstable = [
@@ -106,7 +106,7 @@ def test_only_the_stable_interface_is_linked():
 
 @needs_library
 def test_unknown_instruction_set_is_refused():
-    extension.load_cpu()
+    extension.load("cpu")
     ops = torch.ops.depict_kernels_cpu
     before = ops.use_instruction_set("")
     with pytest.raises(RuntimeError, match="no instruction set 'mmx' here; there are: .*baseline"):
@@ -116,7 +116,7 @@ def test_unknown_instruction_set_is_refused():
 
 @needs_library
 def test_private_operators_check_what_memory_safety_needs():
-    extension.load_cpu()
+    extension.load("cpu")
     op = torch.ops.depict_kernels_cpu.cross_entropy
     logits, target = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
     loss = torch.zeros(())

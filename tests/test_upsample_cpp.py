@@ -18,7 +18,7 @@ from depict_kernels.testing import assert_within_budget, max_error
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.skipif(not extension.cpu_available()[0], reason=str(extension.cpu_available()[1]))
+pytestmark = pytest.mark.skipif(extension.load("cpu") is not None, reason=str(extension.load("cpu")))
 
 INSTRUCTION_SETS = ["avx512", "avx2", "baseline"]
 IGNORE = 255
@@ -30,7 +30,7 @@ def _use(name: str) -> str:
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request):
-    extension.load_cpu()
+    extension.load("cpu")
     if request.param not in torch.ops.depict_kernels_cpu.instruction_sets().split():
         pytest.skip(f"this processor or build has no {request.param}")
     before = _use("")

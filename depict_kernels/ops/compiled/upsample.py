@@ -15,7 +15,7 @@ RAISES_ON_BAD_TARGET = True  # the kernels check labels as they read them
 
 
 def _ops():
-    reason = extension.load_cpu()
+    reason = extension.load("cpu")
     if reason is not None:
         raise RuntimeError(reason)
     return torch.ops.depict_kernels_cpu

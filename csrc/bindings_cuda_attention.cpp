@@ -1,0 +1,49 @@
+// Private operators of the CUDA attention kernels (see bindings_cuda.h).
+#include "bindings_cuda.h"
+#include "cuda/attention.h"
+
+namespace depict::cuda {
+namespace {
+
+Rows rows(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
+  check(tensor, name, type, shape);
+  STD_TORCH_CHECK(tensor.stride(3) == 1 || tensor.size(3) == 1, name,
+                  " must have unit stride in its last dimension");
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+AttentionShape shape_of(const Tensor& q, const Tensor& w, double scale, bool precise) {
+  STD_TORCH_CHECK(q.dim() == 4 && w.dim() == 4, "q and w must be (B, N, H, d)");
+  STD_TORCH_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, "head_dim must be at most ", kMaxHeadDim);
+  STD_TORCH_CHECK(w.size(1) >= 1 || q.numel() == 0, "w must hold at least one key");
+  return {q.size(0),
+          q.size(2),
+          q.size(1),
+          w.size(1),
+          static_cast<int>(q.size(3)),
+          type_of(q, "q"),
+          static_cast<float>(scale),
+          precise};
+}
+
+void delta(Tensor grad, Tensor out, Tensor delta, double scale, int64_t stream) {
+  const AttentionShape s = shape_of(grad, grad, scale, false);
+  const ScalarType type = grad.scalar_type();
+  check_contiguous(out, "out", type, {s.batch, s.queries, s.heads, s.dim});
+  check_contiguous(delta, "delta", ScalarType::Float, {s.batch, s.heads, s.queries});
+  const Device device(grad);
+  check_launch(attention_delta(s, rows(grad, "grad", type, {s.batch, s.queries, s.heads, s.dim}),
+                               out.const_data_ptr(), static_cast<float*>(delta.mutable_data_ptr()),
+                               reinterpret_cast<void*>(stream)));
+}
+
+}  // namespace
+}  // namespace depict::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DEPICT_CUDA_LIBRARY, m) {
+  m.def("attention_delta(Tensor grad, Tensor out, Tensor(a!) delta, float scale, int stream) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(DEPICT_CUDA_LIBRARY, DEPICT_CUDA_KEY, m) {
+  m.impl("attention_delta", TORCH_BOX(&depict::cuda::delta));
+}

@@ -1,0 +1,244 @@
+// The few device primitives that the CUDA kernels are written in: here as PTX, in emulator.h for the CPU.
+//
+// One-dimensional grids and blocks, dynamic shared memory only. Matrix fragments are those of PTX's
+// mma.sync.m16n8k16 and m16n8k8: lane = 4 g + t holds of a (16 x k) rows g and g + 8, of b (k x 8) column g,
+// of d (16 x 8) rows g and g + 8 at columns 2 t and 2 t + 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef DEPICT_EMULATE
+#include "emulator.h"
+#else
+
+#include <cuda_runtime.h>
+
+namespace depict::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ int thread_index() { return threadIdx.x; }
+__device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
+__device__ __forceinline__ int thread_count() { return blockDim.x; }
+__device__ __forceinline__ int64_t block_count() { return gridDim.x; }
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char depict_shared_memory[];
+  return depict_shared_memory;
+}
+__device__ __forceinline__ void barrier() { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+// Relative error 2^-22; flushes subnormal results.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_sqrt(float x) { return rsqrtf(x); }
+
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_down(T value, int distance) {
+  return __shfl_down_sync(0xffffffffu, value, distance);
+}
+__device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+__device__ __forceinline__ uint32_t match_any(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
+__device__ __forceinline__ int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
+__device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd(at, value); }
+__device__ __forceinline__ int64_t atomic_add(int64_t* at, int64_t value) {
+  return static_cast<int64_t>(
+      atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value)));
+}
+__device__ __forceinline__ int64_t atomic_min(int64_t* at, int64_t value) {
+  return atomicMin(reinterpret_cast<long long*>(at), static_cast<long long>(value));
+}
+
+__device__ __forceinline__ float bfloat16_to_float(uint16_t bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+__device__ __forceinline__ uint16_t float_to_bfloat16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+__device__ __forceinline__ float float16_to_float(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+__device__ __forceinline__ uint16_t float_to_float16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+__device__ __forceinline__ float round_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}
+
+// Asynchronous copy of `size` (4, 8 or 16) bytes to shared memory, of which `bytes` are read, the rest zeros.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes, int size) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (size == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+                 : "memory");
+  else if (size == 8)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for this thread's copies but those of the last GroupsLeft groups. Others see them after a barrier.
+template <int GroupsLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
+}
+
+// N (2 or 4) 8 x 8 matrices of 16-bit values from shared memory; lane i names row i % 8 of matrix i / 8, 16
+// bytes that are aligned to 16. Lane 4 g + t gets elements (g, 2 t) and (g, 2 t + 1), or of the transposed
+// matrices.
+template <int N, bool Transposed>
+__device__ __forceinline__ void load_matrices(uint32_t* out, const void* row) {
+  static_assert(N == 2 || N == 4);
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (N == 4 && !Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+  if constexpr (N == 4 && Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+  if constexpr (N == 2 && !Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+  if constexpr (N == 2 && Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+#define DEPICT_MMA_K16(name, type)                                                       \
+  __device__ __forceinline__ void name(float* d, const uint32_t* a, const uint32_t* b) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                           \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));             \
+  }
+#define DEPICT_MMA_K8(name, type)                                                        \
+  __device__ __forceinline__ void name(float* d, const uint32_t* a, const uint32_t* b) { \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." type "." type                            \
+        ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                       \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                              \
+  }
+DEPICT_MMA_K16(mma_bfloat16_k16, "bf16")
+DEPICT_MMA_K16(mma_float16_k16, "f16")
+DEPICT_MMA_K8(mma_bfloat16_k8, "bf16")
+DEPICT_MMA_K8(mma_float16_k8, "f16")
+#undef DEPICT_MMA_K16
+#undef DEPICT_MMA_K8
+
+__device__ __forceinline__ void mma_tf32_k8(float* d, const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Null, or what went wrong.
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
+                   A... arguments) {
+  if (blocks == 0) return nullptr;
+  if (blocks > 2147483647) return "more than 2^31 - 1 blocks";
+  if (shared_bytes > 48 << 10) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(
+      arguments...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+#endif  // __CUDACC__
+
+}  // namespace depict::cuda
+
+#endif  // DEPICT_EMULATE
+
+namespace depict::cuda {
+
+#if defined(__CUDACC__) || defined(DEPICT_EMULATE)
+
+// 16-bit elements, by their bits.
+struct Float16 {
+  static constexpr bool kBfloat16 = false;
+  uint16_t bits;
+};
+struct Bfloat16 {
+  static constexpr bool kBfloat16 = true;
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(Float16 value) { return float16_to_float(value.bits); }
+__device__ __forceinline__ float to_float(Bfloat16 value) { return bfloat16_to_float(value.bits); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else {
+    T out;
+    if constexpr (T::kBfloat16)
+      out.bits = float_to_bfloat16(value);
+    else
+      out.bits = float_to_float16(value);
+    return out;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
+  return value;
+}
+
+#endif
+
+}  // namespace depict::cuda

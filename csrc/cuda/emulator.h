@@ -1,0 +1,249 @@
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread, so that they can be tested without a GPU: the same
+// source, compiled by the host's compiler with DEPICT_EMULATE. What it checks, it checks on purpose:
+//
+// - Shared memory is poisoned with NaN before every block.
+// - Asynchronous copies land when they are waited for, not earlier.
+// - Threads run until they must wait, in an order that DEPICT_EMULATE_SEED permutes: a missing barrier shows
+// as
+//   a result that depends on the seed.
+// - A warp operation that not all lanes reach, or a barrier that not all threads reach, is an error.
+//
+// It says nothing of speed, and the rounding of tensor cores is not modelled: products are summed in double.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+namespace depict::emulated {
+
+constexpr int kWarp = 32, kSlotBytes = 64;
+
+struct alignas(16) Slot {
+  unsigned char bytes[kSlotBytes];
+};
+
+int thread_index();
+int64_t block_index();
+int thread_count();
+int64_t block_count();
+unsigned char* shared_memory();
+void barrier();
+// Every lane of the calling warp hands in up to kSlotBytes bytes and sees what the others handed in.
+const Slot* exchange(const void* in, int bytes, const char* what);
+// bytes of zeros are appended up to `size`.
+void copy_async(void* to, const void* from, int bytes, int size);
+void commit_copies();
+void wait_for_copies(int groups_left);
+[[noreturn]] void fail(const char* what);
+
+// Runs every block; returns the first error or null.
+const char* run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+
+}  // namespace depict::emulated
+
+namespace depict::cuda {
+
+using Stream = void*;
+
+inline int thread_index() { return emulated::thread_index(); }
+inline int64_t block_index() { return emulated::block_index(); }
+inline int thread_count() { return emulated::thread_count(); }
+inline int64_t block_count() { return emulated::block_count(); }
+inline unsigned char* shared_memory() { return emulated::shared_memory(); }
+inline void barrier() { emulated::barrier(); }
+inline void warp_barrier() { emulated::exchange(nullptr, 0, "warp_barrier"); }
+
+inline float fast_exp2(float x) { return __builtin_exp2f(x); }
+inline float fast_log2(float x) { return __builtin_log2f(x); }
+inline float reciprocal_sqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+
+template <class T>
+T read(const emulated::Slot& slot) {
+  T value;
+  std::memcpy(&value, slot.bytes, sizeof(T));
+  return value;
+}
+
+template <class T>
+T shuffle(T value, int lane) {
+  return read<T>(emulated::exchange(&value, sizeof(T), "shuffle")[lane & 31]);
+}
+template <class T>
+T shuffle_xor(T value, int mask) {
+  const int lane = thread_index() % 32;
+  return read<T>(emulated::exchange(&value, sizeof(T), "shuffle_xor")[lane ^ mask]);
+}
+template <class T>
+T shuffle_down(T value, int distance) {  // the lane's own value where there is no such lane
+  const int lane = thread_index() % 32, from = lane + distance;
+  return read<T>(emulated::exchange(&value, sizeof(T), "shuffle_down")[from < 32 ? from : lane]);
+}
+inline uint32_t ballot(bool predicate) {
+  const emulated::Slot* slots = emulated::exchange(&predicate, sizeof(bool), "ballot");
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(read<bool>(slots[i])) << i;
+  return bits;
+}
+inline uint32_t match_any(uint32_t value) {
+  const emulated::Slot* slots = emulated::exchange(&value, sizeof(value), "match_any");
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(read<uint32_t>(slots[i]) == value) << i;
+  return bits;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }  // bits != 0
+
+template <class T>
+T atomic_add(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+template <class T>
+T atomic_min(T* at, T value) {
+  const T before = *at;
+  if (value < before) *at = value;
+  return before;
+}
+
+inline float bfloat16_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline float float16_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float value;
+  if (exponent == 31)
+    value = mantissa ? __builtin_nanf("") : __builtin_inff();
+  else if (exponent == 0)
+    value = __builtin_ldexpf(static_cast<float>(mantissa), -24);
+  else
+    value = __builtin_ldexpf(static_cast<float>(mantissa + 1024), exponent - 25);
+  return bits & 0x8000 ? -value : value;
+}
+inline uint16_t float_to_float16(float value) {
+  const uint16_t sign = __builtin_signbit(value) ? 0x8000 : 0;
+  const float size = __builtin_fabsf(value);
+  if (value != value) return 0x7fff;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  if (size < 6.103515625e-05f)  // subnormal: multiples of 2^-24
+    return sign | static_cast<uint16_t>(__builtin_rintf(__builtin_ldexpf(size, 24)));
+  int exponent;
+  __builtin_frexpf(size, &exponent);  // size = m 2^exponent with m in [0.5, 1)
+  const float scaled = __builtin_rintf(__builtin_ldexpf(size, 11 - exponent));  // in [1024, 2048]
+  return sign | static_cast<uint16_t>(((exponent + 13) << 10) + static_cast<int>(scaled));
+}
+
+inline float round_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = (bits + 0x1000) & 0xffffe000u;  // cvt.rna: half away from zero
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void copy_async(void* to, const void* from, int bytes, int size) {
+  emulated::copy_async(to, from, bytes, size);
+}
+inline void commit_copies() { emulated::commit_copies(); }
+template <int GroupsLeft>
+void wait_for_copies() {
+  emulated::wait_for_copies(GroupsLeft);
+}
+
+// Four 8 x 8 matrices of 16-bit values; lane i names row i % 8 of matrix i / 8.
+template <int N, bool Transposed>
+void load_matrices(uint32_t* out, const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    emulated::fail("load_matrices: a row is not aligned to 16 bytes");
+  const emulated::Slot* slots = emulated::exchange(&row, sizeof(row), "load_matrices");
+  const int lane = thread_index() % 32;
+  for (int m = 0; m < N; ++m)
+    for (int half = 0; half < 2; ++half) {
+      const int r = Transposed ? lane % 4 * 2 + half : lane / 4;
+      const int c = Transposed ? lane / 4 : lane % 4 * 2 + half;
+      uint16_t value;
+      std::memcpy(&value, read<const char*>(slots[8 * m + r]) + 2 * c, 2);
+      out[m] = half ? out[m] | static_cast<uint32_t>(value) << 16 : value;
+    }
+}
+
+// d (16 x 8) += a (16 x 2 Pairs * 4) b, fragments as PTX defines them for mma.m16n8k16 and m16n8k8.
+template <int Registers, class ToFloat>
+void multiply(float* d, const uint32_t* a, const uint32_t* b, const ToFloat& to_float, const char* what) {
+  uint32_t mine[Registers + Registers / 2];
+  std::memcpy(mine, a, Registers * 4);
+  std::memcpy(mine + Registers, b, Registers * 2);
+  const emulated::Slot* slots = emulated::exchange(mine, sizeof(mine), what);
+  const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int upper = i / 2, column = 2 * within + i % 2;
+    double sum = d[i];
+    for (int block = 0; block < Registers / 2; ++block)  // of 4 lanes' registers along k
+      for (int t = 0; t < 4; ++t) {
+        uint32_t x, y;
+        std::memcpy(&x, slots[group * 4 + t].bytes + 4 * (2 * block + upper), 4);
+        std::memcpy(&y, slots[column * 4 + t].bytes + 4 * (Registers + block), 4);
+        sum += to_float(x, y);
+      }
+    d[i] = static_cast<float>(sum);
+  }
+}
+
+inline double product_bfloat16(uint32_t x, uint32_t y) {
+  return static_cast<double>(bfloat16_to_float(x & 0xffff)) * bfloat16_to_float(y & 0xffff) +
+         static_cast<double>(bfloat16_to_float(x >> 16)) * bfloat16_to_float(y >> 16);
+}
+inline double product_float16(uint32_t x, uint32_t y) {
+  return static_cast<double>(float16_to_float(x & 0xffff)) * float16_to_float(y & 0xffff) +
+         static_cast<double>(float16_to_float(x >> 16)) * float16_to_float(y >> 16);
+}
+inline double product_tf32(uint32_t x, uint32_t y) {
+  float a, b;
+  x &= 0xffffe000u, y &= 0xffffe000u;
+  std::memcpy(&a, &x, 4), std::memcpy(&b, &y, 4);
+  return static_cast<double>(a) * b;
+}
+
+inline void mma_bfloat16_k16(float* d, const uint32_t* a, const uint32_t* b) {
+  multiply<4>(d, a, b, product_bfloat16, "mma_bfloat16_k16");
+}
+inline void mma_bfloat16_k8(float* d, const uint32_t* a, const uint32_t* b) {
+  multiply<2>(d, a, b, product_bfloat16, "mma_bfloat16_k8");
+}
+inline void mma_float16_k16(float* d, const uint32_t* a, const uint32_t* b) {
+  multiply<4>(d, a, b, product_float16, "mma_float16_k16");
+}
+inline void mma_float16_k8(float* d, const uint32_t* a, const uint32_t* b) {
+  multiply<2>(d, a, b, product_float16, "mma_float16_k8");
+}
+inline void mma_tf32_k8(float* d, const uint32_t* a, const uint32_t* b) {
+  multiply<4>(d, a, b, product_tf32, "mma_tf32_k8");
+}
+
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, Stream,
+                   A... arguments) {
+  std::tuple<P...> parameters(arguments...);
+  return emulated::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, parameters); });
+}
+
+}  // namespace depict::cuda
