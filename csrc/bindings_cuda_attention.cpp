@@ -26,6 +26,18 @@ AttentionShape shape_of(const Tensor& q, const Tensor& w, double scale, bool pre
           precise};
 }
 
+void forward(Tensor q, Tensor w, Tensor out, Tensor lse, double scale, bool precise, int64_t stream) {
+  const AttentionShape s = shape_of(q, w, scale, precise);
+  const ScalarType type = q.scalar_type();
+  check_contiguous(out, "out", type, {s.batch, s.queries, s.heads, s.dim});
+  check_contiguous(lse, "lse", ScalarType::Float, {s.batch, s.heads, s.queries});
+  const Device device(q);
+  check_launch(attention_forward(s, rows(q, "q", type, {s.batch, s.queries, s.heads, s.dim}),
+                                 rows(w, "w", type, {s.batch, s.keys, s.heads, s.dim}),
+                                 out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()),
+                                 reinterpret_cast<void*>(stream)));
+}
+
 void delta(Tensor grad, Tensor out, Tensor delta, double scale, int64_t stream) {
   const AttentionShape s = shape_of(grad, grad, scale, false);
   const ScalarType type = grad.scalar_type();
@@ -37,13 +49,45 @@ void delta(Tensor grad, Tensor out, Tensor delta, double scale, int64_t stream) 
                                reinterpret_cast<void*>(stream)));
 }
 
+void backward(Tensor x, Tensor y, Tensor grad, Tensor lse, Tensor delta, Tensor out, double scale,
+              int64_t role, bool precise, int64_t stream) {
+  STD_TORCH_CHECK(role >= 0 && role <= 2, "role must be 0 (self), 1 (query) or 2 (key)");
+  const Role which = static_cast<Role>(role);
+  // Seen from the queries.
+  const AttentionShape s =
+      which == Role::key ? shape_of(y, x, scale, precise) : shape_of(x, y, scale, precise);
+  const ScalarType type = x.scalar_type();
+  const int64_t n = x.size(1), other = y.size(1);
+  STD_TORCH_CHECK(which != Role::self || n == other, "self-attention needs x and y of one length");
+  check_contiguous(out, "out", type, {s.batch, n, s.heads, s.dim});
+  check_contiguous(lse, "lse", ScalarType::Float, {s.batch, s.heads, s.queries});
+  check_contiguous(delta, "delta", ScalarType::Float, {s.batch, s.heads, s.queries});
+  const Device device(x);
+  check_launch(attention_backward(s, which, rows(x, "x", type, {s.batch, n, s.heads, s.dim}),
+                                  rows(y, "y", type, {s.batch, other, s.heads, s.dim}),
+                                  rows(grad, "grad", type, {s.batch, s.queries, s.heads, s.dim}),
+                                  static_cast<const float*>(lse.const_data_ptr()),
+                                  static_cast<const float*>(delta.const_data_ptr()), out.mutable_data_ptr(),
+                                  reinterpret_cast<void*>(stream)));
+}
+
 }  // namespace
 }  // namespace depict::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DEPICT_CUDA_LIBRARY, m) {
+  m.def(
+      "attention_forward(Tensor q, Tensor w, Tensor(a!) out, Tensor(b!) lse, float scale, bool precise, int "
+      "stream) "
+      "-> ()");
   m.def("attention_delta(Tensor grad, Tensor out, Tensor(a!) delta, float scale, int stream) -> ()");
+  m.def(
+      "attention_backward(Tensor x, Tensor y, Tensor grad, Tensor lse, Tensor delta, Tensor(a!) out, float "
+      "scale, "
+      "int role, bool precise, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DEPICT_CUDA_LIBRARY, DEPICT_CUDA_KEY, m) {
+  m.impl("attention_forward", TORCH_BOX(&depict::cuda::forward));
   m.impl("attention_delta", TORCH_BOX(&depict::cuda::delta));
+  m.impl("attention_backward", TORCH_BOX(&depict::cuda::backward));
 }

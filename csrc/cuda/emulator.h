@@ -152,6 +152,13 @@ inline uint16_t float_to_float16(float value) {
   return sign | static_cast<uint16_t>(((exponent + 13) << 10) + static_cast<int>(scaled));
 }
 
+inline uint32_t pack_bfloat16(float first, float second) {
+  return float_to_bfloat16(first) | static_cast<uint32_t>(float_to_bfloat16(second)) << 16;
+}
+inline uint32_t pack_float16(float first, float second) {
+  return float_to_float16(first) | static_cast<uint32_t>(float_to_float16(second)) << 16;
+}
+
 inline float round_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);

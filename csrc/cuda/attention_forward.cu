@@ -1,0 +1,207 @@
+// Attention with one tensor as key and value, forward: online softmax in base 2 over tiles of keys, each of
+// which is loaded once and serves both products. Also the row sums that backward subtracts.
+#include "attention_tiles.h"
+
+namespace depict::cuda {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kThreads = 128;
+
+struct ForwardArguments {
+  Rows q, w;
+  void* out;
+  float* lse;
+  int64_t queries, keys, heads, blocks;  // blocks of queries
+  int dim, q_vector, w_vector;
+  float scale;  // its magnitude, times log2(e)
+  bool negative, precise;
+};
+
+template <class T, int D>
+struct Forward {
+  static constexpr int MT = sizeof(T) == 2 ? 2 : 1;  // 16 MT rows per warp
+  static constexpr int NT = sizeof(T) == 2 ? 8 : 4;
+  static constexpr int kQueries = kThreads / 32 * 16 * MT, kKeys = 8 * NT;
+  static constexpr int kShared = (kQueries + 2 * kKeys) * kStride<T, D> * static_cast<int>(sizeof(T));
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments a) {
+  using F = Forward<T, D>;
+  constexpr int MT = F::MT, NT = F::NT, L = kStride<T, D>;
+  const int64_t block = block_index() % a.blocks, head = block_index() / a.blocks % a.heads,
+                batch = block_index() / a.blocks / a.heads;
+  const int64_t first = block * F::kQueries;
+  const int keys = static_cast<int>(a.keys), lane = thread_index() % 32, warp = thread_index() / 32;
+  T* q = reinterpret_cast<T*>(shared_memory());
+  T* w[2] = {q + F::kQueries * L, q + (F::kQueries + F::kKeys) * L};
+  TileLoader<T, D, kThreads> load_q(a.q, batch, head, a.queries - first, a.dim, a.q_vector);
+  load_q.data += first * a.q.row_stride;
+  const TileLoader<T, D, kThreads> load_w(a.w, batch, head, a.keys, a.dim, a.w_vector);
+  load_q.template clear_padding<F::kQueries + 2 * F::kKeys>(q);
+  load_q.template load<F::kQueries>(q, 0);
+  load_w.template load<F::kKeys>(w[0], 0);
+  commit_copies();
+
+  float sum[MT][D / 8][4], top[MT][2], total[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[m][c][i] = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) top[m][half] = -INFINITY, total[m][half] = 0;
+  }
+
+  const T* my_q = q + warp * 16 * MT * L;
+#pragma unroll 1
+  for (int start = 0; start < keys; start += F::kKeys) {
+    const int now = start / F::kKeys % 2;
+    wait_for_copies<0>();
+    barrier();  // this tile is here, and nobody reads the other one any more
+    if (start + F::kKeys < keys) {
+      load_w.template load<F::kKeys>(w[1 - now], start + F::kKeys);
+      commit_copies();
+    }
+    float s[MT][NT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
+    multiply_rows<T, D, MT, NT, false, false>(my_q, nullptr, w[now], nullptr, a.precise, s, s, s);
+    if (a.negative) {
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][n][i] = -s[m][n][i];
+    }
+    if (start + F::kKeys > keys) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (start + n * 8 + lane % 4 * 2 + i % 2 >= keys)
+#pragma unroll
+            for (int m = 0; m < MT; ++m) s[m][n][i] = -INFINITY;
+    }
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = top[m][half];
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+          highest = fmaxf(highest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        highest = fmaxf(highest, shuffle_xor(highest, 1));  // the four lanes of a row
+        highest = fmaxf(highest, shuffle_xor(highest, 2));
+        const float rescale = fast_exp2((top[m][half] - highest) * a.scale), shift = -highest * a.scale;
+        top[m][half] = highest;
+        float row = 0;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            s[m][n][i] = fast_exp2(fmaf(s[m][n][i], a.scale, shift));
+            row += s[m][n][i];
+          }
+        total[m][half] = total[m][half] * rescale + row;  // this lane's columns only
+#pragma unroll
+        for (int c = 0; c < D / 8; ++c) sum[m][c][2 * half] *= rescale, sum[m][c][2 * half + 1] *= rescale;
+      }
+    add_weighted_rows<T, D, MT, NT>(sum, s, w[now], a.precise);
+  }
+
+  const int rows = static_cast<int>(a.queries - first < F::kQueries ? a.queries - first : F::kQueries);
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float all = total[m][half];
+      all += shuffle_xor(all, 1);
+      all += shuffle_xor(all, 2);
+      const float inverse = 1.0f / all;
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c) sum[m][c][2 * half] *= inverse, sum[m][c][2 * half + 1] *= inverse;
+      const int row = (warp * MT + m) * 16 + half * 8 + lane / 4;
+      if (lane % 4 == 0 && row < rows)
+        a.lse[(batch * a.heads + head) * a.queries + first + row] =
+            (top[m][half] * a.scale + log2f(all)) * kLn2;
+    }
+  T* out = static_cast<T*>(a.out) + ((batch * a.queries + first + warp * 16 * MT) * a.heads + head) * a.dim;
+  store_rows<T, D, MT>(sum, out, a.heads * a.dim, rows - warp * 16 * MT, a.dim);
+}
+
+struct DeltaArguments {
+  Rows grad;
+  const void* out;
+  float* delta;
+  int64_t queries, heads, total;
+  int dim;
+  float scale;
+};
+
+// One warp per row.
+template <class T>
+__global__ void __launch_bounds__(256) delta_kernel(DeltaArguments a) {
+  const int64_t row = block_index() * (thread_count() / 32) + thread_index() / 32;
+  if (row >= a.total) return;
+  const int lane = thread_index() % 32;
+  const int64_t query = row % a.queries, head = row / a.queries % a.heads, batch = row / a.queries / a.heads;
+  const T* grad = static_cast<const T*>(a.grad.data) + batch * a.grad.batch_stride +
+                  query * a.grad.row_stride + head * a.grad.head_stride;
+  const T* out = static_cast<const T*>(a.out) + ((batch * a.queries + query) * a.heads + head) * a.dim;
+  float sum = 0;
+  for (int c = lane; c < a.dim; c += 32) sum += to_float(grad[c]) * to_float(out[c]);
+  sum = warp_sum(sum);
+  if (lane == 0) a.delta[row] = a.scale * sum;
+}
+
+}  // namespace
+
+const char* attention_forward(const AttentionShape& s, const Rows& q, const Rows& w, void* out, float* lse,
+                              void* stream) {
+  if (s.batch * s.queries * s.heads == 0) return nullptr;
+  // Where the scale is 0 masked scores are still infinite and must stay so.
+  const float scale = s.scale == 0 ? 1e-37f : fabsf(s.scale) * kLog2E;
+  return with_type(s.type, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return with_dim(s.dim, [&](auto dim) {
+      constexpr int D = decltype(dim)::value;
+      using F = Forward<T, D>;
+      const int64_t blocks = (s.queries + F::kQueries - 1) / F::kQueries;
+      const ForwardArguments a{q,
+                               w,
+                               out,
+                               lse,
+                               s.queries,
+                               s.keys,
+                               s.heads,
+                               blocks,
+                               s.dim,
+                               vector_bytes(q, s, s.queries, sizeof(T)),
+                               vector_bytes(w, s, s.keys, sizeof(T)),
+                               scale,
+                               s.scale < 0,
+                               s.precise};
+      return launch(forward_kernel<T, D>, blocks * s.heads * s.batch, kThreads, F::kShared, stream, a);
+    });
+  });
+}
+
+const char* attention_delta(const AttentionShape& s, const Rows& grad, const void* out, float* delta,
+                            void* stream) {
+  const int64_t rows = s.batch * s.heads * s.queries;
+  if (rows == 0) return nullptr;
+  const DeltaArguments a{grad, out, delta, s.queries, s.heads, rows, s.dim, s.scale};
+  return with_type(s.type, [&](auto element) {
+    return launch(delta_kernel<typename decltype(element)::type>, (rows + 7) / 8, 256, 0, stream, a);
+  });
+}
+
+}  // namespace depict::cuda
