@@ -182,21 +182,26 @@ __device__ __forceinline__ void mma_tf32_k8(float* d, const uint32_t* a, const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Null, or what went wrong.
-template <class... P, class... A>
+template <class T>
+struct Same {
+  using type = T;
+};
+
+// Null, or what went wrong. (Not <<< >>>, which formatters of C++ take apart.)
+template <class... P>
 const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
-                   A... arguments) {
+                   typename Same<P>::type... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 2147483647) return "more than 2^31 - 1 blocks";
+  const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(
-      arguments...);
-  const cudaError_t error = cudaGetLastError();
+  void* pointers[] = {&arguments...};
+  const cudaError_t error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                                             pointers, shared_bytes, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
