@@ -22,8 +22,9 @@ struct BackwardArguments {
 
 template <class T, int D, bool Query, bool Key>
 struct Backward {
-  static constexpr int MT = sizeof(T) == 2 && D <= 64 ? 2 : 1;
-  static constexpr int NT = sizeof(T) == 2 ? 8 : 4;
+  // 16 MT rows of x per warp, 8 NT rows of y at a time: as many as registers hold without spilling.
+  static constexpr int MT = sizeof(T) == 2 && D <= 64 && !(Query && Key) ? 2 : 1;
+  static constexpr int NT = sizeof(T) == 4 || MT == 2 ? 4 : D <= 64 || (D <= 104 && !(Query && Key)) ? 8 : 6;
   static constexpr int kRows = kThreads / 32 * 16 * MT, kColumns = 8 * NT;
   static constexpr int kOwnTiles = Query ? 2 : 1, kOtherTiles = Key ? 2 : 1;
   static constexpr int kShared =
@@ -32,7 +33,7 @@ struct Backward {
 };
 
 template <class T, int D, bool Query, bool Key>
-__global__ void __launch_bounds__(kThreads) backward_kernel(BackwardArguments a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 0) backward_kernel(BackwardArguments a) {
   using B = Backward<T, D, Query, Key>;
   constexpr int MT = B::MT, NT = B::NT, L = kStride<T, D>;
   const int64_t block = block_index() % a.blocks, head = block_index() / a.blocks % a.heads,

@@ -21,13 +21,13 @@ struct ForwardArguments {
 template <class T, int D>
 struct Forward {
   static constexpr int MT = sizeof(T) == 2 ? 2 : 1;  // 16 MT rows per warp
-  static constexpr int NT = sizeof(T) == 2 ? 8 : 4;
+  static constexpr int NT = sizeof(T) == 4 ? 4 : D <= 64 ? 8 : D <= 104 ? 6 : 4;
   static constexpr int kQueries = kThreads / 32 * 16 * MT, kKeys = 8 * NT;
   static constexpr int kShared = (kQueries + 2 * kKeys) * kStride<T, D> * static_cast<int>(sizeof(T));
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 0) forward_kernel(ForwardArguments a) {
   using F = Forward<T, D>;
   constexpr int MT = F::MT, NT = F::NT, L = kStride<T, D>;
   const int64_t block = block_index() % a.blocks, head = block_index() / a.blocks % a.heads,
@@ -35,13 +35,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments a) {
   const int64_t first = block * F::kQueries;
   const int keys = static_cast<int>(a.keys), lane = thread_index() % 32, warp = thread_index() / 32;
   T* q = reinterpret_cast<T*>(shared_memory());
-  T* w[2] = {q + F::kQueries * L, q + (F::kQueries + F::kKeys) * L};
+  T* tiles = q + F::kQueries * L;  // two of w
   TileLoader<T, D, kThreads> load_q(a.q, batch, head, a.queries - first, a.dim, a.q_vector);
   load_q.data += first * a.q.row_stride;
   const TileLoader<T, D, kThreads> load_w(a.w, batch, head, a.keys, a.dim, a.w_vector);
   load_q.template clear_padding<F::kQueries + 2 * F::kKeys>(q);
   load_q.template load<F::kQueries>(q, 0);
-  load_w.template load<F::kKeys>(w[0], 0);
+  load_w.template load<F::kKeys>(tiles, 0);
   commit_copies();
 
   float sum[MT][D / 8][4], top[MT][2], total[MT][2];
@@ -62,9 +62,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments a) {
     wait_for_copies<0>();
     barrier();  // this tile is here, and nobody reads the other one any more
     if (start + F::kKeys < keys) {
-      load_w.template load<F::kKeys>(w[1 - now], start + F::kKeys);
+      load_w.template load<F::kKeys>(tiles + (1 - now) * F::kKeys * L, start + F::kKeys);
       commit_copies();
     }
+    const T* w = tiles + now * F::kKeys * L;
     float s[MT][NT][4];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments a) {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
-    multiply_rows<T, D, MT, NT, false, false>(my_q, nullptr, w[now], nullptr, a.precise, s, s, s);
+    multiply_rows<T, D, MT, NT, false, false>(my_q, nullptr, w, nullptr, a.precise, s, s, s);
     if (a.negative) {
 #pragma unroll
       for (int m = 0; m < MT; ++m)
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments a) {
 #pragma unroll
         for (int c = 0; c < D / 8; ++c) sum[m][c][2 * half] *= rescale, sum[m][c][2 * half + 1] *= rescale;
       }
-    add_weighted_rows<T, D, MT, NT>(sum, s, w[now], a.precise);
+    add_weighted_rows<T, D, MT, NT>(sum, s, w, a.precise);
   }
 
   const int rows = static_cast<int>(a.queries - first < F::kQueries ? a.queries - first : F::kQueries);

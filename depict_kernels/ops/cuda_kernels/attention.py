@@ -71,7 +71,5 @@ def _gradient(
     x: Tensor, y: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, scale: float, role: int
 ) -> Tensor:
     out = empty_like(x)
-    call(
-        "attention_backward", x, y, grad, lse, delta, out, scale, role, precise(x.dtype), device=x.device
-    )
+    call("attention_backward", x, y, grad, lse, delta, out, scale, role, precise(x.dtype), device=x.device)
     return out
