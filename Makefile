@@ -10,6 +10,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?= --quiet --disable-pip-version-check
+# The CUDA kernels for the emulator, which runs them on the CPU in the tests; and without a GPU here one architecture
+# is enough to see that they compile.
+export DEPICT_KERNELS_EMULATE_CUDA ?= 1
+ifeq ($(shell command -v nvidia-smi),)
+export TORCH_CUDA_ARCH_LIST ?= 9.0a
+endif
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test lint bench floor aot gpu asan clean install

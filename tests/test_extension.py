@@ -72,6 +72,36 @@ def test_built_for_something_else(elsewhere, record, words):
     assert words in extension.load("cpu")
 
 
+@pytest.mark.parametrize(
+    "built, capability, fits",
+    [
+        (["8.0", "9.0a"], (8, 6), True),
+        (["8.0", "9.0a"], (9, 0), True),
+        (["8.6"], (8, 0), False),
+        (["9.0a"], (9, 1), False),
+        (["9.0a"], (10, 0), False),
+        (["10.0"], (10, 3), True),
+        (["8.0+PTX"], (12, 0), True),
+        (["12.0+PTX"], (9, 0), False),
+    ],
+    ids=str,
+)
+def test_architectures_of_the_cuda_kernels(elsewhere, built, capability, fits):
+    elsewhere(cuda={"built": True, "architectures": built})
+    reason = extension.why_not_on_gpu(capability)
+    if fits:
+        assert reason is None
+    else:
+        own = f"{capability[0]}.{capability[1]}"
+        assert f"this GPU has {own}; TORCH_CUDA_ARCH_LIST={own} pip install" in reason
+
+
+def test_cuda_kernels_not_built_gives_the_reason(elsewhere):
+    elsewhere(cuda={"built": False, "reason": "nvcc was not found"})
+    assert extension.load("cuda") == "the CUDA kernels were not built: nvcc was not found"
+    assert extension.status()["cuda"] == f"not available: {extension.load('cuda')}"
+
+
 def test_damaged_record_is_named(elsewhere):
     extension._BUILD_RECORD.write_text("{")
     assert "_build.json is not JSON" in extension.status()["error"]
@@ -89,10 +119,12 @@ def test_an_explicit_backend_raises_the_reason(elsewhere):
     assert ops.upsample_argmax(logits, (4, 4)).shape == (1, 4, 4)  # auto takes stock torch
 
 
-@needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
-def test_only_the_stable_interface_is_linked():
-    command = ["nm", "-D", "--undefined-only", str(extension._library("cpu"))]
+@pytest.mark.parametrize("part", ["cpu", "cuda", "cuda_emulated"])
+def test_only_the_stable_interface_is_linked(part):
+    if not extension._library(part).exists():
+        pytest.skip("not built in this installation")
+    command = ["nm", "-D", "--undefined-only", str(extension._library(part))]
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert any(name.startswith("aoti_torch_") for name in symbols)
     unstable = [
@@ -102,6 +134,8 @@ def test_only_the_stable_interface_is_linked():
     ]
     assert not unstable
     assert not any(name.startswith(("Py", "_Py")) for name in symbols)
+    # Neither the driver nor a shared CUDA runtime: the module loads where there is none.
+    assert not any(name.startswith(("cuda", "cu")) and not name.startswith("cur") for name in symbols)
 
 
 @needs_library
@@ -152,7 +186,7 @@ def test_private_operators_check_what_memory_safety_needs():
     ids=["no compiler", "switched off"],
 )
 def test_builds_without_the_compiled_part(tmp_path, variables, words):
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
@@ -174,3 +208,34 @@ def test_builds_without_the_compiled_part(tmp_path, variables, words):
     record = json.loads((built / "_build.json").read_text())
     assert record["cpu"]["built"] is False and words in record["cpu"]["reason"]
     assert (built / "extension.py").exists() and not list(built.glob("*.so"))
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "'Hopper' is no architecture; write e.g. 8.0;9.0a;12.0+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5"}, "7.5: the CUDA kernels need compute capability 8.0"),
+        ({"DEPICT_KERNELS_NO_CUDA": "1"}, "DEPICT_KERNELS_NO_CUDA was set"),
+        ({"CUDA_HOME": "elsewhere", "CUDA_PATH": "", "PATH": "{tools}"}, "nvcc was not found"),
+    ],
+    ids=["no architecture", "too old", "switched off", "no nvcc"],
+)
+def test_what_keeps_the_cuda_part_from_being_built(tmp_path, variables, words):
+    if "TORCH_CUDA_ARCH_LIST" in variables and shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("c++", "git"):
+        if shutil.which(name):
+            (tools / name).symlink_to(shutil.which(name))
+    environment = {**os.environ, **{k: v.format(tools=tools) for k, v in variables.items()}}
+    code = (
+        "import setuptools, runpy, json; setuptools.setup = lambda **k: None\n"
+        "module = runpy.run_path('setup.py')\n"
+        "print(json.dumps(module['build_record']()['cuda']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert words in result.stdout + result.stderr
