@@ -30,11 +30,26 @@ def device(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=DEVICES)
-def triton_device(request) -> str:
-    """ "cpu" runs Triton's kernels in its interpreter, "cuda" compiled."""
+def pytest_generate_tests(metafunc):
+    """A test of ``triton_device`` runs in the interpreter and compiled; with ``triton_dtype`` compiled in every dtype.
+
+    The interpreter is slow and gets bfloat16 products wrong: float32 alone there.
+    """
+    if "triton_device" in metafunc.fixturenames:
+        dtypes = [torch.float32]
+        if "triton_dtype" in metafunc.fixturenames:
+            dtypes += [torch.float16, torch.bfloat16]
+        name = lambda device, dtype: f"{device}-{str(dtype).removeprefix('torch.')}"
+        cases = [pytest.param(("cpu", torch.float32), id=name("cpu", torch.float32))]
+        for dtype in dtypes:
+            cases.append(pytest.param(("cuda", dtype), id=name("cuda", dtype), marks=pytest.mark.gpu))
+        metafunc.parametrize("triton_case", cases, indirect=True)
+
+
+@pytest.fixture
+def triton_case(request) -> tuple[str, torch.dtype]:
     pytest.importorskip("triton")
-    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if request.param[0] == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton's interpreter is off (TRITON_INTERPRET is not 1)")
     return request.param
 
@@ -48,6 +63,17 @@ def cuda_device(request) -> str:
     if reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture
+def triton_device(triton_case) -> str:
+    """ "cpu" runs Triton's kernels in its interpreter, "cuda" compiled."""
+    return triton_case[0]
+
+
+@pytest.fixture
+def triton_dtype(triton_case) -> torch.dtype:
+    return triton_case[1]
 
 
 @pytest.fixture

@@ -77,7 +77,13 @@ def test_launch_table_has_every_class():
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx90a", "interpreter"):
         for size in (2, 4):
             for dim in (1, 50, 64, 65, 100, 128, 129, 256):
-                for kernel in ("forward", "self_backward", "query_backward", "key_backward"):
+                for kernel in (
+                    "self_forward",
+                    "cross_forward",
+                    "self_backward",
+                    "query_backward",
+                    "key_backward",
+                ):
                     config = tuning.attention(kernel, architecture, dim, size)
                     assert config.rows & (config.rows - 1) == 0 and config.rows >= 16 <= config.columns
             for kernel in ("forward", "backward", "product"):

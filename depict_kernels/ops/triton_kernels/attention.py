@@ -20,6 +20,7 @@ from torch import Tensor
 
 from depict_kernels.ops.triton_kernels import launch as _launch
 from depict_kernels.ops.triton_kernels import tuning
+from depict_kernels.ops.triton_kernels.launch import rows_contiguous, strides, unit_of
 from depict_kernels.ops.triton_kernels.tiles import (
     add_product,
     chunks,
@@ -222,25 +223,6 @@ def attention_backward(
 # --- host side ---
 
 
-def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """Copies what a kernel cannot walk: a strided last dimension, or rows too far apart for 32-bit tile offsets."""
-    return [t if t.stride(-1) == 1 and t.stride(1) < 2**23 else t.contiguous() for t in tensors]
-
-
-def _unit(*tensors: Tensor) -> int:
-    """The largest power of two, up to a 16-byte vector, that divides every stride."""
-    unit = 16 // max(t.element_size() for t in tensors)
-    for t in tensors:
-        for size, stride in zip(t.shape[:3], t.stride()[:3]):
-            if size > 1:
-                unit = math.gcd(unit, stride)
-    return unit
-
-
-def _strides(prefix: str, t: Tensor, unit: int) -> dict[str, int]:
-    return {f"{prefix}_{name}": stride // unit for name, stride in zip(("batch", "row", "head"), t.stride())}
-
-
 def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
     """One program per block of rows of ``like`` (B, rows, H, d) and head."""
     batch, rows, heads, dim = like.shape
@@ -265,19 +247,23 @@ def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
 
 def self_attention_forward(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """w (B, N, H, d) -> out (B, N, H, d), log-sum-exp of the scaled scores (B, H, N)."""
-    return cross_attention_forward(w, w, scale)
+    return _forward(w, w, scale, "self_forward")
 
 
 def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q (B, M, H, d), w (B, N, H, d) -> out (B, M, H, d), log-sum-exp (B, H, M)."""
-    q, w = _rows_contiguous(q, w)
+    return _forward(q, w, scale, "cross_forward")
+
+
+def _forward(q: Tensor, w: Tensor, scale: float, name: str) -> tuple[Tensor, Tensor]:
+    q, w = rows_contiguous(q, w)
     batch, queries, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    unit = _unit(q, w)
+    unit = unit_of(q, w)
     _launch_rows(
         attention_forward,
-        "forward",
+        name,
         q,
         q_ptr=q,
         w_ptr=w,
@@ -285,8 +271,8 @@ def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor,
         lse_ptr=lse,
         queries=queries,
         keys=w.shape[1],
-        **_strides("q", q, unit),
-        **_strides("w", w, unit),
+        **strides("q", q, unit),
+        **strides("w", w, unit),
         scale=scale * math.log2(math.e) or 1e-37,  # not 0: masked scores are infinite and must stay so
         UNIT=unit,
         NEGATIVE=scale < 0,
@@ -296,7 +282,7 @@ def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor,
 
 def self_attention_backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """The query-, key- and value-side gradients of w, added up: (B, N, H, d)."""
-    grad, w = _rows_contiguous(grad, w)
+    grad, w = rows_contiguous(grad, w)
     delta = _delta(grad, out, scale)
     return _gradient(w, w, grad, lse, delta, scale, "self_backward", query=True, key=True)
 
@@ -309,7 +295,7 @@ def cross_attention_backward(
         return torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros(
             w.shape, dtype=w.dtype, device=w.device
         )
-    grad, q, w = _rows_contiguous(grad, q, w)
+    grad, q, w = rows_contiguous(grad, q, w)
     delta = _delta(grad, out, scale)
     return (
         _gradient(q, w, grad, lse, delta, scale, "query_backward", query=True, key=False),
@@ -320,7 +306,7 @@ def cross_attention_backward(
 def _delta(grad: Tensor, out: Tensor, scale: float) -> Tensor:
     batch, queries, heads, dim = grad.shape
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=grad.device)
-    unit = _unit(grad)
+    unit = unit_of(grad)
     _launch.launch(
         attention_delta,
         (triton.cdiv(queries, 32) * heads * batch,),
@@ -332,7 +318,7 @@ def _delta(grad: Tensor, out: Tensor, scale: float) -> Tensor:
         delta_ptr=delta,
         queries=queries,
         heads=heads,
-        **_strides("grad", grad, unit),
+        **strides("grad", grad, unit),
         scale=scale,
         UNIT=unit,
         DIM=dim,
@@ -355,7 +341,7 @@ def _gradient(
     key: bool,
 ) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    unit = _unit(x, y, grad)
+    unit = unit_of(x, y, grad)
     _launch_rows(
         attention_backward,
         name,
@@ -368,9 +354,9 @@ def _gradient(
         out_ptr=out,
         x_rows=x.shape[1],
         y_rows=y.shape[1],
-        **_strides("x", x, unit),
-        **_strides("y", y, unit),
-        **_strides("grad", grad, unit),
+        **strides("x", x, unit),
+        **strides("y", y, unit),
+        **strides("grad", grad, unit),
         scale=scale,
         scale_log2=scale * math.log2(math.e),
         UNIT=unit,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import re
 import subprocess
 import tempfile
@@ -112,6 +113,31 @@ def launch(
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, **options)
+
+
+def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Copies what a kernel cannot walk: a strided last dimension, or rows too far apart for 32-bit tile offsets."""
+    return [t if t.stride(-1) == 1 and t.stride(1) < 2**22 else t.contiguous() for t in tensors]
+
+
+def unit_of(*tensors: Tensor) -> int:
+    """The largest power of two, up to a 16-byte vector, that divides every stride but the last, which is 1.
+
+    Kernels get strides in this unit: a constant factor is what makes a vector load provable.
+    """
+    unit = 16 // max(t.element_size() for t in tensors)
+    for t in tensors:
+        for size, stride in zip(t.shape[:-1], t.stride()[:-1]):
+            if size > 1:
+                unit = math.gcd(unit, stride)
+    return unit
+
+
+def strides(prefix: str, t: Tensor, unit: int) -> dict[str, int]:
+    """The strides of (batch, row, ...) or (batch, row, head, ...) as kernel arguments, in units."""
+    return {
+        f"{prefix}_{name}": stride // unit for name, stride in zip(("batch", "row", "head"), t.stride()[:-1])
+    }
 
 
 def _signature(recorded: Launch) -> tuple[dict, dict, dict]:

@@ -1,23 +1,113 @@
-"""Launch configurations of the Triton kernels: one small table, no tuning at first use.
+"""Launch configurations of the Triton kernels: a small table per architecture and shape class.
 
-Chosen from registers, shared memory and spills of the ahead-of-time reports (benchmarks/kernel_report.py); not yet
-measured on a GPU. Attention is keyed by kernel and width class (head_dim up to 64, 128, 256); float32 and some
-architectures have entries of their own.
+Nothing is tuned at first use. The first of these that has an entry for an architecture and a key wins:
+
+- the file named by the environment variable DEPICT_KERNELS_TUNING: what ``benchmarks/tune.py`` measured on this GPU;
+- ``tuned.py``: the measurements that are shipped (``benchmarks/tune.py --write``);
+- the defaults here and in upsample_tuning.py, chosen from registers, shared memory and spills of the ahead-of-time
+  reports (benchmarks/kernel_report.py), not measured on a GPU.
+
+A key is a kernel with its shape class: "attention forward d128 16", "mask_head product C256 32", "upsample gather".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from depict_kernels.ops.triton_kernels.tuned import TUNED
+
+VARIABLE = "DEPICT_KERNELS_TUNING"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows a program owns, rows (or columns) of the other side per step, warps, stages of the load pipeline."""
+    """Rows a program owns, rows (or columns) of the other side per step, warps, stages of the load pipeline.
+
+    Raises ValueError unless all four are positive, and powers of two but for the stages, as Triton wants them.
+    """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+
+    def __post_init__(self) -> None:
+        values = astuple(self)
+        if any(type(v) is not int or v < 1 for v in values) or any(v & (v - 1) for v in values[:3]):
+            raise ValueError(
+                f"rows, columns and warps must be powers of two and stages at least 1, got {values}"
+            )
+
+
+_trial: dict[str, Config] = {}
+_chosen: dict[str, Config] | None = None
+
+
+@contextlib.contextmanager
+def trial(configs: Mapping[str, Config]) -> Iterator[dict[str, Config]]:
+    """Within the context ``configs`` win over every table. Yields what kernels ask for: key -> configuration taken.
+
+    Of the process, for one thread: made for benchmarks/tune.py.
+    """
+    global _trial, _chosen
+    before = _trial, _chosen
+    _trial, _chosen = dict(configs), {}
+    try:
+        yield _chosen
+    finally:
+        _trial, _chosen = before
+
+
+def choose(architecture: str, key: str, default: Config) -> Config:
+    """The configuration for ``key`` on ``architecture``; see the module's text for where it comes from."""
+    config = _trial.get(key)
+    if config is None:
+        path = os.environ.get(VARIABLE)
+        own = load(path) if path else {}
+        config = own.get((architecture, key)) or _shipped().get((architecture, key)) or default
+    if _chosen is not None:
+        _chosen[key] = config
+    return config
+
+
+@lru_cache
+def load(path: str) -> dict[tuple[str, str], Config]:
+    """The table in a file that benchmarks/tune.py wrote.
+
+    Raises ValueError naming the file where it cannot be read, and the entry that is wrong.
+    """
+    try:
+        table = json.loads(Path(path).read_text())["table"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{VARIABLE}={path}: not a file of benchmarks/tune.py ({error!r})") from error
+    return _parse(table, f"{VARIABLE}={path}")
+
+
+@lru_cache
+def _shipped() -> dict[tuple[str, str], Config]:
+    return _parse(TUNED, "tuned.py")
+
+
+def _parse(table: Mapping, where: str) -> dict[tuple[str, str], Config]:
+    parsed = {}
+    for architecture, entries in table.items():
+        for key, values in entries.items():
+            try:
+                parsed[architecture, key] = Config(*values)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {architecture}, {key!r}: {error}") from error
+    return parsed
+
+
+def class_width(classes: int) -> str:
+    """The shape class of a number of classes."""
+    return next((f"C{most}" for most in (32, 256) if classes <= most), "Cmany")
 
 
 # Wider blocks of the other side spill in the backward kernels; 16 rows per warp is what the products' layout wants.
@@ -37,13 +127,22 @@ _ATTENTION_FLOAT32 = {
 
 
 def attention(kernel: str, architecture: str, dim: int, element_size: int) -> Config:
-    """Configuration of ``kernel`` ("forward", "self_backward", "query_backward", "key_backward").
+    """Configuration of ``kernel``: "self_forward", "cross_forward", "self_backward", "query_backward", "key_backward".
 
     Raises ValueError for a head_dim above 256.
     """
     width = next((w for w in (64, 128, 256) if dim <= w), None)
     if width is None:
         raise ValueError(f"the triton backend takes a head_dim up to 256, got {dim}; use backend='torch'")
+    return choose(
+        architecture,
+        f"attention {kernel} d{width} {8 * element_size}",
+        _attention_default(kernel, architecture, width, element_size),
+    )
+
+
+def _attention_default(kernel: str, architecture: str, width: int, element_size: int) -> Config:
+    kernel = "forward" if kernel.endswith("_forward") else kernel
     if element_size == 4:
         return _ATTENTION_FLOAT32["forward" if kernel == "forward" else "backward"][width]
     special = {}
@@ -56,6 +155,11 @@ def attention(kernel: str, architecture: str, dim: int, element_size: int) -> Co
 
 def mask_head(kernel: str, architecture: str, classes: int, element_size: int) -> Config:
     """Configuration of ``kernel`` ("forward", "backward": patches x width; "product": rows x width)."""
+    key = f"mask_head {kernel} {class_width(classes)} {8 * element_size}"
+    return choose(architecture, key, _mask_head_default(kernel, architecture, element_size))
+
+
+def _mask_head_default(kernel: str, architecture: str, element_size: int) -> Config:
     if element_size == 4:
         return Config(32, 32, 4, 2)
     if kernel == "product":

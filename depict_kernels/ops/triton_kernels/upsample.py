@@ -75,7 +75,7 @@ class Packed:
 
 def _pack(logits: Tensor, weight: Tensor | None, block_c: int, *, shift: bool, smooth: bool) -> Packed:
     batch, classes, h, w = logits.shape
-    config = tuning.pack()
+    config = tuning.pack(architecture(logits.device))
     lanes = -(-classes // block_c) * block_c
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     samples = batch * h * w
@@ -188,7 +188,7 @@ def _run_tiles(
 
 def _gather(samples: Tensor, scale: Tensor | None, logits: Tensor, size: tuple[int, int]) -> Tensor:
     batch, classes, h, w = logits.shape
-    tiles, config = tiles_of((h, w), size), tuning.gather()
+    tiles, config = tiles_of((h, w), size), tuning.gather(architecture(logits.device))
     lanes = samples.shape[2]
     grad = torch.empty(logits.shape, dtype=samples.dtype, device=logits.device)
     launch(
@@ -217,7 +217,7 @@ def _finish(
 ) -> Tensor:
     """Writes loss and scale if given; returns the report of bad labels, int64 (5,)."""
     report = torch.empty(5, dtype=torch.int64, device=target.device)
-    config = tuning.finish()
+    config = tuning.finish(architecture(target.device))
     launch(
         finish_loss,
         (1,),
@@ -299,7 +299,7 @@ def _run_labels(
     batch, classes, h, w = logits.shape
     tiles = tiles_of((h, w), size)
     columns = tuning.power_of_two(tiles.columns)
-    config = tuning.labels(tiles.rows * columns, classes)
+    config = tuning.labels(architecture(logits.device), tiles.rows * columns, classes)
     packed = _pack(logits, None, config.columns, shift=False, smooth=False)
     launch(
         label_tiles,

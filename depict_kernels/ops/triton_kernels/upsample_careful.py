@@ -29,10 +29,9 @@ def _careful_tile(
     pid,
     packed_ptr,
     smooth_ptr,
-    weight_ptr,
-    weight_sum_ptr,
-    target_ptr,
-    upstream_ptr,
+    weights,  # these three as in pixels
+    target,
+    upstream,
     pixel_loss_ptr,
     partial_ptr,
     bad_ptr,
@@ -43,12 +42,6 @@ def _careful_tile(
     width,
     parts_y,
     parts_x,
-    target_b,
-    target_y,
-    target_x,
-    upstream_b,
-    upstream_y,
-    upstream_x,
     ignore_index,
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -70,17 +63,7 @@ def _careful_tile(
     tx = second_weight(cell_x, x, w, width, DTYPE)
     corners = corners_of(batch, cell_y, cell_x, h, w)
     label, bad, weight, hit, scale, smooth = pixels(
-        (target_ptr, target_b, target_y, target_x),
-        (upstream_ptr, upstream_b, upstream_y, upstream_x),
-        (weight_ptr, weight_sum_ptr),
-        batch,
-        y,
-        x,
-        inside,
-        ignore_index,
-        SMOOTHING,
-        CLASSES,
-        DTYPE,
+        target, upstream, weights, batch, y, x, inside, ignore_index, SMOOTHING, CLASSES, DTYPE
     )
 
     best = tl.full([ROWS * WIDTH, BLOCK_C], float("-inf"), DTYPE)
@@ -116,10 +99,10 @@ def _careful_tile(
             grad = tl.where((scale != 0)[:, None], tl.exp(z - peak[:, None]) * u[:, None], 0.0)
             grad -= tl.where(label[:, None] == c[None, :], hit[:, None], 0.0)
             if SMOOTHING > 0:
-                if weight_ptr is None:
+                if weights[0] is None:
                     grad -= smooth[:, None]
                 else:
-                    grad -= smooth[:, None] * tl.load(weight_ptr + c, mask=c < CLASSES, other=0.0)[None, :]
+                    grad -= smooth[:, None] * tl.load(weights[0] + c, mask=c < CLASSES, other=0.0)[None, :]
             tl.store(samples_ptr + c, tl.sum(grad * ((1 - ty) * (1 - tx))[:, None], 0))
             tl.store(samples_ptr + LANES + c, tl.sum(grad * ((1 - ty) * tx)[:, None], 0))
             tl.store(samples_ptr + 2 * LANES + c, tl.sum(grad * (ty * (1 - tx))[:, None], 0))
@@ -169,6 +152,9 @@ def loss_careful(
         flags = tl.load(careful_ptr + tile, mask=tile < tiles, other=0)
         if tl.max(flags, 0) == 0:
             return
+    weights = (weight_ptr, weight_sum_ptr)
+    target = (target_ptr, target_b, target_y, target_x)
+    upstream = (upstream_ptr, upstream_b, upstream_y, upstream_x)
     for i in range(GROUP):
         pid = first + i
         if careful_ptr is None:
@@ -177,35 +163,7 @@ def loss_careful(
             wanted = tl.load(careful_ptr + pid, mask=pid < tiles, other=0) != 0
         if wanted:
             _careful_tile(
-                pid,
-                packed_ptr,
-                smooth_ptr,
-                weight_ptr,
-                weight_sum_ptr,
-                target_ptr,
-                upstream_ptr,
-                pixel_loss_ptr,
-                partial_ptr,
-                bad_ptr,
-                samples_ptr,
-                h,
-                w,
-                height,
-                width,
-                parts_y,
-                parts_x,
-                target_b,
-                target_y,
-                target_x,
-                upstream_b,
-                upstream_y,
-                upstream_x,
-                ignore_index,
-                SMOOTHING,
-                CLASSES,
-                LANES,
-                WIDE,
-                ROWS,
-                WIDTH,
-                BLOCK_C,
-            )
+                pid, packed_ptr, smooth_ptr, weights, target, upstream, pixel_loss_ptr, partial_ptr, bad_ptr,
+                samples_ptr, h, w, height, width, parts_y, parts_x, ignore_index, SMOOTHING, CLASSES, LANES, WIDE,
+                ROWS, WIDTH, BLOCK_C,
+            )  # fmt: skip

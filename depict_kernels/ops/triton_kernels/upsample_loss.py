@@ -39,8 +39,11 @@ SIZES = ["h", "w", "height", "width", "parts_y", "parts_x", "ignore_index", "til
 
 
 @triton.jit
-def _series(packed_ptr, corners, c, LANES):
-    """Shifted logits of a block of classes as s + dx x + dy y + dxy x y, base 2; 1 where the series cannot hold it."""
+def _first_terms(packed_ptr, corners, c, tx, ty, step, LANES, COLUMNS: tl.constexpr):
+    """Per row and class of a block: first term e and ratio r of the series; 1 per class that it cannot hold.
+
+    The shifted logits are s + dx x + dy y + dxy x y, in base 2.
+    """
     ul, ur = tl.load(packed_ptr + corners[0] * LANES + c), tl.load(packed_ptr + corners[1] * LANES + c)
     ll, lr = tl.load(packed_ptr + corners[2] * LANES + c), tl.load(packed_ptr + corners[3] * LANES + c)
     lowest = tl.minimum(tl.minimum(ul, ur), tl.minimum(ll, lr))
@@ -49,7 +52,23 @@ def _series(packed_ptr, corners, c, LANES):
     # NaN passes these comparisons and reaches the loss.
     ul, ur = tl.where(ul < FLOOR, FLOOR, ul) * LOG2_E, tl.where(ur < FLOOR, FLOOR, ur) * LOG2_E
     ll, lr = tl.where(ll < FLOOR, FLOOR, ll) * LOG2_E, tl.where(lr < FLOOR, FLOOR, lr) * LOG2_E
-    return ul, ur - ul, ll - ul, (lr - ll) - (ur - ul), wide
+    dx, dy, dxy = ur - ul, ll - ul, (lr - ll) - (ur - ul)
+    slope = dx[None, :] + dxy[None, :] * ty[:, None]
+    e = tl.exp2((ul[None, :] + dy[None, :] * ty[:, None]) + slope * tx)
+    r = e  # a tile of one column needs no ratio, and r may be infinite where a step is longer than a cell
+    if COLUMNS > 1:
+        r = tl.exp2(slope * step)
+    return e, r, wide
+
+
+@triton.jit
+def _rows_of(cell_y, cell_x, y0, rows, x0, h, w, height, width, ROWS: tl.constexpr):
+    """A tile's rows: index, y, weight of the lower samples; at its first column, that of the right ones; its step."""
+    row = tl.arange(0, ROWS)
+    y = y0 + tl.minimum(row, rows - 1)  # rows past the last repeat it and do not count
+    ty = second_weight(cell_y, y, h, height, tl.float32)
+    tx = second_weight(cell_x, x0, w, width, tl.float32)
+    return row, y, ty, tx, step_of(cell_x, w, width, tl.float32)
 
 
 @triton.jit
@@ -92,6 +111,7 @@ def pixels(
 
 @triton.jit
 def bilinear(ul, ur, ll, lr, tx, ty):
+    """Interpolates a cell's four samples."""
     return (1 - ty) * ((1 - tx) * ul + tx * ur) + ty * ((1 - tx) * ll + tx * lr)
 
 
@@ -183,11 +203,7 @@ def loss_series(
 
     lane = tl.arange(0, BLOCK_C)
     corners = corners_of(batch, cell_y, cell_x, h, w)
-    row = tl.arange(0, ROWS)
-    y = y0 + tl.minimum(row, rows - 1)  # rows past the last repeat it and do not count
-    ty = second_weight(cell_y, y, h, height, tl.float32)
-    tx = second_weight(cell_x, x0, w, width, tl.float32)
-    step = step_of(cell_x, w, width, tl.float32)
+    row, y, ty, tx, step = _rows_of(cell_y, cell_x, y0, rows, x0, h, w, height, width, ROWS)
 
     zero = tl.full([ROWS, BLOCK_C], 0.0, tl.float32)
     sums = ()
@@ -195,13 +211,8 @@ def loss_series(
         sums = sums + (zero,)
     wide = tl.full([BLOCK_C], 0, tl.int32)
     for c0 in range(0, LANES, BLOCK_C):
-        s, dx, dy, dxy, too_wide = _series(packed_ptr, corners, c0 + lane, LANES)
+        e, r, too_wide = _first_terms(packed_ptr, corners, c0 + lane, tx, ty, step, LANES, COLUMNS)
         wide |= too_wide
-        slope = dx[None, :] + dxy[None, :] * ty[:, None]
-        e = tl.exp2((s[None, :] + dy[None, :] * ty[:, None]) + slope * tx)
-        r = e  # a tile of one column needs no ratio, and r may be infinite where a step is longer than a cell
-        if COLUMNS > 1:
-            r = tl.exp2(slope * step)
         r2 = r * r
         grown = ()
         for k in tl.static_range(COLUMNS):  # r and r^2 in turn: fewer products and roundings than r alone
@@ -220,19 +231,12 @@ def loss_series(
     own = u_ptr + column[None, :] * ROWS + row[:, None]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     z = tl.load(own, mask=inside, other=1.0)
+    target = (target_ptr, target_b, target_y, target_x)
+    upstream = (upstream_ptr, upstream_b, upstream_y, upstream_x)
+    x, weights = x0 + column, (weight_ptr, weight_sum_ptr)
     label, bad, weight, hit, scale, smooth = pixels(
-        (target_ptr, target_b, target_y, target_x),
-        (upstream_ptr, upstream_b, upstream_y, upstream_x),
-        (weight_ptr, weight_sum_ptr),
-        batch,
-        y[:, None],
-        (x0 + column)[None, :],
-        inside,
-        ignore_index,
-        SMOOTHING,
-        CLASSES,
-        tl.float32,
-    )
+        target, upstream, weights, batch, y[:, None], x[None, :], inside, ignore_index, SMOOTHING, CLASSES, tl.float32
+    )  # fmt: skip
     live = scale != 0
     small = tl.max((live & (z < SMALL_SUM)).to(tl.int32))
     careful = tl.maximum(small, tl.max(wide, 0))
@@ -248,21 +252,10 @@ def loss_series(
         pixel_tx = tx + step * column.to(tl.float32)[None, :]
         log_sum = tl.log(tl.where(live, z, 1.0))
         loss = losses(
-            packed_ptr,
-            smooth_ptr,
-            corners,
-            pixel_tx,
-            ty[:, None],
-            label,
-            hit,
-            scale,
-            smooth,
-            log_sum,
-            SMOOTHING,
-            LANES,
-        )
+            packed_ptr, smooth_ptr, corners, pixel_tx, ty[:, None], label, hit, scale, smooth, log_sum, SMOOTHING, LANES
+        )  # fmt: skip
         if pixel_loss_ptr is not None:
-            at = (batch * height + y[:, None]) * width + (x0 + column)[None, :]
+            at = (batch * height + y[:, None]) * width + x[None, :]
             tl.store(pixel_loss_ptr + at, loss, mask=inside)
         if partial_ptr is not None:
             tl.store(partial_ptr + 2 * pid, tl.sum(loss.to(tl.float64)))
@@ -314,24 +307,15 @@ def gradient_series(
         return
 
     corners = corners_of(batch, cell_y, cell_x, h, w)
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    y = y0 + tl.minimum(row, rows - 1)
-    ty = second_weight(cell_y, y, h, height, tl.float32)
-    tx = second_weight(cell_x, x0, w, width, tl.float32)
-    step = step_of(cell_x, w, width, tl.float32)
+    row, y, ty, tx, step = _rows_of(cell_y, cell_x, y0, rows, x0, h, w, height, width, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    target = (target_ptr, target_b, target_y, target_x)
+    upstream = (upstream_ptr, upstream_b, upstream_y, upstream_x)
+    x, weights = x0 + column, (weight_ptr, weight_sum_ptr)
     label, _bad, _weight, hit, _scale, smooth = pixels(
-        (target_ptr, target_b, target_y, target_x),
-        (upstream_ptr, upstream_b, upstream_y, upstream_x),
-        (weight_ptr, weight_sum_ptr),
-        batch,
-        y[:, None],
-        (x0 + column)[None, :],
-        (row < rows)[:, None] & (column < columns)[None, :],
-        ignore_index,
-        SMOOTHING,
-        CLASSES,
-        tl.float32,
-    )
+        target, upstream, weights, batch, y[:, None], x[None, :], inside, ignore_index, SMOOTHING, CLASSES, tl.float32
+    )  # fmt: skip
     pixel_tx = tx + step * column.to(tl.float32)[None, :]
     hit_right, hit_lower = hit * pixel_tx, hit * ty[:, None]
     hit_lr = hit_right * ty[:, None]
@@ -348,12 +332,7 @@ def gradient_series(
     zero = tl.full([ROWS, BLOCK_C], 0.0, tl.float32)
     for c0 in range(0, LANES, BLOCK_C):
         c = c0 + lane
-        s, dx, dy, dxy, _wide = _series(packed_ptr, corners, c, LANES)
-        slope = dx[None, :] + dxy[None, :] * ty[:, None]
-        e = tl.exp2((s[None, :] + dy[None, :] * ty[:, None]) + slope * tx)
-        r = e
-        if COLUMNS > 1:
-            r = tl.exp2(slope * step)
+        e, r, _wide = _first_terms(packed_ptr, corners, c, tx, ty, step, LANES, COLUMNS)
         # total = sum of u_k r^k; moment = sum of k u_k r^k = r times its derivative
         total, moment = zero + u[COLUMNS - 1], zero
         for i in tl.static_range(1, COLUMNS):

@@ -1,12 +1,13 @@
 """Launch configurations of the upsample kernels, as tuning.py has them for the others.
 
-Rows: pixels (or samples) of a tile; columns: classes per step. Chosen from the ahead-of-time reports; not yet measured
-on a GPU.
+Rows: pixels (or samples) of a tile; columns: classes per step.
 """
 
 from __future__ import annotations
 
-from depict_kernels.ops.triton_kernels.tuning import Config
+from dataclasses import replace
+
+from depict_kernels.ops.triton_kernels.tuning import Config, choose, class_width
 
 
 def power_of_two(n: int) -> int:
@@ -14,12 +15,10 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _block(most: int, classes: int) -> int:
-    return min(most, max(8, power_of_two(classes)))
-
-
-def pack() -> Config:
-    return Config(32, 32, 4, 1)
+def _tile(architecture: str, name: str, pixels: int, classes: int, default: Config) -> Config:
+    """Of a kernel whose rows are given by the tile; no more classes per step than there are."""
+    config = choose(architecture, f"upsample {name} {pixels} {class_width(classes)}", default)
+    return replace(config, rows=pixels, columns=min(config.columns, max(8, power_of_two(classes))))
 
 
 def series(architecture: str, rows: int, classes: int) -> Config:
@@ -28,21 +27,25 @@ def series(architecture: str, rows: int, classes: int) -> Config:
     Few classes per step make the sums over classes short, many those over rows; nothing meets in shared memory.
     """
     most = 64 if architecture == "interpreter" else 128 // rows  # every step costs the interpreter the same
-    return Config(rows, _block(most, classes), 1, 1)
+    return _tile(architecture, "series", rows, classes, Config(rows, most, 1, 1))
 
 
 def careful(architecture: str, pixels: int, classes: int) -> Config:
     most = 64 if architecture == "interpreter" else min(64, 2048 // pixels)
-    return Config(pixels, _block(most, classes), 4, 1)
+    return _tile(architecture, "careful", pixels, classes, Config(pixels, most, 4, 1))
 
 
-def gather() -> Config:
-    return Config(32, 32, 4, 1)
+def labels(architecture: str, pixels: int, classes: int) -> Config:
+    return _tile(architecture, "labels", pixels, classes, Config(pixels, 128, 1, 1))
 
 
-def finish() -> Config:
-    return Config(1, 2048, 8, 1)
+def pack(architecture: str) -> Config:
+    return choose(architecture, "upsample pack", Config(32, 32, 4, 1))
 
 
-def labels(pixels: int, classes: int) -> Config:
-    return Config(pixels, _block(128, classes), 1, 1)
+def gather(architecture: str) -> Config:
+    return choose(architecture, "upsample gather", Config(32, 32, 4, 1))
+
+
+def finish(architecture: str) -> Config:
+    return choose(architecture, "upsample finish", Config(1, 2048, 8, 1))

@@ -169,6 +169,7 @@ def variants(targets: tuple[str, ...] = TARGETS, *, core: bool = False) -> list[
                 case.call()
             for recorded in launches:
                 key = (target, *launch.fingerprint(recorded))
-                name = f"{case.name}: {recorded.kernel.__name__}"
+                sides = [s.lower() for s in ("QUERY", "KEY", "PATCHES") if recorded.arguments.get(s)]
+                name = " ".join([f"{case.name}: {recorded.kernel.__name__}", *sides])
                 found.setdefault(key, Variant(name, target, recorded, case.may_spill))
     return list(found.values())

@@ -1,0 +1,261 @@
+"""The whole DEPICT decoder on the Triton backend: training steps compiled, captured, on streams, under autocast, DDP.
+
+The same bodies run in the interpreter, tiny, where a CUDA graph or a stream is plain execution.
+"""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+from depict_kernels import ops
+from depict_kernels.models import DepictDecoder
+from depict_kernels.testing import assert_within_budget
+
+pytest.importorskip("triton")
+
+# batch, grid, size, classes, width, heads, head_dim, cross_head_dim by device: several blocks of tokens on a GPU
+SHAPES = {"cpu": (1, (1, 2), (2, 3), 5, 24, 2, 20, 10), "cuda": (2, (9, 11), (131, 170), 19, 192, 3, 100, 50)}
+
+
+@pytest.fixture(params=["sa", "ca"])
+def mode(request) -> str:
+    return request.param
+
+
+def make(mode, device, dtype=torch.float32):
+    batch, grid, size, classes, width, heads, dim, cross_dim = SHAPES[torch.device(device).type]
+    torch.manual_seed(0)
+    decoder = DepictDecoder(
+        classes, width, mode, 1, heads, dim, 2, cross_dim, backend="triton", step_init=-0.3
+    )
+    torch.nn.init.normal_(
+        decoder.class_embed
+    )  # the small first value makes all classes alike: ill-conditioned
+    patches = torch.randn(batch, grid[0] * grid[1], width)
+    target = torch.randint(0, classes, (batch, *size))
+    target[0, 0, :2] = 255
+    return decoder.to(device, dtype), patches.to(device, dtype), target.to(device)
+
+
+def masks(decoder, patches):
+    return decoder(patches, SHAPES[patches.device.type][1])
+
+
+def loss_of(decoder, patches, target):
+    return ops.upsample_cross_entropy(masks(decoder, patches), target, backend=decoder.backend)
+
+
+def label_map(logits):
+    size = SHAPES[logits.device.type][2]
+    return ops.upsample_argmax(logits, size, torch.uint8, backend="triton")
+
+
+def loss_and_gradients(decoder, patches, target, function=loss_of):
+    patches = patches.detach().requires_grad_()
+    loss = function(decoder, patches, target)
+    return [loss.detach(), *torch.autograd.grad(loss, [patches, *decoder.parameters()])]
+
+
+def on_torch(decoder, dtype):
+    twin = copy.deepcopy(decoder).to(dtype)
+    for module in twin.modules():
+        if hasattr(module, "backend"):
+            module.backend = "torch"
+    return twin
+
+
+def check(values, peers, decoder, patches, target, dtype):
+    """``dtype`` of the matrix products: what a few ulp of rounding mean where autocast gives float32 results."""
+    truths = loss_and_gradients(on_torch(decoder, torch.float64), patches.double(), target)
+    names = ["loss", "patches", *(name for name, _ in decoder.named_parameters())]
+    largest = max(t.abs().max().item() for t in truths[1:])
+    for name, value, peer, truth in zip(names, values, peers, truths):
+        # Parameters' gradients are sums over tokens that cancel: their terms have the size of the largest gradient.
+        # Factor 4: both are chains of layers whose roundings differ in every one, and neither is the better one.
+        scale = 0.0 if name == "loss" else largest
+        ulps = 4 * torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
+        peer = peer.to(value.dtype)
+        assert_within_budget(value, peer, truth, factor=4, ulps=ulps, scale=scale, what=name)
+
+
+def test_against_float64(mode, triton_device, triton_dtype):
+    decoder, *batch = make(mode, triton_device, triton_dtype)
+    values = loss_and_gradients(decoder, *batch)
+    peers = loss_and_gradients(on_torch(decoder, triton_dtype), *batch)
+    check(values, peers, decoder, *batch, triton_dtype)
+
+
+def test_repeats_are_bitwise_equal(mode, triton_device, triton_dtype):
+    decoder, *batch = make(mode, triton_device, triton_dtype)
+    first, second = (loss_and_gradients(decoder, *batch) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_compile_takes_training_and_inference_in_one_graph(mode, triton_device, triton_dtype):
+    decoder, patches, target = make(mode, triton_device, triton_dtype)
+    options = {"fullgraph": True, "backend": "inductor" if triton_device == "cuda" else "aot_eager"}
+    values = loss_and_gradients(decoder, patches, target, torch.compile(loss_of, **options))
+    check(values, loss_and_gradients(decoder, patches, target), decoder, patches, target, triton_dtype)
+
+    def infer(patches):
+        logits = masks(decoder, patches)
+        counts = ops.upsample_confusion(logits, target, backend="triton")
+        return logits, label_map(logits), counts
+
+    with torch.no_grad():
+        logits, labels, counts = torch.compile(infer, **options)(patches)
+        assert torch.equal(labels, label_map(logits))
+        assert torch.equal(counts, ops.upsample_confusion(logits, target, backend="triton"))
+        truth = masks(on_torch(decoder, torch.float64), patches.double())
+        assert_within_budget(logits, masks(decoder, patches), truth, factor=4, what="logits")
+
+
+WARM_UP = 2
+
+
+def captured(step, device):
+    """``step`` as a CUDA graph, after the warm-up that capturing wants; on the CPU ``step`` itself, warmed up too."""
+    if device == "cpu":
+        for _ in range(WARM_UP):
+            step()
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_cuda_graph_of_a_training_step(mode, optimizer, triton_device, triton_dtype):
+    """Forward, loss, backward and optimizer, captured once: replays train as eager steps do, on new batches."""
+
+    def prepare():
+        decoder, patches, target = make(mode, triton_device, triton_dtype)
+        if optimizer == "sgd":
+            optim = torch.optim.SGD(decoder.parameters(), lr=0.01, momentum=0.9, foreach=True)
+        else:
+            optim = torch.optim.AdamW(decoder.parameters(), lr=1e-3, capturable=triton_device == "cuda")
+        result = torch.zeros((), device=triton_device)
+
+        def step():
+            optim.zero_grad()
+            loss = loss_of(decoder, patches, target)
+            loss.backward()
+            optim.step()
+            result.copy_(loss.detach())
+
+        return decoder, patches, target, result, step
+
+    def train(decoder, patches, target, result, step):
+        generator = torch.Generator().manual_seed(1)
+        losses = []
+        for _ in range(2):
+            patches.copy_(torch.randn(patches.shape, generator=generator))
+            target.copy_(torch.randint(0, 5, target.shape, generator=generator))
+            step()
+            losses.append(result.clone())
+        return losses, [p.detach().clone() for p in decoder.parameters()]
+
+    *state, step = prepare()
+    for _ in range(WARM_UP):
+        step()
+    expected = train(*state, step)
+    *state, step = prepare()
+    replayed = train(*state, captured(step, triton_device))
+    # the same kernels in the same order: equal, unless the library of matrix products takes another algorithm
+    torch.testing.assert_close(replayed, expected)
+    assert len({loss.item() for loss in replayed[0]}) == 2
+
+
+def test_cuda_graph_of_inference(mode, triton_device, triton_dtype):
+    decoder, patches, _ = make(mode, triton_device, triton_dtype)
+    labels = torch.zeros(len(patches), *SHAPES[triton_device][2], dtype=torch.uint8, device=triton_device)
+
+    @torch.no_grad()
+    def infer():
+        labels.copy_(label_map(masks(decoder, patches)))
+
+    replay = captured(infer, triton_device)
+    for seed in (1, 2):
+        patches.copy_(torch.randn(patches.shape, generator=torch.Generator().manual_seed(seed)))
+        infer()
+        expected = labels.clone()
+        labels.zero_()
+        replay()
+        assert torch.equal(labels, expected) and labels.unique().numel() > 1
+
+
+def test_a_second_stream(mode, triton_device, triton_dtype):
+    """The inputs come late on a stream of their own: a kernel on another stream would read what was there before."""
+    decoder, patches, target = make(mode, triton_device, triton_dtype)
+    expected = loss_and_gradients(decoder, patches, target)
+    late = torch.full_like(patches, torch.nan)
+    stream = torch.cuda.Stream() if triton_device == "cuda" else None
+    if stream is not None:
+        torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        if stream is not None:
+            torch.cuda._sleep(50_000_000)
+        late.copy_(patches)
+        values = loss_and_gradients(decoder, late, target)
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(values, expected)
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one(mode):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    decoder, *batch = make(mode, "cuda:0")
+    expected = loss_and_gradients(decoder, *batch)
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            values = loss_and_gradients(decoder.to("cuda:1"), *(t.to("cuda:1") for t in batch))
+            assert all(v.device.index == 1 for v in values)
+            torch.testing.assert_close([v.cpu() for v in values], [v.cpu() for v in expected])
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
+def test_autocast(mode, scaled, triton_device, triton_dtype):
+    """float32 parameters and patches, 16-bit products; a loss scaler's factor goes through the kernels' backward."""
+    if triton_device == "cpu":
+        triton_dtype = torch.float16
+    scaler = torch.amp.GradScaler(triton_device, init_scale=2.0**10, enabled=scaled)
+    decoder, *batch = make(mode, triton_device)
+
+    def run(decoder, patches, target):
+        twin = copy.deepcopy(decoder)
+        patches = patches.detach().requires_grad_()
+        optim = torch.optim.SGD([patches, *twin.parameters()], lr=1.0)
+        with torch.autocast(triton_device, triton_dtype, enabled=triton_dtype != torch.float32):
+            loss = loss_of(twin, patches, target)
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.unscale_(optim)
+        return [loss.detach(), patches.grad, *(p.grad for p in twin.parameters())]
+
+    values, peers = run(decoder, *batch), run(on_torch(decoder, torch.float32), *batch)
+    check(values, peers, decoder, *batch, triton_dtype)
+
+
+def test_data_parallel(mode, triton_device, triton_dtype, tmp_path):
+    """One process: DDP's hooks, buckets and its own streams around the kernels' backward."""
+    dist = torch.distributed
+    decoder, patches, target = make(mode, triton_device, triton_dtype)
+    expected = loss_and_gradients(decoder, patches, target)[2:]
+    backend = "nccl" if triton_device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        parallel = torch.nn.parallel.DistributedDataParallel(decoder)
+        ops.upsample_cross_entropy(masks(parallel, patches), target, backend="triton").backward()
+    torch.testing.assert_close([p.grad for p in decoder.parameters()], expected)
