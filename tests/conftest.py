@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: devices, fixed threads, poisoned memory."""
 
 import os
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as train/run.py has it
 
@@ -30,38 +31,79 @@ def device(request) -> str:
     return request.param
 
 
-def pytest_generate_tests(metafunc):
-    """A test of ``triton_device`` runs in the interpreter and compiled; with ``triton_dtype`` compiled in every dtype.
+class Kernels(NamedTuple):
+    """A kernel backend on a device: in Triton's interpreter or the CUDA emulator on "cpu", compiled on "cuda"."""
 
-    The interpreter is slow and gets bfloat16 products wrong: float32 alone there.
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+
+def pytest_generate_tests(metafunc):
+    """``kernels``: every kernel backend and dtype, ``kernels32``: in float32 alone.
+
+    Triton's interpreter is slow and gets bfloat16 products wrong: float32 alone there.
     """
+    name = lambda *parts: "-".join(str(part).removeprefix("torch.") for part in parts)
+    for fixture in ("kernels", "kernels32"):
+        if fixture not in metafunc.fixturenames:
+            continue
+        cases = []
+        for backend in ("triton", "cuda"):
+            for device in ("cpu", "cuda"):
+                dtypes = [torch.float32, torch.float16, torch.bfloat16]
+                if fixture == "kernels32" or (backend, device) == ("triton", "cpu"):
+                    dtypes = dtypes[:1]
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                for dtype in dtypes:
+                    case = Kernels(backend, device, dtype)
+                    cases.append(pytest.param(case, id=name(*case), marks=marks))
+        metafunc.parametrize(fixture, cases, indirect=True)
     if "triton_device" in metafunc.fixturenames:
         dtypes = [torch.float32]
         if "triton_dtype" in metafunc.fixturenames:
             dtypes += [torch.float16, torch.bfloat16]
-        name = lambda device, dtype: f"{device}-{str(dtype).removeprefix('torch.')}"
         cases = [pytest.param(("cpu", torch.float32), id=name("cpu", torch.float32))]
         for dtype in dtypes:
             cases.append(pytest.param(("cuda", dtype), id=name("cuda", dtype), marks=pytest.mark.gpu))
         metafunc.parametrize("triton_case", cases, indirect=True)
 
 
+def _skip_unless_it_runs(backend: str, device: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("Triton's interpreter is off (TRITON_INTERPRET is not 1)")
+    else:
+        from depict_kernels import extension
+
+        reason = extension.load("cuda" if device == "cuda" else "cuda_emulated")
+        if reason is not None:
+            pytest.skip(reason)
+
+
+@pytest.fixture
+def kernels(request) -> Kernels:
+    _skip_unless_it_runs(request.param.backend, request.param.device)
+    return request.param
+
+
+@pytest.fixture
+def kernels32(request) -> Kernels:
+    _skip_unless_it_runs(request.param.backend, request.param.device)
+    return request.param
+
+
 @pytest.fixture
 def triton_case(request) -> tuple[str, torch.dtype]:
-    pytest.importorskip("triton")
-    if request.param[0] == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton's interpreter is off (TRITON_INTERPRET is not 1)")
+    _skip_unless_it_runs("triton", request.param[0])
     return request.param
 
 
 @pytest.fixture(params=DEVICES)
 def cuda_device(request) -> str:
     """ "cpu" runs the CUDA kernels in the emulator (csrc/cuda/emulator.h), "cuda" on the GPU."""
-    from depict_kernels import extension
-
-    reason = extension.load("cuda" if request.param == "cuda" else "cuda_emulated")
-    if reason is not None:
-        pytest.skip(reason)
+    _skip_unless_it_runs("cuda", request.param)
     return request.param
 
 
@@ -101,6 +143,33 @@ def triton_launches(monkeypatch) -> list[str]:
 
         monkeypatch.setattr(triton.JITFunction, "run", counted)
     return names
+
+
+@pytest.fixture
+def cuda_launches(monkeypatch) -> list[str]:
+    """The names of the private CUDA operators that were called, in order."""
+    import importlib
+
+    names: list[str] = []
+    for stem in ("attention", "mask_head", "upsample"):
+        try:
+            module = importlib.import_module(f"depict_kernels.ops.cuda_kernels.{stem}")
+        except ModuleNotFoundError:
+            continue
+        run = module.call
+
+        def counted(name, *args, run=run, **kwargs):
+            names.append(name)
+            return run(name, *args, **kwargs)
+
+        monkeypatch.setattr(module, "call", counted)
+    return names
+
+
+@pytest.fixture
+def launches(request, kernels32) -> list[str]:
+    """The names of the kernels that ran, in order."""
+    return request.getfixturevalue(f"{kernels32.backend}_launches")
 
 
 @pytest.fixture

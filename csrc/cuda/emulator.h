@@ -129,14 +129,11 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 inline float float16_to_float(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  uint32_t wide = static_cast<uint32_t>(bits & 0x7fff) << 13;
   float value;
-  if (exponent == 31)
-    value = mantissa ? __builtin_nanf("") : __builtin_inff();
-  else if (exponent == 0)
-    value = __builtin_ldexpf(static_cast<float>(mantissa), -24);
-  else
-    value = __builtin_ldexpf(static_cast<float>(mantissa + 1024), exponent - 25);
+  std::memcpy(&value, &wide, 4);
+  value *= 0x1p112f;  // the exponents' bias differs by 112; right for subnormal numbers too
+  if ((bits & 0x7c00) == 0x7c00) value = bits & 0x3ff ? __builtin_nanf("") : __builtin_inff();
   return bits & 0x8000 ? -value : value;
 }
 inline uint16_t float_to_float16(float value) {
