@@ -10,9 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?= --quiet --disable-pip-version-check
-# The CUDA kernels for the emulator, which runs them on the CPU in the tests; and without a GPU here one architecture
-# is enough to see that they compile.
-export DEPICT_KERNELS_EMULATE_CUDA ?= 1
+# Without a GPU here one architecture is enough to see that the CUDA kernels compile.
 ifeq ($(shell command -v nvidia-smi),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
@@ -22,6 +20,7 @@ SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f 2>/d
 
 install: $(VENV)/.installed
 
+# The CUDA kernels are compiled for the emulator too, which runs them on the CPU in the tests.
 # torch, torchvision and timm in one resolution: torchvision's wheel matches one build of torch only.
 $(VENV)/.requirements: pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV) (a few minutes the first time)"
@@ -30,7 +29,7 @@ $(VENV)/.requirements: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	DEPICT_KERNELS_EMULATE_CUDA=1 $(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m depict_kernels
 	touch $@
 
