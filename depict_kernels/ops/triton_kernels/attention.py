@@ -238,7 +238,7 @@ def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
         DIM=dim,
         STARTS=starts,
         WIDTHS=widths,
-        PRECISION=_launch.dot_precision(like.dtype),
+        PRECISION=_launch.dot_precision(like.dtype, like.device),
         BLOCK_M=config.rows,
         BLOCK_N=config.columns,
         **arguments,
