@@ -72,9 +72,12 @@ def _attention_cases() -> Iterator[Case]:
                 ("backward", partial(attention.cross_attention_backward, q, q, w, q, lse_q, scale)),
             ):
                 yield Case(f"cross {what} d{dim} {name}", call, may_spill=spill)
-    with_tf32 = partial(_with_tf32, attention.self_attention_backward)
-    w, lse = _meta(batch, n, heads, 100), _meta(batch, heads, n)
-    yield Case("self backward d100 tf32", partial(with_tf32, w, w, w, lse, 0.1), may_spill=True)
+    for dim in (50, 100, 256):
+        w, lse = _meta(batch, n, heads, dim), _meta(batch, heads, n)
+        forward = partial(_with_tf32, attention.self_attention_forward, w, dim**-0.5)
+        backward = partial(_with_tf32, attention.self_attention_backward, w, w, w, lse, dim**-0.5)
+        yield Case(f"self forward d{dim} tf32", forward, may_spill=True)
+        yield Case(f"self backward d{dim} tf32", backward, may_spill=True)
     # Sizes and strides of 1 become constants of the kernel, which must still compile.
     w, lse = _meta(1, 1, 1, 1), _meta(1, 1, 1)
     yield Case("self forward one of each", partial(attention.self_attention_forward, w, 1.0))
