@@ -31,8 +31,10 @@ def test_float32_products_follow_torchs_setting(monkeypatch):
     try:
         for setting, precision in [("ieee", "ieee"), ("tf32", "tf32")]:
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert launch.dot_precision(torch.float32) == precision
-            assert launch.dot_precision(torch.float16) == "ieee"  # nothing to choose
+            for architecture, expected in [("sm_90", precision), ("gfx942", precision), ("gfx90a", "ieee")]:
+                with launch.recording(architecture):
+                    assert launch.dot_precision(torch.float32, torch.device("meta")) == expected
+                    assert launch.dot_precision(torch.float16, torch.device("meta")) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

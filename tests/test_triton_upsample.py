@@ -341,14 +341,25 @@ def test_confusion_counts_and_accumulates(smooth, triton_device, triton_dtype):
     assert torch.equal(out, expected + torch.arange(144, device=triton_device).view(12, 12).t())
 
 
-def test_opcheck_and_compile(triton_device, triton_dtype):
+def test_opcheck(triton_device, triton_dtype):
     logits, target = make((1, 3, (1, 1), (2, 2)), triton_device, dtype=triton_dtype)
-    arguments = (logits.requires_grad_(), target, None, 255, 0.0, "mean", True, False, "triton")
+    library = torch.ops.depict_kernels
+    # the other two run the operator a dozen times: minutes in the interpreter
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    options = {"test_utils": checks[:2] if triton_device == "cpu" else checks}
+    for reduction in ("mean", "none"):
+        arguments = (logits.requires_grad_(), target, None, 255, 0.1, reduction, True, False, "triton")
+        torch.library.opcheck(library.upsample_cross_entropy.default, arguments, **options)
+    logits = logits.detach()
+    torch.library.opcheck(library.upsample_argmax.default, (logits, (2, 2), torch.uint8, "triton"), **options)
+    counts = torch.zeros(3, 3, dtype=torch.int64, device=triton_device)
     torch.library.opcheck(
-        torch.ops.depict_kernels.upsample_cross_entropy.default,
-        arguments,
-        test_utils="test_faketensor",
+        library.upsample_confusion.default, (logits, target, 255, counts, "triton"), **options
     )
+
+
+def test_compile_fullgraph(triton_device, triton_dtype):
+    logits, target = make((1, 3, (1, 1), (2, 2)), triton_device, dtype=triton_dtype)
     f = lambda x: ops.upsample_cross_entropy(x, target, check_targets=False, backend="triton")
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(

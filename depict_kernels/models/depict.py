@@ -6,6 +6,8 @@ mask head projects the image embeddings on those bases. No MLP, no dropout, one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,8 @@ class _SubspaceAttention(nn.Module):
         return F.linear(x, self.proj).unflatten(-1, (self.num_heads, self.head_dim))
 
     def _add_step(self, x: Tensor, o: Tensor) -> Tensor:
-        return x + self.step * (o.flatten(2) @ self.proj)
+        # The step scales the small matrix: no pass over the tokens, none of whose products is kept for backward.
+        return x + o.flatten(2) @ (self.step * self.proj)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, backend={self.backend!r}"
@@ -54,10 +57,27 @@ class SubspaceSelfAttention(_SubspaceAttention):
 class SubspaceCrossAttention(_SubspaceAttention):
     """MSCA: q <- q + step * softmax(v w^T / sqrt(d)) w P with v = q P^T, w = LN(x) P^T; q is not normalised."""
 
-    def forward(self, q: Tensor, x: Tensor) -> Tensor:  # (B, C, D), (B, N, D) -> (B, C, D)
-        w = self._heads(self.norm(x))
-        o = ops.subspace_cross_attention(self._heads(q), w, backend=self.backend)
-        return self._add_step(q, o)
+    def forward(self, q: Tensor, x: Tensor, w: Tensor | None = None) -> Tensor:
+        """q (B, C, D), x (B, N, D) -> (B, C, D); w (B, N, H, d) where :func:`project_keys` made it from x."""
+        if w is None:
+            (w,) = project_keys([self], x)
+        return self._add_step(q, ops.subspace_cross_attention(self._heads(q), w, backend=self.backend))
+
+
+def project_keys(layers: Sequence[SubspaceCrossAttention], x: Tensor) -> Sequence[Tensor]:
+    """x (B, N, D) -> w = LN(x) P^T (B, N, H, d) of every layer: one normalisation, one product.
+
+    The layers' LayerNorms differ in their affine part alone, which folds into the projection:
+    (z * gamma + beta) P^T = z (gamma * P)^T + P beta.
+    """
+    if not layers:
+        return ()
+    first = layers[0]
+    z = F.layer_norm(x, x.shape[-1:], eps=first.norm.eps)
+    weight = torch.cat([layer.proj * layer.norm.weight for layer in layers])
+    bias = torch.cat([layer.proj @ layer.norm.bias for layer in layers])
+    w = F.linear(z, weight, bias).unflatten(-1, (len(layers), first.num_heads, first.head_dim))
+    return w.unbind(2)
 
 
 class DepictDecoder(nn.Module):
@@ -138,8 +158,8 @@ class DepictDecoder(nn.Module):
         for layer in self.layers:
             patches = layer(patches)
         patches = self.norm(patches)
-        for layer in self.cross_layers:
-            classes = layer(classes, patches)
+        for layer, w in zip(self.cross_layers, project_keys(self.cross_layers, patches)):
+            classes = layer(classes, patches, w)
         return patches, self.cross_norm(classes)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:

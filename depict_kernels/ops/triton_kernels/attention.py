@@ -226,7 +226,9 @@ def attention_backward(
 def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
     """One program per block of rows of ``like`` (B, rows, H, d) and head."""
     batch, rows, heads, dim = like.shape
-    config = tuning.attention(name, _launch.architecture(like.device), dim, like.element_size())
+    precision = _launch.dot_precision(like.dtype, like.device)
+    architecture = _launch.architecture(like.device)
+    config = tuning.attention(name, architecture, dim, like.element_size(), precision == "tf32")
     starts, widths = chunks(dim)
     _launch.launch(
         kernel,
@@ -238,7 +240,7 @@ def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
         DIM=dim,
         STARTS=starts,
         WIDTHS=widths,
-        PRECISION=_launch.dot_precision(like.dtype),
+        PRECISION=precision,
         BLOCK_M=config.rows,
         BLOCK_N=config.columns,
         **arguments,

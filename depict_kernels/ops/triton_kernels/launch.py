@@ -90,13 +90,16 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of the dot products: TF32 only for float32 where torch's own setting asks for it.
+def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """``input_precision`` of the dot products: TF32 only for float32, where torch's own setting asks for it and the
+    architecture has it (of AMD's only CDNA 3; elsewhere Triton would refuse to compile).
 
     The new setting is read alone: the legacy flags raise once it was used, and setting them shows in it.
     """
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    name = architecture(device)
+    return "ieee" if name.startswith("gfx") and name != "gfx942" else "tf32"
 
 
 def launch(

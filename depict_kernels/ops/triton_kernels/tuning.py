@@ -119,14 +119,20 @@ _ATTENTION = {
 }
 _ATTENTION_SM80 = {"forward": {128: Config(64, 32, 4, 3)}}
 _ATTENTION_GFX = {"forward": {128: Config(64, 64, 4, 2)}, "self_backward": {128: Config(64, 16, 4, 2)}}
-# True float32 products are multiply-adds in registers: they spill in the backward kernels whatever the block.
+# True float32 products are multiply-adds in registers: above 64 wide they spill on NVIDIA in the backward kernels,
+# whatever the block.
 _ATTENTION_FLOAT32 = {
     "forward": {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 4, 1)},
-    "backward": {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    "backward": {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
 }
+_BACKWARD_FLOAT32_GFX = {64: Config(32, 16, 4, 2), 128: Config(32, 16, 4, 2), 256: Config(32, 16, 4, 1)}
 
 
-def attention(kernel: str, architecture: str, dim: int, element_size: int) -> Config:
+# On tensor cores 16 rows per warp again. (AMD's float32 blocks serve both.)
+_ATTENTION_TF32 = {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 16, 4, 1)}
+
+
+def attention(kernel: str, architecture: str, dim: int, element_size: int, tf32: bool = False) -> Config:
     """Configuration of ``kernel``: "self_forward", "cross_forward", "self_backward", "query_backward", "key_backward".
 
     Raises ValueError for a head_dim above 256.
@@ -134,16 +140,18 @@ def attention(kernel: str, architecture: str, dim: int, element_size: int) -> Co
     width = next((w for w in (64, 128, 256) if dim <= w), None)
     if width is None:
         raise ValueError(f"the triton backend takes a head_dim up to 256, got {dim}; use backend='torch'")
-    return choose(
-        architecture,
-        f"attention {kernel} d{width} {8 * element_size}",
-        _attention_default(kernel, architecture, width, element_size),
-    )
+    kind = "tf32" if tf32 else str(8 * element_size)
+    default = _attention_default(kernel, architecture, width, kind)
+    return choose(architecture, f"attention {kernel} d{width} {kind}", default)
 
 
-def _attention_default(kernel: str, architecture: str, width: int, element_size: int) -> Config:
+def _attention_default(kernel: str, architecture: str, width: int, kind: str) -> Config:
     kernel = "forward" if kernel.endswith("_forward") else kernel
-    if element_size == 4:
+    if kind == "tf32" and not architecture.startswith("gfx"):
+        return _ATTENTION_TF32[width]
+    if kind != "16":
+        if kernel != "forward" and architecture.startswith("gfx"):
+            return _BACKWARD_FLOAT32_GFX[width]
         return _ATTENTION_FLOAT32["forward" if kernel == "forward" else "backward"][width]
     special = {}
     if architecture.startswith("sm_8"):
@@ -160,10 +168,10 @@ def mask_head(kernel: str, architecture: str, classes: int, element_size: int) -
 
 
 def _mask_head_default(kernel: str, architecture: str, element_size: int) -> Config:
-    if element_size == 4:
-        return Config(32, 32, 4, 2)
     if kernel == "product":
-        return Config(64, 64, 4, 3)
+        return Config(32, 32, 4, 2) if element_size == 4 else Config(64, 64, 4, 3)
+    if element_size == 4:
+        return Config(16, 32, 4, 2) if architecture.startswith("gfx") else Config(32, 32, 8, 2)
     if architecture.startswith("sm_8"):
         return Config(32, 64, 8, 2)
     if kernel == "forward":

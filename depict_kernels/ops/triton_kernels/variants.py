@@ -1,7 +1,7 @@
 """The operators' calls whose kernels are compiled ahead of time: one registry for the report and the test.
 
 A :class:`Case` is a call of a host function on meta tensors; the launches it records (see ``launch.recording``) are
-the variants. Cases marked ``core`` are the small set that continuous integration compiles.
+the variants. Of the cases marked ``core`` continuous integration compiles every kernel once per target.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Case:
     name: str
     call: Callable[[], object]
     core: bool = False
-    core_targets: tuple[str, ...] = TARGETS
     may_spill: bool = False
 
 
@@ -45,6 +44,15 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
+def _with_tf32(call: Callable[..., object], *args):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        return call(*args)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def _attention_cases() -> Iterator[Case]:
     batch, heads, n, m = 8, 3, 1174, 150
     for dim in (16, 50, 64, 100, 128, 256):
@@ -59,12 +67,17 @@ def _attention_cases() -> Iterator[Case]:
                 ("backward", partial(attention.self_attention_backward, w, w, w, lse_w, scale)),
             ):
                 yield Case(f"self {what} d{dim} {name}", call, main, may_spill=spill)
-            main = dtype == torch.bfloat16 and dim == 50
             for what, call in (
                 ("forward", partial(attention.cross_attention_forward, q, w, scale)),
                 ("backward", partial(attention.cross_attention_backward, q, q, w, q, lse_q, scale)),
             ):
-                yield Case(f"cross {what} d{dim} {name}", call, main, ("sm_90",), spill)
+                yield Case(f"cross {what} d{dim} {name}", call, may_spill=spill)
+    for dim in (50, 100, 256):
+        w, lse = _meta(batch, n, heads, dim), _meta(batch, heads, n)
+        forward = partial(_with_tf32, attention.self_attention_forward, w, dim**-0.5)
+        backward = partial(_with_tf32, attention.self_attention_backward, w, w, w, lse, dim**-0.5)
+        yield Case(f"self forward d{dim} tf32", forward, may_spill=True)
+        yield Case(f"self backward d{dim} tf32", backward, may_spill=True)
     # Sizes and strides of 1 become constants of the kernel, which must still compile.
     w, lse = _meta(1, 1, 1, 1), _meta(1, 1, 1)
     yield Case("self forward one of each", partial(attention.self_attention_forward, w, 1.0))
@@ -136,14 +149,15 @@ def _upsample_cases() -> Iterator[Case]:
                 weight = weights if weighted else None
                 loss = partial(upsample.cross_entropy_forward, logits, target, weight, 255, smoothing)
                 core = main and not option and dtype == torch.bfloat16
-                yield Case(f"loss and gradient {tag}", partial(loss, "mean", True), core, ("sm_90",))
+                yield Case(f"loss and gradient {tag}", partial(loss, "mean", True), core)
                 if not main:
                     continue
                 yield Case(f"loss per pixel {tag}", partial(loss, "none", False))
                 backward = partial(upsample.cross_entropy_backward, _meta(batch, *size), logits, target)
                 yield Case(f"backward per pixel {tag}", partial(backward, weight, 255, smoothing))
             tag = f"C{classes} {shape} {_NAMES[dtype]}"
-            yield Case(f"label map {tag}", partial(upsample.argmax, logits, size, torch.uint8))
+            core = main and dtype == torch.bfloat16
+            yield Case(f"label map {tag}", partial(upsample.argmax, logits, size, torch.uint8), core)
             yield Case(f"confusion {tag}", partial(upsample.confusion, logits, target, 255, counts))
     logits, target = _meta(2, 19, 8, 8, dtype=torch.float64), _meta(2, 32, 32, dtype=torch.int64)
     yield Case(
@@ -159,16 +173,17 @@ def cases() -> list[Case]:
 
 
 def variants(targets: tuple[str, ...] = TARGETS, *, core: bool = False) -> list[Variant]:
-    """The distinct kernels of all cases (only the ``core`` ones if asked) for ``targets``, in order."""
+    """The distinct kernels of all cases for ``targets``, in order; if asked, each ``core`` one once per target."""
     found: dict[tuple, Variant] = {}
     for target in targets:
         for case in cases():
-            if core and not (case.core and target in case.core_targets):
+            if core and not case.core:
                 continue
             with launch.recording(target) as launches:
                 case.call()
             for recorded in launches:
-                key = (target, *launch.fingerprint(recorded))
+                kernel = (recorded.kernel.__name__,) if core else launch.fingerprint(recorded)
+                key = (target, *kernel)
                 sides = [s.lower() for s in ("QUERY", "KEY", "PATCHES") if recorded.arguments.get(s)]
                 name = " ".join([f"{case.name}: {recorded.kernel.__name__}", *sides])
                 found.setdefault(key, Variant(name, target, recorded, case.may_spill))
