@@ -44,6 +44,11 @@ DEPICT_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
 template <class T>
+DEPICT_INLINE Vec<T> load_anywhere(const T* p) {
+  typedef T V __attribute__((vector_size(DEPICT_LANES * 4), aligned(sizeof(T)), may_alias));
+  return *reinterpret_cast<const V*>(p);
+}
+template <class T>
 DEPICT_INLINE Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }

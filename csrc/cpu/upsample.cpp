@@ -111,13 +111,39 @@ void run(const Executor& executor, Phase (&phases)[N]) {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Owns the packed logits and weight tables of one call.
+// Owns the weight tables of one call.
+template <class T>
+struct Tables {
+  PixelWeights<T> pixel;
+  Buffer<T> weights;
+  Buffer<double> pair, row;
+
+  Tables(const Axis& y, const Axis& x) {
+    const int64_t width = x.out, padded = width + kMaxPixels;
+    weights = allocate<T>(2 * padded);
+    pair = allocate<double>(2 * padded);
+    const auto set = [&](int64_t at, double upper) {
+      pair[2 * at] = 1.0 - upper;
+      pair[2 * at + 1] = upper;
+      weights[at] = static_cast<T>(1.0 - upper);
+      weights[padded + at] = static_cast<T>(upper);
+    };
+    for (int64_t j = -1; j < x.in; ++j)
+      for (int64_t at = x.begin(j); at < x.begin(j + 1); ++at) set(at, x.weight(j, at));
+    for (int64_t at = width; at < padded; ++at) set(at, pair[2 * width - 1]);
+    row = allocate<double>(y.out);
+    for (int64_t i = -1; i < y.in; ++i)
+      for (int64_t at = y.begin(i); at < y.begin(i + 1); ++at) row[at] = y.weight(i, at);
+    pixel = {weights.get(), weights.get() + padded, pair.get(), row.get()};
+  }
+};
+
+// Owns the packed logits of one call.
 template <class T>
 struct Prepared {
   Packed<T> packed;
-  PixelWeights<T> pixel;
-  Buffer<T> logits, peak, weights;
-  Buffer<double> smooth, pair, row;
+  Buffer<T> logits, peak;
+  Buffer<double> smooth;
 
   Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing) {
     packed.batch = view.batch;
@@ -132,20 +158,6 @@ struct Prepared {
     packed.logits = logits.get();
     packed.peak = peak.get();
     packed.smooth = smooth.get();
-    const int64_t padded = width + kMaxPixels;
-    weights = allocate<T>(2 * padded);
-    pair = allocate<double>(2 * padded);
-    for (int64_t x = 0; x < padded; ++x) {
-      const int64_t pixel_x = x < width ? x : width - 1;
-      const double upper = packed.x.weight(packed.x.cell_of(pixel_x), pixel_x);
-      pair[2 * x] = 1.0 - upper;
-      pair[2 * x + 1] = upper;
-      weights[x] = static_cast<T>(1.0 - upper);
-      weights[padded + x] = static_cast<T>(upper);
-    }
-    row = allocate<double>(height);
-    for (int64_t y = 0; y < height; ++y) row[y] = packed.y.weight(packed.y.cell_of(y), y);
-    pixel = {weights.get(), weights.get() + padded, pair.get(), row.get()};
   }
 };
 
@@ -172,10 +184,11 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   const bool smoothing = problem.label_smoothing != 0;
   const Kernels<T>& k = kernels<T>();
   const Prepared<T> prepared(view, problem.height, problem.width, smoothing);
+  const Tables<T> tables(prepared.packed.y, prepared.packed.x);
 
   CrossEntropyTask<T> task{};
   task.packed = prepared.packed;
-  task.pixel = prepared.pixel;
+  task.pixel = tables.pixel;
   task.target = problem.target;
   task.load_labels = k.label_loader(problem.target.type);
   task.ignore_index = problem.ignore_index;
@@ -201,7 +214,7 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
 
   double loss = 0, scale = 1.0;
   int64_t bad = -1;
-  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, false, index); };
+  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, index); };
   const auto sweep = [&](int w, int64_t index) {
     k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(),
                     partial[static_cast<size_t>(index)]);
@@ -232,10 +245,12 @@ template <class T>
 int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
   const LogitsView<T>& view = problem.logits;
   const Kernels<T>& k = kernels<T>();
-  const Prepared<T> prepared(view, problem.height, problem.width, false);
   LabelTask<T> task{};
-  task.packed = prepared.packed;
-  task.pixel = prepared.pixel;
+  task.logits = view;
+  task.y = {view.height, problem.height};
+  task.x = {view.width, problem.width};
+  const Tables<T> tables(task.y, task.x);
+  task.pixel = tables.pixel;
   task.labels = problem.labels;
   task.label_type = problem.label_type;
   task.target = problem.target;
@@ -249,12 +264,11 @@ int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
       each.confusion = allocate<int64_t>(counts);
       std::memset(each.confusion.get(), 0, static_cast<size_t>(counts) * sizeof(int64_t));
     }
-  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, nullptr, true, index); };
   const auto sweep = [&](int w, int64_t index) {
     Worker& own = worker[static_cast<size_t>(w)];
     k.labels(task, index, own.scratch.get(), own.confusion.get(), own.bad);
   };
-  Phase phases[] = {Phase(view.batch * view.height, pack), Phase(view.batch * (view.height + 1), sweep)};
+  Phase phases[] = {Phase(view.batch * (view.height + 1), sweep)};
   run(executor, phases);
   int64_t bad = -1;
   for (const Worker& each : worker)
