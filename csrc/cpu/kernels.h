@@ -15,6 +15,7 @@ template <class T>
 constexpr T kHuge = sizeof(T) == 4 ? T(5e37) : T(5e307);
 constexpr int kMaxPixels = 16;  // pixels of a cell treated together along x
 constexpr int kTileRows = 4;    // rows between two evaluations of true exponentials
+constexpr int kIntSize[] = {1, 1, 2, 2, 4, 4, 8, 8};  // bytes of an IntType
 
 template <class T>
 struct Packed {                   // low-resolution logits, classes innermost
@@ -69,6 +70,7 @@ struct LabelTask {
   const LabelView* target;
   LoadLabels load_labels;
   int64_t ignore_index;
+  bool shared;  // all threads count into one confusion matrix
 };
 
 template <class T>

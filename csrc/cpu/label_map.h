@@ -27,7 +27,7 @@ using TileRow = typename TileRows<T>::V;
 template <class T>
 struct LabelWorkspace {
   T* high;             // [classes][L] largest sample by class, of L cells
-  T* narrow;           // [classes][2][2 L] upper and lower samples, where a row has fewer than L cells
+  T* narrow;           // [classes][2][2 L] upper and lower samples, of rows that a vector would reach beyond
   T* tile_high;        // [lanes] largest sample of a tile by candidate
   T* form[4];          // [lanes] bilinear form of a candidate: upper left sample, along x, along y, mixed
   T *tx, *ty, *txy;    // [kMaxTile + kSlack] weights of the tile's pixels
@@ -54,7 +54,8 @@ template <class T>
 int64_t label_scratch(const LabelTask<T>& task) {
   constexpr int L = Simd<T>::lanes;
   const int64_t lanes = padded_classes(task);
-  return (lanes * (L + 4 * L + 5) + 3 * (kMaxTile + kSlack)) * static_cast<int64_t>(sizeof(T)) +
+  const int64_t narrow = task.x.in <= L ? 4 * L : 0;
+  return (lanes * (L + narrow + 5) + 3 * (kMaxTile + kSlack)) * static_cast<int64_t>(sizeof(T)) +
          (lanes * (L + 1) + kMaxTile + (kStripRows + 1) * strip_pitch(task)) *
              static_cast<int64_t>(sizeof(int32_t)) +
          64;
@@ -71,9 +72,10 @@ LabelWorkspace<T> carve(const LabelTask<T>& task, void* scratch) {
     p += count;
     return here;
   };
-  ws.high = take(lanes * L), ws.narrow = take(lanes * 4 * L), ws.tile_high = take(lanes);
+  ws.high = take(lanes * L), ws.tile_high = take(lanes);
   for (T*& form : ws.form) form = take(lanes);
   ws.tx = take(kMaxTile + kSlack), ws.ty = take(kMaxTile + kSlack), ws.txy = take(kMaxTile + kSlack);
+  ws.narrow = take(task.x.in <= L ? lanes * 4 * L : 0);
   ws.label = reinterpret_cast<int32_t*>(p);
   ws.left = ws.label + kMaxTile;
   ws.candidate = ws.left + lanes;
@@ -314,15 +316,23 @@ void use_labels(const LabelTask<T>& task, const int32_t* label, int64_t n, int64
     if (task.label_type == IntType::u8) write_labels<uint8_t>(label, n, task.labels, pixel);
   }
   if (!confusion) return;
-  static constexpr int kSize[] = {1, 1, 2, 2, 4, 4, 8, 8};
   const LabelView& view = *task.target;
   const int64_t first = b * view.stride[0] + y * view.stride[1] + x * view.stride[2];
   const int64_t wrong =
-      task.load_labels(static_cast<const char*>(view.data) + first * kSize[static_cast<int>(view.type)],
+      task.load_labels(static_cast<const char*>(view.data) + first * kIntSize[static_cast<int>(view.type)],
                        view.stride[2], n, classes, task.ignore_index, ws.target);
   if (wrong >= 0 && (bad < 0 || pixel + wrong < bad)) bad = pixel + wrong;
-  for (int64_t k = 0; k < n; ++k)
-    if (ws.target[k] >= 0) ++confusion[ws.target[k] * classes + label[k]];
+  if (!task.shared) {
+    for (int64_t k = 0; k < n; ++k)
+      if (ws.target[k] >= 0) ++confusion[ws.target[k] * classes + label[k]];
+    return;
+  }
+  for (int64_t k = 0; k < n;) {
+    const int64_t begin = k;
+    for (++k; k < n && ws.target[k] == ws.target[begin] && label[k] == label[begin];) ++k;
+    if (ws.target[begin] >= 0)
+      __atomic_fetch_add(confusion + ws.target[begin] * classes + label[begin], k - begin, __ATOMIC_RELAXED);
+  }
 }
 
 template <class T>
@@ -339,7 +349,7 @@ void label_cell_row(const LabelTask<T>& task, int64_t index, void* scratch, int6
                      task.logits.data + b * stride[0] + task.y.upper(i) * stride[2]};
   int64_t class_stride = stride[1];
   const int64_t inner = w > 1 ? w - 1 : 1;  // cells; what wins in a border cell wins on its neighbour's edge
-  if (inner < L || w == 1) {                // a vector would reach beyond the row
+  if (w <= L) {                             // a vector would reach beyond the row
     for (int64_t c = 0; c < classes; ++c)
       for (int q = 0; q < 2; ++q)
         for (int64_t x = 0; x <= L; ++x)

@@ -4,6 +4,7 @@
 // thread did what, so results are bitwise the same for any number of threads.
 #include "upsample.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -108,6 +109,8 @@ void run(const Executor& executor, Phase (&phases)[N]) {
       },
       &shared);
 }
+
+constexpr int64_t kPrivateCounts = 1 << 17;  // entries of a thread's own confusion matrix, 1 MiB
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -258,22 +261,46 @@ int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
   task.ignore_index = problem.ignore_index;
 
   std::vector<Worker> worker = workers(executor, k.label_scratch(task));
+  // Small matrices are counted by each thread on its own. A large one is counted into at once by all, after a
+  // look at the labels, since nothing may be added where one is bad.
   const int64_t counts = view.classes * view.classes;
-  if (problem.confusion)
+  task.shared = problem.confusion && counts > kPrivateCounts;
+  if (problem.confusion && !task.shared)
     for (Worker& each : worker) {
       each.confusion = allocate<int64_t>(counts);
       std::memset(each.confusion.get(), 0, static_cast<size_t>(counts) * sizeof(int64_t));
     }
+  std::atomic<bool> any_bad{false};
+  const auto look = [&](int w, int64_t index) {
+    const LabelView& target = *problem.target;
+    const int64_t b = index / problem.height, y = index % problem.height;
+    int32_t labels[256];
+    for (int64_t x = 0; x < problem.width; x += 256) {
+      const int64_t first = b * target.stride[0] + y * target.stride[1] + x * target.stride[2];
+      const int64_t wrong = task.load_labels(
+          static_cast<const char*>(target.data) + first * kIntSize[static_cast<int>(target.type)],
+          target.stride[2], std::min<int64_t>(256, problem.width - x), view.classes, task.ignore_index,
+          labels);
+      if (wrong < 0) continue;
+      int64_t& bad = worker[static_cast<size_t>(w)].bad;
+      const int64_t pixel = index * problem.width + x + wrong;
+      if (bad < 0 || pixel < bad) bad = pixel;
+      any_bad.store(true, std::memory_order_relaxed);
+      return;
+    }
+  };
   const auto sweep = [&](int w, int64_t index) {
     Worker& own = worker[static_cast<size_t>(w)];
-    k.labels(task, index, own.scratch.get(), own.confusion.get(), own.bad);
+    if (any_bad.load(std::memory_order_relaxed)) return;  // set in the phase before, if at all
+    k.labels(task, index, own.scratch.get(), task.shared ? problem.confusion : own.confusion.get(), own.bad);
   };
-  Phase phases[] = {Phase(view.batch * (view.height + 1), sweep)};
+  Phase phases[] = {Phase(task.shared ? view.batch * problem.height : 0, look),
+                    Phase(view.batch * (view.height + 1), sweep)};
   run(executor, phases);
   int64_t bad = -1;
   for (const Worker& each : worker)
     if (each.bad >= 0 && (bad < 0 || each.bad < bad)) bad = each.bad;
-  if (problem.confusion && bad < 0)
+  if (problem.confusion && !task.shared && bad < 0)
     for (const Worker& each : worker)
       for (int64_t i = 0; i < counts; ++i) problem.confusion[i] += each.confusion[i];
   return bad;
