@@ -35,14 +35,17 @@ def _noise(batch, classes, h, w, sharpness=1.0):
     return torch.randn(batch, classes, h, w, generator=torch.Generator().manual_seed(0)) * sharpness
 
 
-def _smooth(batch, classes, h, w):
-    return F.interpolate(_noise(batch, classes, 4, 4, 4.0), size=(h, w), mode="bicubic", align_corners=True)
+def _smooth(batch, classes, h, w, sharpness=1.0):
+    coarse = _noise(batch, classes, 4, 4, 4.0 * sharpness)
+    return F.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=True)
 
 
 # name: (logits, target size, least ratio asked for)
 LOSS_CASES = {
     "random": (lambda: _noise(2, 150, 32, 32), (512, 512), 60),
     "smooth": (lambda: _smooth(2, 150, 32, 32), (512, 512), 60),
+    "smooth x 5": (lambda: _smooth(2, 150, 32, 32, 5), (512, 512), 60),
+    "smooth x 30": (lambda: _smooth(2, 150, 32, 32, 30), (512, 512), 12),
     "x 5": (lambda: _noise(2, 150, 32, 32, 5), (512, 512), 60),
     "x 30 (careful path)": (lambda: _noise(2, 150, 32, 32, 30), (512, 512), 12),
     "x 200 (careful path)": (lambda: _noise(2, 150, 32, 32, 200), (512, 512), 12),

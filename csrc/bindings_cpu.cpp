@@ -120,6 +120,7 @@ int64_t run_label_map(const Tensor& logits, const std::optional<Tensor>& labels,
                       const std::optional<Tensor>& confusion) {
   depict::cpu::LabelProblem<T> problem{};
   problem.logits = logits_view<T>(logits);
+  STD_TORCH_CHECK(logits.size(3) == 1 || logits.stride(3) == 1, "logits must be contiguous along a row");
   problem.height = height;
   problem.width = width;
   problem.ignore_index = ignore_index;

@@ -4,20 +4,9 @@
 
 namespace depict::cpu::DEPICT_ISA {
 
-// Interpolates in double: sharp logits lose more to rounding there than in all that follows.
-template <class T>
-DEPICT_INLINE Vec<double> load_wide(const T* p) {
-  typedef T Narrow __attribute__((vector_size(Simd<double>::lanes * sizeof(T)), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vec<double>);
-}
-
-template <class T>
-DEPICT_INLINE void store_narrow(T* p, Vec<double> v) {
-  typedef T Narrow __attribute__((vector_size(Simd<double>::lanes * sizeof(T)), may_alias));
-  *reinterpret_cast<Narrow*>(p) = __builtin_convertvector(v, Narrow);
-}
-
-// Every pixel's own maximum and one exponential per pixel and class.
+// Every pixel's own maximum and one exponential per pixel and class. Interpolates in double: sharp logits lose
+// more to rounding there than in all that follows. Sums in double: beside the largest term, which is 1, float
+// would drop what small losses consist of.
 template <class T, int N>
 void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<T>& row, int64_t pixel,
                  Workspace<T>& ws) {
@@ -60,23 +49,24 @@ void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<
     for (int64_t c = 0; c < lanes; c += Simd<double>::lanes)
       store_narrow(ws.exponential + k * lanes + c,
                    at_least(load<double>(ws.logit + k * lanes + c) - peak[k], splat<double>(exp_floor<T>())));
-  Vec<T> total[N];
+  Vec<double> total[N];
   DEPICT_UNROLL
-  for (int k = 0; k < N; ++k) total[k] = Vec<T>{};
+  for (int k = 0; k < N; ++k) total[k] = Vec<double>{};
   for (int64_t c = 0; c < lanes; c += Simd<T>::lanes) {
     DEPICT_UNROLL
     for (int k = 0; k < N; ++k) {
       T* at = ws.exponential + k * lanes + c;
       const Vec<T> e = vexp(load<T>(at));
       store<T>(at, e);
-      total[k] += e;
+      DEPICT_UNROLL
+      for (int i = 0; i < Simd<T>::lanes; i += Simd<double>::lanes) total[k] += load_wide(at + i);
     }
   }
-  reduce_lanes<T, Add, N>(total, row.z);
+  reduce_lanes<double, Add, N>(total, row.z);
   const auto label_logit = [&](int k) { return ws.logit[k * lanes + row.label[k]]; };
 
   for (int k = 0; k < N; ++k) {
-    const T u = row.scale[k] != 0 ? static_cast<T>(row.scale[k]) / row.z[k] : T(0);
+    const T u = row.scale[k] != 0 ? static_cast<T>(row.scale[k]) / static_cast<T>(row.z[k]) : T(0);
     row.u_left[k] = u * static_cast<T>(left[k]);
     row.u_right[k] = u * static_cast<T>(right[k]);
   }
@@ -86,7 +76,7 @@ void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<
         double rest = row.scale[k] * peak[k];
         if (cell.careful)  // peak - label first: masked samples are both near the lowest number
           rest = row.hit[k] * (peak[k] - label_logit(k)) + (row.scale[k] - row.hit[k]) * peak[k];
-        ws.log_sum[k] += row.scale[k] * pixel_log(row.z[k]) + rest;
+        ws.log_sum[k] += row.scale[k] * pixel_log<T>(row.z[k]) + rest;
       }
   }
   if (task.pixel_loss)

@@ -9,6 +9,8 @@ typedef double Corners __attribute__((vector_size(32)));  // upper left, upper r
 // which are slow. That is harmless for a class that stays below kNegligible in the whole cell while the sum
 // is at least kSmallSum (a relative error of e^-42 / 2e-9 = 3e-10), and only then.
 constexpr float kFloor = -66.0f, kNegligible = -42.0f, kSmallSum = 2e-9f;
+// A class that spans more than kSteep makes its cell steep. Noise of standard deviation 1 does not.
+constexpr float kSteep = 8.0f;
 constexpr int64_t kBlockRows = 64;  // rows accumulated in T before they are added to the cell row's sums
 
 // Relative to the pixel's maximum; e to this is nothing beside 1, and its products are not subnormal.
@@ -25,6 +27,7 @@ struct Workspace {
   double* logit;         // [kMaxPixels][lanes] logits of a careful row
   T* exponential;        // [kMaxPixels][lanes] their exponentials
   T* sum[4];             // [lanes] gradient of the cell's samples, over a block of rows
+  T* start;              // [L] sums of exponentials start here: 0, or -1 where Cell::sole is
   T *left, *right;       // [2][lanes] gradient of the samples left and right of the cell, upper and lower
   Corners* hits;         // [classes] bilinear weights of the pixels with this label
   int32_t* touched;      // [classes + 1] labels met in this cell
@@ -37,7 +40,7 @@ struct Workspace {
 template <class T>
 int64_t cross_entropy_scratch(const CrossEntropyTask<T>& task) {
   const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
-  return lanes * (3 * kTileRows + 3 + 4 + kMaxPixels + 4 + 4) * static_cast<int64_t>(sizeof(T)) +
+  return lanes * (3 * kTileRows + 3 + 4 + kMaxPixels + 4 + 4 + 1) * static_cast<int64_t>(sizeof(T)) +
          lanes * kMaxPixels * static_cast<int64_t>(sizeof(double)) +
          classes * static_cast<int64_t>(sizeof(Corners) + sizeof(int32_t) + 1) + 256;
 }
@@ -57,7 +60,7 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
   ws.s = take(1), ws.dx = take(1), ws.dy = take(1), ws.dxy = take(1);
   ws.exponential = take(kMaxPixels);
   for (T*& sum : ws.sum) sum = take(1);
-  ws.left = take(2), ws.right = take(2);
+  ws.left = take(2), ws.right = take(2), ws.start = take(1);
   ws.logit = reinterpret_cast<double*>(p);
   ws.hits = reinterpret_cast<Corners*>(ws.logit + kMaxPixels * lanes);
   ws.touched = reinterpret_cast<int32_t*>(ws.hits + classes);
@@ -76,7 +79,9 @@ struct Cell {
   int n;
   double t_x, step_x;
   bool careful;               // some class spans more than the geometric series can hold
+  bool steep;                 // exponents so large that their rounding in float would show in the loss
   bool near_padding = false;  // the largest sample of some corner may be as low as the padded lanes
+  int64_t sole;               // class whose exponential is 1 in the whole cell, or -1
   Corners smooth_sum;  // bilinear sum over the block's pixels of the upstream gradient, for label smoothing
 };
 
@@ -86,7 +91,7 @@ struct PixelRow {
   alignas(64) double hit[kMaxPixels];    // coefficient of the label's logit
   alignas(64) T u_left[kMaxPixels],
       u_right[kMaxPixels];  // coefficient / sum of exponentials * weight along x
-  alignas(64) T z[2 * kMaxPixels];
+  alignas(64) double z[2 * kMaxPixels];  // sum of exponentials
   alignas(64) int32_t label[kMaxPixels];
   T w_upper, w_lower;  // weights along y
   double upper, lower;
@@ -101,7 +106,7 @@ void write_pixel_losses(const CrossEntropyTask<T>& task, const Cell<T>& cell, co
   for (int k = 0; k < cell.n; ++k) {
     double loss = 0;
     if (row.label[k] >= 0) {
-      loss = row.scale[k] * (pixel_log(row.z[k]) + base(k)) - row.hit[k] * label_logit(k);
+      loss = row.scale[k] * (pixel_log<T>(row.z[k]) + base(k)) - row.hit[k] * label_logit(k);
       if (task.smoothing != 0) {
         const double *pair = task.pixel.pair + 2 * (cell.x + k), *s = cell.smooth;
         loss -= task.smoothing * (row.upper * (pair[0] * s[0] + pair[1] * s[1]) +

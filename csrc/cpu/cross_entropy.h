@@ -20,11 +20,10 @@ void read_row(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int64_t
   row.upper = 1.0 - row.lower;
   row.w_lower = static_cast<T>(row.lower);
   row.w_upper = static_cast<T>(row.upper);
-  static constexpr int kSize[] = {1, 1, 2, 2, 4, 4, 8, 8};
   const int64_t first =
       b * task.target.stride[0] + y * task.target.stride[1] + cell.x * task.target.stride[2];
   const int64_t bad = task.load_labels(
-      static_cast<const char*>(task.target.data) + first * kSize[static_cast<int>(task.target.type)],
+      static_cast<const char*>(task.target.data) + first * kIntSize[static_cast<int>(task.target.type)],
       task.target.stride[2], n, task.packed.classes, task.ignore_index, row.label);
   const int64_t pixel = (b * ay.out + y) * task.packed.x.out + cell.x;
   if (bad >= 0 && (partial.bad < 0 || pixel + bad < partial.bad)) partial.bad = pixel + bad;
@@ -168,7 +167,7 @@ void sweep_chunk(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int6
   bool along_y = y1 - y0 > 2;
   if constexpr (sizeof(T) == 4)
     if (!cell.careful && along_y) {
-      const float step_y = static_cast<float>(p.y.step(cell.cell_y));
+      const double step_y = p.y.step(cell.cell_y);
       with_pixels(cell.n,
                   [&](auto pixels) { along_y = row_ratios<pixels.count>(p.lanes, cell, step_y, ws); });
     }

@@ -15,13 +15,14 @@ template <class T>
 constexpr T kHuge = sizeof(T) == 4 ? T(5e37) : T(5e307);
 constexpr int kMaxPixels = 16;  // pixels of a cell treated together along x
 constexpr int kTileRows = 4;    // rows between two evaluations of true exponentials
+constexpr int kIntSize[] = {1, 1, 2, 2, 4, 4, 8, 8};  // bytes of an IntType
 
 template <class T>
 struct Packed {                   // low-resolution logits, classes innermost
   int64_t batch, classes, lanes;  // lanes: classes padded
   Axis y, x;
   T* logits;       // (batch, h, w, lanes)
-  T* peak;         // (batch, h, w): max over classes (cross-entropy), max of |logit| (label map)
+  T* peak;         // (batch, h, w): max over classes
   double* smooth;  // (batch, h, w): sum over classes of weight * logit; null without label smoothing
 };
 
@@ -61,19 +62,21 @@ struct CrossEntropyPartial {
 
 template <class T>
 struct LabelTask {
-  Packed<T> packed;
+  LogitsView<T> logits;  // samples of a row lie side by side
+  Axis y, x;
   PixelWeights<T> pixel;
   void* labels;
   IntType label_type;
   const LabelView* target;
   LoadLabels load_labels;
   int64_t ignore_index;
+  bool shared;  // all threads count into one confusion matrix
 };
 
 template <class T>
 struct Kernels {
   // Packs low-resolution row `task` of (batch, h).
-  void (*pack)(const Packed<T>&, const LogitsView<T>&, const double* weight, bool magnitude, int64_t task);
+  void (*pack)(const Packed<T>&, const LogitsView<T>&, const double* weight, int64_t task);
   // Does cell row `task` of (batch, h + 1). Scratch is 64-byte aligned, zero at first and kept between tasks.
   int64_t (*cross_entropy_scratch)(const CrossEntropyTask<T>&);
   void (*cross_entropy)(const CrossEntropyTask<T>&, int64_t task, void* scratch, CrossEntropyPartial&);

@@ -4,8 +4,7 @@
 namespace depict::cpu::DEPICT_ISA {
 
 template <class T>
-void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* weight, bool magnitude,
-              int64_t task) {
+void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* weight, int64_t task) {
   constexpr int L = Simd<T>::lanes;
   const int64_t h = packed.y.in, w = packed.x.in, lanes = packed.lanes;
   const T* from = view.data + task / h * view.stride[0] + task % h * view.stride[2];
@@ -23,22 +22,12 @@ void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* 
     }
     for (int64_t x = x0; x < x1; ++x) {
       T* pixel = to + x * lanes;
-      for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = magnitude ? T(0) : kPadLogit<T>;
-      // The maximum skips NaN, the magnitude becomes NaN: the cross-entropy meets the NaN again, argmax must
-      // know.
-      Vec<T> best[1] = {magnitude ? Vec<T>{} : splat<T>(-__builtin_inf())};
-      Vec<T> poison{};
-      for (int64_t c = 0; c < lanes; c += L) {
-        const Vec<T> v = load<T>(pixel + c);
-        best[0] = Max::of(best[0], magnitude ? Max::of(v, -v) : v);
-        poison += v * T(0);
-      }
-      alignas(64) T peak[L], poisoned[L];
+      for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = kPadLogit<T>;
+      Vec<T> best[1] = {splat<T>(-__builtin_inf())};  // skips NaN, which the sweep meets again
+      for (int64_t c = 0; c < lanes; c += L) best[0] = Max::of(best[0], load<T>(pixel + c));
+      alignas(64) T peak[L];
       reduce_lanes<T, Max, 1>(best, peak);
-      reduce_lanes<T, Add, 1>(&poison, poisoned);
-      packed.peak[task * w + x] = magnitude ? peak[0] + poisoned[0] : peak[0];
-      if (magnitude)
-        for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = kPadLogit<T>;
+      packed.peak[task * w + x] = peak[0];
       if (packed.smooth) {
         double sum = 0;
         for (int64_t c = 0; c < packed.classes; ++c)

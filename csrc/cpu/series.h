@@ -7,7 +7,7 @@ namespace depict::cpu::DEPICT_ISA {
 // Shifted logits of the cell as a bilinear form; decides whether the geometric series holds them.
 void shift_cell(int64_t lanes, Cell<float>& cell, Workspace<float>& ws) {
   constexpr int L = Simd<float>::lanes;
-  IVec<float> wide{};
+  IVec<float> wide{}, steep{}, sole = IVec<float>{} - 1;
   for (int64_t c = 0; c < lanes; c += L) {
     Vec<float> s[4];
     DEPICT_UNROLL
@@ -17,6 +17,8 @@ void shift_cell(int64_t lanes, Cell<float>& cell, Workspace<float>& ws) {
     // Comparisons with NaN are false: a NaN in any sample makes the cell careful.
     const IVec<float> number = (s[0] == s[0]) & (s[1] == s[1]) & (s[2] == s[2]) & (s[3] == s[3]);
     wide |= ~(number & ((low >= kFloor) | (high <= kNegligible)));
+    steep |= (high - low > kSteep) & (high > kNegligible);
+    sole = low == 0.0f ? IVec<float>{} + static_cast<int32_t>(c) : sole;
     DEPICT_UNROLL
     for (int q = 0; q < 4; ++q) s[q] = at_least(s[q], splat<float>(kFloor));
     store<float>(ws.s + c, s[0]);
@@ -25,11 +27,34 @@ void shift_cell(int64_t lanes, Cell<float>& cell, Workspace<float>& ws) {
     store<float>(ws.dxy + c, (s[3] - s[2]) - (s[1] - s[0]));
   }
   int32_t any = 0;
-  for (int i = 0; i < L; ++i) any |= wide[i];
+  cell.sole = -1;
+  cell.steep = false;
+  store<float>(ws.start, Vec<float>{});
+  for (int i = 0; i < L; ++i) {
+    any |= wide[i];
+    cell.steep |= steep[i] != 0;
+    if (sole[i] >= 0) cell.sole = sole[i] + i;
+  }
+  if (cell.sole >= 0) ws.start[cell.sole % L] = -1.0f;
   // Where a sample's every class is huge the padded lanes are no longer far below.
   for (int q = 0; q < 4; ++q) any |= !(cell.peak[q] > -kHuge<float>);
   cell.careful = any != 0;
 }
+
+// An exponent that was computed in double, as a float and what that leaves.
+struct Exponent {
+  alignas(64) float high[Simd<float>::lanes];
+  alignas(64) float low[Simd<float>::lanes];
+
+  DEPICT_INLINE void set(int at, Vec<double> x) {
+    store_narrow(high + at, x);
+    store_narrow(low + at, x - load_wide(high + at));
+  }
+  DEPICT_INLINE Vec<float> exp(float sign = 1.0f) const {
+    const Vec<float> e = vexp(load<float>(high) * sign);
+    return e * (load<float>(low) * sign) + e;
+  }
+};
 
 // The next row's ratio from the last row's and its relative change.
 DEPICT_INLINE Vec<float> advance(float* to, int64_t lanes, const float* change) {
@@ -40,15 +65,18 @@ DEPICT_INLINE Vec<float> advance(float* to, int64_t lanes, const float* change) 
 }
 
 // Sums of exponentials of one row, outwards from its middle pixel, which halves the error of r^k; Advance
-// first steps the series on from the previous row.
+// first steps the series on from the previous row. A class whose term is 1 throughout is cancelled at once,
+// by ws.start, and added in double at the end: next to it the others would be rounded away.
 template <int N, bool Advance>
-void sum_row(int64_t lanes, int64_t i, Workspace<float>& ws, float* z) {
+void sum_row(int64_t lanes, int64_t i, int64_t sole, Workspace<float>& ws, double* z) {
   constexpr int L = Simd<float>::lanes;
   float *e = ws.e + i * lanes, *r = ws.r + i * lanes, *q = ws.q + i * lanes;
   Vec<float> total[N];
   DEPICT_UNROLL
-  for (int k = 0; k < N; ++k) total[k] = Vec<float>{};
-  for (int64_t c = 0; c < lanes; c += L) {
+  for (int k = 0; k < N; ++k) total[k] = load<float>(ws.start);
+  const int64_t first = sole < 0 ? 0 : sole / L * L;
+  int64_t c = first;
+  do {
     const Vec<float> middle =
         Advance ? load<float>(e - lanes + c) * load<float>(ws.row_e + c) : load<float>(e + c);
     if constexpr (Advance) store<float>(e + c, middle);
@@ -66,8 +94,11 @@ void sum_row(int64_t lanes, int64_t i, Workspace<float>& ws, float* z) {
       term *= down;
       total[k] += term;
     }
-  }
-  reduce_lanes<float, Add, N>(total, z);
+    c = c + L < lanes ? c + L : 0;
+  } while (c != first);
+  sum_lanes_wide<N>(total, z);
+  if (sole >= 0)
+    for (int k = 0; k < N; ++k) z[k] += 1.0;
 }
 
 // Sums the gradient of `rows` rows into the cell's four samples.
@@ -116,15 +147,23 @@ struct Pixels {
 // How a row follows from the one before. The error of r is raised to the power k, so r and q move by exp - 1,
 // which is small and so is its error; returns whether it is small enough for that in every class.
 template <int N>
-bool row_ratios(int64_t lanes, const Cell<float>& cell, float step_y, Workspace<float>& ws) {
+bool row_ratios(int64_t lanes, const Cell<float>& cell, double step_y, Workspace<float>& ws) {
   constexpr int L = Simd<float>::lanes;
-  const float t = static_cast<float>(cell.t_x + N / 2 * cell.step_x);
-  const float step = static_cast<float>(cell.step_x) * step_y;
+  const double wide_t = cell.t_x + N / 2 * cell.step_x;
+  const float t = static_cast<float>(wide_t);
+  const float step = static_cast<float>(cell.step_x * step_y), narrow_step_y = static_cast<float>(step_y);
   IVec<float> large{};
   for (int64_t c = 0; c < lanes; c += L) {
     const Vec<float> mixed = load<float>(ws.dxy + c), change = mixed * step;
     large |= (change > 1.0f) | (change < -1.0f);
-    store<float>(ws.row_e + c, vexp((load<float>(ws.dy + c) + mixed * t) * step_y));
+    if (cell.steep) {
+      Exponent x;
+      for (int i = 0; i < L; i += Simd<double>::lanes)
+        x.set(i, (load_wide(ws.dy + c + i) + load_wide(ws.dxy + c + i) * wide_t) * step_y);
+      store<float>(ws.row_e + c, x.exp());
+    } else {
+      store<float>(ws.row_e + c, vexp((load<float>(ws.dy + c) + mixed * t) * narrow_step_y));
+    }
     store<float>(ws.row_r + c, vexpm1(change));
     store<float>(ws.row_q + c, vexpm1(-change));
   }
@@ -139,7 +178,8 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
                bool along_y, int64_t pixel, Workspace<float>& ws) {
   constexpr int L = Simd<float>::lanes;
   const int64_t lanes = task.packed.lanes;
-  const float t = static_cast<float>(cell.t_x + N / 2 * cell.step_x), step = static_cast<float>(cell.step_x);
+  const double wide_t = cell.t_x + N / 2 * cell.step_x;
+  const float t = static_cast<float>(wide_t), step = static_cast<float>(cell.step_x);
   bool use[kTileRows];
   int last = -1;
   for (int i = 0; i < rows; ++i) {
@@ -152,7 +192,21 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
     right[k] = task.pixel.upper[cell.x + k];
   }
   for (int i = 0; i <= last; ++i) {
-    if (i == 0 || !along_y) {
+    if (cell.steep && (i == 0 || !along_y)) {
+      for (int64_t c = 0; c < lanes; c += L) {
+        Exponent e, r;
+        for (int k = 0; k < L; k += Simd<double>::lanes) {
+          const int64_t at = c + k;
+          const Vec<double> slope = load_wide(ws.dx + at) + load_wide(ws.dxy + at) * row[i].lower;
+          e.set(k, load_wide(ws.s + at) + load_wide(ws.dy + at) * row[i].lower + slope * wide_t);
+          r.set(k, slope * cell.step_x);
+        }
+        store<float>(ws.e + i * lanes + c, e.exp());
+        store<float>(ws.r + i * lanes + c, r.exp());
+        store<float>(ws.q + i * lanes + c, r.exp(-1.0f));
+      }
+      sum_row<N, false>(lanes, i, cell.sole, ws, row[i].z);
+    } else if (i == 0 || !along_y) {
       const float y = row[i].w_lower;
       for (int64_t c = 0; c < lanes; c += L) {
         const Vec<float> slope = load<float>(ws.dx + c) + load<float>(ws.dxy + c) * y;
@@ -161,12 +215,12 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
         store<float>(ws.r + i * lanes + c, vexp(slope * step));
         store<float>(ws.q + i * lanes + c, vexp(slope * -step));
       }
-      sum_row<N, false>(lanes, i, ws, row[i].z);
+      sum_row<N, false>(lanes, i, cell.sole, ws, row[i].z);
     } else {
-      sum_row<N, true>(lanes, i, ws, row[i].z);
+      sum_row<N, true>(lanes, i, cell.sole, ws, row[i].z);
     }
     if (!use[i]) continue;
-    for (int k = cell.n; k < N; ++k) row[i].z[k] = 1.0f;
+    for (int k = cell.n; k < N; ++k) row[i].z[k] = 1.0;
     int small = 0;
     for (int k = 0; k < N; ++k) small |= row[i].z[k] < kSmallSum;
     if (small) {
@@ -175,14 +229,14 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
       continue;
     }
     for (int k = 0; k < N; ++k) {
-      const float u = static_cast<float>(row[i].scale[k]) / row[i].z[k];
+      const float u = static_cast<float>(row[i].scale[k]) / static_cast<float>(row[i].z[k]);
       row[i].u_left[k] = u * left[k];
       row[i].u_right[k] = u * right[k];
     }
     if (task.want_loss) {
       for (int k = 0; k < N; ++k) {
         const double scale = row[i].scale[k];
-        ws.log_sum[k] += scale * pixel_log(row[i].z[k]);
+        ws.log_sum[k] += scale * pixel_log<float>(row[i].z[k]);
         ws.upper[k] += scale * row[i].upper;
         ws.lower[k] += scale * row[i].lower;
       }

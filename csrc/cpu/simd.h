@@ -44,6 +44,11 @@ DEPICT_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
 template <class T>
+DEPICT_INLINE Vec<T> load_anywhere(const T* p) {
+  typedef T V __attribute__((vector_size(DEPICT_LANES * 4), aligned(sizeof(T)), may_alias));
+  return *reinterpret_cast<const V*>(p);
+}
+template <class T>
 DEPICT_INLINE Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }
@@ -103,16 +108,20 @@ DEPICT_INLINE Vec<double> vexp(Vec<double> x) {
 }
 
 // --- log of a sum of exponentials ------------------------------------------------------------------------
-// In double from a positive normal float: 2^k m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh(s) to 2e-11.
-// Plain arithmetic that the compiler vectorises over pixels.
-DEPICT_INLINE double pixel_log(float x) {
+// Of a positive sum of floats, held in double, in float's normal range: 2^k m with m in [sqrt(1/2), sqrt 2),
+// log m = 2 atanh(s) to 2e-11, also near 1, where small losses come from. Plain arithmetic that the compiler
+// vectorises over pixels.
+template <class T>
+DEPICT_INLINE double pixel_log(double x) {
+  if constexpr (sizeof(T) == 8) return __builtin_log(x);
+  const float narrow = static_cast<float>(x);
   int32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
+  __builtin_memcpy(&bits, &narrow, 4);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;
-  const int32_t mantissa = bits - exponent * (1 << 23);
-  float m;
-  __builtin_memcpy(&m, &mantissa, 4);
-  const double f = static_cast<double>(m) - 1.0;
+  const int32_t power = (127 - exponent) * (1 << 23);
+  float scale;
+  __builtin_memcpy(&scale, &power, 4);
+  const double f = x * static_cast<double>(scale) - 1.0;
   const double s = f / (2.0 + f);
   const double s2 = s * s;
   double p = 2.0 / 11.0;
@@ -121,9 +130,8 @@ DEPICT_INLINE double pixel_log(float x) {
   p = p * s2 + 2.0 / 5.0;
   p = p * s2 + 2.0 / 3.0;
   p = p * s2 + 2.0;
-  return x != x ? static_cast<double>(x) : exponent * 0.69314718055994530942 + p * s;
+  return x != x ? x : exponent * 0.69314718055994530942 + p * s;
 }
-DEPICT_INLINE double pixel_log(double x) { return __builtin_log(x); }
 
 // --- sums and maxima across lanes --------------------------------------------------------------------------
 template <int... I>
@@ -173,6 +181,18 @@ DEPICT_INLINE void across_lanes(Vec<T>* v) {
 }
 
 template <class T>
+DEPICT_INLINE Vec<double> load_wide(const T* p) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::lanes * sizeof(T)), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vec<double>);
+}
+
+template <class T>
+DEPICT_INLINE void store_narrow(T* p, Vec<double> v) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::lanes * sizeof(T)), may_alias));
+  *reinterpret_cast<Narrow*>(p) = __builtin_convertvector(v, Narrow);
+}
+
+template <class T>
 constexpr int padded_pixels(int n) {
   return (n + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
 }
@@ -183,6 +203,25 @@ DEPICT_INLINE void reduce_lanes(Vec<T>* v, T* out) {
   across_lanes<T, Op, N, Simd<T>::lanes>(v);
   DEPICT_UNROLL
   for (int i = 0; i * Simd<T>::lanes < N; ++i) store<T>(out + i * Simd<T>::lanes, v[i]);
+}
+
+// The same of sums in float, with the last two halvings, which add half and a quarter of all terms, in double:
+// where one term is nearly all of the sum, rounding there would drop the others, always downwards.
+template <int N>
+DEPICT_INLINE void sum_lanes_wide(Vec<float>* v, double* out) {
+  constexpr int L = Simd<float>::lanes, D = Simd<double>::lanes;
+  constexpr int kVectors = L == 16 ? (N + 3) / 4 : L == 8 ? (N + 1) / 2 : N;
+  static_assert(L == 16 || L == 8 || L == 4);
+  across_lanes<float, Add, N, L / 4>(v);
+  alignas(64) float quarter[kVectors * L];
+  DEPICT_UNROLL
+  for (int i = 0; i < kVectors; ++i) store<float>(quarter + i * L, v[i]);
+  Vec<double> wide[2 * kVectors];
+  DEPICT_UNROLL
+  for (int i = 0; i < 2 * kVectors; ++i) wide[i] = load_wide(quarter + i * D);
+  across_lanes<double, Add, 2 * kVectors, 4>(wide);
+  DEPICT_UNROLL
+  for (int i = 0; i * D < N; ++i) store<double>(out + i * D, wide[i]);
 }
 
 }  // namespace depict::cpu::DEPICT_ISA

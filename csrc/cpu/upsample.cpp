@@ -4,6 +4,7 @@
 // thread did what, so results are bitwise the same for any number of threads.
 #include "upsample.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -109,15 +110,43 @@ void run(const Executor& executor, Phase (&phases)[N]) {
       &shared);
 }
 
+constexpr int64_t kPrivateCounts = 1 << 17;  // entries of a thread's own confusion matrix, 1 MiB
+
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Owns the packed logits and weight tables of one call.
+// Owns the weight tables of one call.
+template <class T>
+struct Tables {
+  PixelWeights<T> pixel;
+  Buffer<T> weights;
+  Buffer<double> pair, row;
+
+  Tables(const Axis& y, const Axis& x) {
+    const int64_t width = x.out, padded = width + kMaxPixels;
+    weights = allocate<T>(2 * padded);
+    pair = allocate<double>(2 * padded);
+    const auto set = [&](int64_t at, double upper) {
+      pair[2 * at] = 1.0 - upper;
+      pair[2 * at + 1] = upper;
+      weights[at] = static_cast<T>(1.0 - upper);
+      weights[padded + at] = static_cast<T>(upper);
+    };
+    for (int64_t j = -1; j < x.in; ++j)
+      for (int64_t at = x.begin(j); at < x.begin(j + 1); ++at) set(at, x.weight(j, at));
+    for (int64_t at = width; at < padded; ++at) set(at, pair[2 * width - 1]);
+    row = allocate<double>(y.out);
+    for (int64_t i = -1; i < y.in; ++i)
+      for (int64_t at = y.begin(i); at < y.begin(i + 1); ++at) row[at] = y.weight(i, at);
+    pixel = {weights.get(), weights.get() + padded, pair.get(), row.get()};
+  }
+};
+
+// Owns the packed logits of one call.
 template <class T>
 struct Prepared {
   Packed<T> packed;
-  PixelWeights<T> pixel;
-  Buffer<T> logits, peak, weights;
-  Buffer<double> smooth, pair, row;
+  Buffer<T> logits, peak;
+  Buffer<double> smooth;
 
   Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing) {
     packed.batch = view.batch;
@@ -132,20 +161,6 @@ struct Prepared {
     packed.logits = logits.get();
     packed.peak = peak.get();
     packed.smooth = smooth.get();
-    const int64_t padded = width + kMaxPixels;
-    weights = allocate<T>(2 * padded);
-    pair = allocate<double>(2 * padded);
-    for (int64_t x = 0; x < padded; ++x) {
-      const int64_t pixel_x = x < width ? x : width - 1;
-      const double upper = packed.x.weight(packed.x.cell_of(pixel_x), pixel_x);
-      pair[2 * x] = 1.0 - upper;
-      pair[2 * x + 1] = upper;
-      weights[x] = static_cast<T>(1.0 - upper);
-      weights[padded + x] = static_cast<T>(upper);
-    }
-    row = allocate<double>(height);
-    for (int64_t y = 0; y < height; ++y) row[y] = packed.y.weight(packed.y.cell_of(y), y);
-    pixel = {weights.get(), weights.get() + padded, pair.get(), row.get()};
   }
 };
 
@@ -172,10 +187,11 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   const bool smoothing = problem.label_smoothing != 0;
   const Kernels<T>& k = kernels<T>();
   const Prepared<T> prepared(view, problem.height, problem.width, smoothing);
+  const Tables<T> tables(prepared.packed.y, prepared.packed.x);
 
   CrossEntropyTask<T> task{};
   task.packed = prepared.packed;
-  task.pixel = prepared.pixel;
+  task.pixel = tables.pixel;
   task.target = problem.target;
   task.load_labels = k.label_loader(problem.target.type);
   task.ignore_index = problem.ignore_index;
@@ -201,7 +217,7 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
 
   double loss = 0, scale = 1.0;
   int64_t bad = -1;
-  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, false, index); };
+  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, index); };
   const auto sweep = [&](int w, int64_t index) {
     k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(),
                     partial[static_cast<size_t>(index)]);
@@ -232,10 +248,12 @@ template <class T>
 int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
   const LogitsView<T>& view = problem.logits;
   const Kernels<T>& k = kernels<T>();
-  const Prepared<T> prepared(view, problem.height, problem.width, false);
   LabelTask<T> task{};
-  task.packed = prepared.packed;
-  task.pixel = prepared.pixel;
+  task.logits = view;
+  task.y = {view.height, problem.height};
+  task.x = {view.width, problem.width};
+  const Tables<T> tables(task.y, task.x);
+  task.pixel = tables.pixel;
   task.labels = problem.labels;
   task.label_type = problem.label_type;
   task.target = problem.target;
@@ -243,23 +261,46 @@ int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
   task.ignore_index = problem.ignore_index;
 
   std::vector<Worker> worker = workers(executor, k.label_scratch(task));
+  // Small matrices are counted by each thread on its own. A large one is counted into at once by all, after a
+  // look at the labels, since nothing may be added where one is bad.
   const int64_t counts = view.classes * view.classes;
-  if (problem.confusion)
+  task.shared = problem.confusion && counts > kPrivateCounts;
+  if (problem.confusion && !task.shared)
     for (Worker& each : worker) {
       each.confusion = allocate<int64_t>(counts);
       std::memset(each.confusion.get(), 0, static_cast<size_t>(counts) * sizeof(int64_t));
     }
-  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, nullptr, true, index); };
+  std::atomic<bool> any_bad{false};
+  const auto look = [&](int w, int64_t index) {
+    const LabelView& target = *problem.target;
+    const int64_t b = index / problem.height, y = index % problem.height;
+    int32_t labels[256];
+    for (int64_t x = 0; x < problem.width; x += 256) {
+      const int64_t first = b * target.stride[0] + y * target.stride[1] + x * target.stride[2];
+      const int64_t wrong = task.load_labels(
+          static_cast<const char*>(target.data) + first * kIntSize[static_cast<int>(target.type)],
+          target.stride[2], std::min<int64_t>(256, problem.width - x), view.classes, task.ignore_index,
+          labels);
+      if (wrong < 0) continue;
+      int64_t& bad = worker[static_cast<size_t>(w)].bad;
+      const int64_t pixel = index * problem.width + x + wrong;
+      if (bad < 0 || pixel < bad) bad = pixel;
+      any_bad.store(true, std::memory_order_relaxed);
+      return;
+    }
+  };
   const auto sweep = [&](int w, int64_t index) {
     Worker& own = worker[static_cast<size_t>(w)];
-    k.labels(task, index, own.scratch.get(), own.confusion.get(), own.bad);
+    if (any_bad.load(std::memory_order_relaxed)) return;  // set in the phase before, if at all
+    k.labels(task, index, own.scratch.get(), task.shared ? problem.confusion : own.confusion.get(), own.bad);
   };
-  Phase phases[] = {Phase(view.batch * view.height, pack), Phase(view.batch * (view.height + 1), sweep)};
+  Phase phases[] = {Phase(task.shared ? view.batch * problem.height : 0, look),
+                    Phase(view.batch * (view.height + 1), sweep)};
   run(executor, phases);
   int64_t bad = -1;
   for (const Worker& each : worker)
     if (each.bad >= 0 && (bad < 0 || each.bad < bad)) bad = each.bad;
-  if (problem.confusion && bad < 0)
+  if (problem.confusion && !task.shared && bad < 0)
     for (const Worker& each : worker)
       for (int64_t i = 0; i < counts; ++i) problem.confusion[i] += each.confusion[i];
   return bad;

@@ -30,6 +30,12 @@ def _inputs(logits: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tenso
     return logits, weight
 
 
+def _rows(logits: Tensor) -> Tensor:
+    """For the label map, which reads rows in whole vectors."""
+    logits, _ = _inputs(logits)
+    return logits if logits.stride(3) == 1 else logits.contiguous()
+
+
 def _check_bad(bad: int, target: Tensor, classes: int, ignore_index: int) -> None:
     if bad < 0:
         return
@@ -93,7 +99,7 @@ def cross_entropy_backward(
 
 def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Label map (B, H, W) in ``dtype`` (uint8, int32 or int64)."""
-    logits, _ = _inputs(logits)
+    logits = _rows(logits)
     labels = torch.empty((logits.shape[0], *size), dtype=dtype)
     _ops().label_map(logits, labels, size[0], size[1], None, 0, None)
     return labels
@@ -101,9 +107,9 @@ def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
     """Adds the label map's counts to ``out`` (C, C) int64, rows = target; adds nothing if a label is bad."""
-    logits, _ = _inputs(logits)
     if target.numel() == 0:
         return
+    logits = _rows(logits)
     counts = out if out.is_contiguous() else torch.zeros_like(out, memory_format=torch.contiguous_format)
     bad = _ops().label_map(logits, None, target.shape[1], target.shape[2], target, ignore_index, counts)
     _check_bad(bad, target, logits.shape[1], ignore_index)
