@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import statistics
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ class Step:
                 return self._evaluate()
 
     def seconds(self, marks: list) -> dict[str, float]:
-        spans = [b - a for a, b in zip(marks, marks[1:])]
+        spans = [b - a for a, b in pairwise(marks)]
         result = dict.fromkeys(self.parts, 0.0)
         # A training step passes forward and then back: backbone, decoder, loss, loss, decoder, backbone.
         order = (
@@ -223,6 +224,6 @@ def _row(model: Model, name: str) -> dict:
 
 
 def _upsampled_bytes(model: Model) -> int:
-    """What stock torch holds of upsampled float32 logits at once: four arrays in training, one image's in evaluation."""
+    """What stock torch holds of upsampled float32 logits: four arrays in training, one image's in evaluation."""
     one = 4 * model.classes * model.size**2
     return 4 * model.batch * one if model.mode == "training" else 2 * one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -94,9 +95,8 @@ def abilities(device: str, seconds: float = 3.0) -> dict:
     now, large = clock(device), device == "cuda"
     source = torch.empty(2**30 if large else 2**27, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
-    best = _best(lambda: target.copy_(source), now, seconds / 4)
+    best = _best(functools.partial(target.copy_, source), now, seconds / 4)
     result = {"copy_bytes_per_s": 2 * source.nbytes / best, "flop_per_s": {}}
-    del source, target
     kinds = {"float32": torch.float32}
     if large:
         kinds |= {"tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
