@@ -19,9 +19,7 @@ collect_ignore = ["bench_loader.py"]
 
 def pytest_addoption(parser):
     group = parser.getgroup("depict_kernels")
-    group.addoption(
-        "--record", metavar="FILE", help='JSON record to write or go on with; "auto" names it itself'
-    )
+    group.addoption("--record", metavar="PATH", help="JSON record to write or go on with, or a folder for it")
     group.addoption(
         "--full", action="store_true", help="every case and implementation; takes an hour on two cores"
     )
@@ -92,7 +90,7 @@ def harness(request) -> Harness:
     device = "cuda" if gpu and not only_cpu else "cpu"
     written = None
     if option("record"):
-        path = record.path_for(device) if option("record") == "auto" else Path(option("record"))
+        path = record.where(option("record"), device)
         written = record.Record(path, device)
         if "machine" not in written.data:
             from benchmarks import machine

@@ -46,11 +46,17 @@ def names_for(case: Case, full: bool = False) -> list[str]:
     if full or case.compiled:
         names += ["compile(eager)", "compile(torch)"]
     if attention:
-        names += [name for name in ATTENTION if full or case.compiled or name != "flex"]
+        # On the CPU the stock kernels are two; flex costs a compilation.
+        known = ATTENTION if case.device == "cuda" else ("sdpa flash", "sdpa math", "flex")
+        names += [name for name in known if full or case.compiled or name != "flex"]
     if case.operator == "upsample_cross_entropy" and case.device == "cuda":
         names.append("liger")
-    # A decoder calls several operators, of which a backend may lack some: "auto" is what a user gets.
-    names += [name for name in OURS if name != "cpp" or (case.device == "cpu" and case.family != "decoder")]
+    if case.growth and case.device == "cpu" and case.H > 1024 and not full:
+        names.remove("eager")  # tens of seconds and 10 GiB
+    if case.device == "cuda":
+        names += ["triton", "cuda"]
+    elif case.family != "decoder":  # a decoder calls several operators: "auto" is what a user gets
+        names.append("cpp")
     return [*names, "auto"] if case.device == "cuda" or case.family == "decoder" else names
 
 

@@ -43,8 +43,8 @@ def speedups(record: dict) -> list[tuple[str, float, float | None]]:
         ours = best(timed, (*OURS, "auto"))
         if eager is None or (ours is None and stock is eager):
             continue
-        ratio = None if ours is None else ours.get("ratio") or eager["median_ms"] / ours["median_ms"]
-        result.append((_short(rows[0]), eager["median_ms"] / stock["median_ms"], ratio))
+        ratio = lambda row, base=eager: row.get("ratio") or base["median_ms"] / row["median_ms"]
+        result.append((_short(rows[0]), ratio(stock), None if ours is None else ratio(ours)))
     return result
 
 

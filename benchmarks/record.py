@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import string
@@ -33,12 +34,18 @@ def load(path: str | Path) -> dict:
 
 def path_for(device: str, folder: Path = RESULTS) -> Path:
     """<device>_<date>.json, with a letter where that day's file is of another commit."""
-    date = machine._output("date", "+%F") or "undated"
+    date = datetime.date.today().isoformat()
     for suffix in ("", *string.ascii_lowercase):
         path = folder / f"{machine.slug(device)}_{date}{suffix}.json"
         if not path.exists() or load(path)["environment"]["commit"] == machine.commit():
             return path
     raise FileExistsError(f"{folder} has 27 records of {date}; remove some or name one with --record FILE")
+
+
+def where(place: str | Path, device: str) -> Path:
+    """A file as it is; a folder's file of this device, day and commit."""
+    place = Path(place)
+    return place if place.suffix == ".json" else path_for(device, place)
 
 
 class Record:
