@@ -1,5 +1,6 @@
 # make demo | test | lint | bench | floor | aot | gpu | asan | clean
-# Every target but gpu and its parts (gpu-build, gpu-test, gpu-sanitize, gpu-bench) makes its own virtual environment (.venv) when there is none.
+# Every target but gpu and its parts (gpu-build, gpu-test, gpu-sanitize, gpu-bench) makes its own virtual environment
+# (.venv) when there is none.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -75,8 +76,8 @@ gpu-sanitize:
 
 gpu-bench:
 	$(PART) bench --record $(RESULTS) --limit 560 -- $(PYTHON) -m pytest benchmarks -m gpu -q --budget 450 \
-	    --record $(RESULTS) --benchmark-columns=median,iqr,rounds
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/report.py --no-readme $(wildcard $(RESULTS)/*.json)
+	    --record $(RESULTS) --benchmark-columns=median,iqr,rounds || status=$$?; \
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/report.py --no-readme $(RESULTS); exit $${status:-0}
 
 # The C++ kernels' tests under AddressSanitizer and UBSan.
 asan: install

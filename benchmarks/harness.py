@@ -56,7 +56,7 @@ class Harness:
                     raise Unavailable(f"needs about {need / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
             function = build(case, name)
             row |= gate.check(case, name, function)
-            row |= self._times(benchmark, case, name, function)
+            row |= self._times(benchmark, case, name, function, row)
         except (Unavailable, torch.OutOfMemoryError) as error:
             self._skip(row, str(error))
         except AssertionError as error:
@@ -77,7 +77,7 @@ class Harness:
         self.add("operators", row | {"skipped": _first_line(reason)})
         pytest.skip(_first_line(reason))
 
-    def _times(self, benchmark, case: Case, name: str, function) -> dict:
+    def _times(self, benchmark, case: Case, name: str, function, row: dict) -> dict:
         now, flush = timing.clock(case.device), self.flush(case.device)
         runner = timing.Runner(case, function, timing.input_sets(case))
         one = timing.timed(runner, now)
@@ -92,7 +92,7 @@ class Harness:
             base = timing.timed(baseline, now)
             # Three runs, the middle one: a single interruption weighs more on a run this short.
             repeats = 3 if 3 * one < base else 1
-            rounds = timing.rounds_within(9.0, base + repeats * one, 3, self.rounds)
+            rounds = timing.rounds_within(7.0, base + repeats * one, 3, self.rounds)
         elif case.device == "cpu":
             rounds = timing.rounds_within(3.0, one, 1 if one > 2 else 3, self.rounds)
         else:
@@ -116,6 +116,11 @@ class Harness:
         if baseline is not None:
             groups = [sorted(seconds[i : i + repeats])[repeats // 2] for i in range(0, len(seconds), repeats)]
             result |= timing.quietest(list(zip(baseline_seconds, groups)))
+            eager = {k: v for k, v in row.items() if k not in ("error", "peer_error", "mismatches", "goal")}
+            eager |= {"implementation": "eager", "bytes": result["bytes"], "flops": result["flops"]}
+            if case.memory:
+                eager["peak_bytes"] = peak.in_own_process(case.id, "eager", self.threads)
+            self.add("operators", eager | timing.spread(baseline_seconds))
         if case.device == "cuda":
             result |= self._graph(runner, flush, rounds)
             result["peak_bytes"] = timing.device_peak(runner)

@@ -38,7 +38,8 @@ class Unavailable(RuntimeError):
 def names_for(case: Case, full: bool = False) -> list[str]:
     """The implementations worth their time for a case; ``full`` adds the slow and the compiled ones everywhere."""
     attention = case.family == "attention"
-    names = ["eager"]
+    # On the CPU eager torch runs between the rounds of every other implementation and is timed there.
+    names = ["eager"] if case.device == "cuda" or case.growth else []
     if full or case.device == "cuda":
         names.append("reference")
     if full or attention or case.device == "cuda" or case.family in ("mask_head", "decoder"):

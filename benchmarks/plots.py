@@ -77,7 +77,8 @@ def _speedup(record: dict, plt):
     axes.set_yticks(list(places), [b[0] for b in bars], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.1)
+    ratios = [r for bar in bars for r in bar[1:] if r]
+    axes.set_xlim(min(0.5, min(ratios) / 2), 2 * max(2, *ratios))
     axes.set_xlabel("times faster than plain eager torch")
     axes.set_title(record["environment"]["device"], fontsize=9)
     axes.legend(fontsize=8)

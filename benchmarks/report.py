@@ -1,7 +1,7 @@
 """Records to tables, plots and the README's figures.
 
-    python benchmarks/report.py [RECORD.json ...]        # pages and plots beside the records, the README's figures
-    python benchmarks/report.py --compare A.json B.json  # what changed; exits with 1 where something became slower
+    python benchmarks/report.py [RECORD.json | FOLDER]    # pages and plots beside the records, the README's figures
+    python benchmarks/report.py --compare A.json B.json   # what changed; exits with 1 where something became slower
 
 Without arguments: every record in benchmarks/results/. The README takes the newest record of a CPU and of a GPU.
 """
@@ -166,9 +166,10 @@ def main() -> int:
         text, slower = compare.compare(*(record.load(path) for path in args.compare))
         print(text)
         return 1 if slower else 0
-    for path in args.records or sorted(RESULTS.glob("*.json")):
-        if path.name != LOADER:
-            write(path)
+    for place in args.records or [RESULTS]:
+        for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
+            if path.name != LOADER:
+                write(path)
     if not args.no_readme:
         path = ROOT / "README.md"
         path.write_text(with_speed(path.read_text()))
