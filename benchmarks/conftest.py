@@ -69,11 +69,13 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Registered order, that with goals first: a run that its time limit cuts off has those."""
+    """Registered order, that with goals first and growth last: a run that its time limit cuts off has the former."""
     order = {case.id: i for i, case in enumerate(cases.CASES)}
 
     def rank(item) -> int:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "model" in parameters:
+            return len(order) + parameters["model"].growth
         return order.get(getattr(parameters.get("case"), "id", None), len(order))
 
     benchmarks = [item for item in items if Path(item.fspath).parent == Path(__file__).parent]

@@ -40,7 +40,7 @@ def names_for(case: Case, full: bool = False) -> list[str]:
     attention = case.family == "attention"
     # On the CPU eager torch runs between the rounds of every other implementation and is timed there.
     names = ["eager"] if case.device == "cuda" or case.growth else []
-    if full or case.device == "cuda":
+    if full or case.compiled:
         names.append("reference")
     if full or attention or case.device == "cuda" or case.family in ("mask_head", "decoder"):
         names.append("torch")
@@ -136,16 +136,17 @@ def way(name: str) -> Iterator[None]:
 
 
 def _eager(case: Case) -> Callable[..., Tensor]:
-    return {
-        "subspace_self_attention": lambda w: _attention(w, w),
-        "subspace_cross_attention": _attention,
-        "mask_logits": functools.partial(_mask_logits, grid=(case.h, case.w))
-        if case.family == "mask_head"
-        else None,
-        "upsample_cross_entropy": functools.partial(_loss, ignore_index=_ignored(case)),
-        "upsample_argmax": lambda logits: _labels(logits, (case.H, case.W)),
-        "upsample_confusion": functools.partial(_confusion, ignore_index=_ignored(case)),
-    }[case.operator]
+    # Sizes are read here: torch.compile should see tuples, not a case.
+    if case.operator == "subspace_self_attention":
+        return lambda w: _attention(w, w)
+    if case.operator == "subspace_cross_attention":
+        return _attention
+    if case.operator == "mask_logits":
+        return functools.partial(_mask_logits, grid=(case.h, case.w))
+    if case.operator == "upsample_argmax":
+        return functools.partial(_labels, size=(case.H, case.W))
+    loss = case.operator == "upsample_cross_entropy"
+    return functools.partial(_loss if loss else _confusion, ignore_index=_ignored(case))
 
 
 def _ignored(case: Case) -> int:
@@ -163,13 +164,15 @@ def _backend(case: Case, name: str) -> Callable[..., Tensor]:
     )
     if reason is not None:
         raise Unavailable(reason)
-    function = getattr(ops, case.operator)
+    function, ignored = getattr(ops, case.operator), _ignored(case)
     if case.operator == "mask_logits":
-        return lambda *tensors: function(*tensors, (case.h, case.w), backend=name)
+        grid = (case.h, case.w)
+        return lambda *tensors: function(*tensors, grid, backend=name)
     if case.operator == "upsample_argmax":
-        return lambda logits: function(logits, (case.H, case.W), backend=name)
+        size = (case.H, case.W)
+        return lambda logits: function(logits, size, backend=name)
     if case.operator in ("upsample_cross_entropy", "upsample_confusion"):
-        return lambda logits, target: function(logits, target, _ignored(case), backend=name)
+        return lambda logits, target: function(logits, target, ignored, backend=name)
     return lambda *tensors: function(*tensors, backend=name)
 
 
@@ -179,8 +182,11 @@ _CORES = {
 }
 
 
-def _decoder(case: Case, name: str) -> Callable[..., Tensor]:
-    """A whole decoder as a function of patches and parameters; in 16 bits under autocast, as it is trained."""
+def _decoder(case: Case, name: str, wrap: Callable = lambda function: function) -> Callable[..., Tensor]:
+    """A whole decoder as a function of patches and parameters; in 16 bits under autocast, as it is trained.
+
+    ``wrap`` is torch.compile or nothing: the choice of the implementation stays outside of what is compiled.
+    """
     if name in OURS:
         if name == "triton" and case.device == "cpu":
             raise Unavailable("Triton's interpreter on the CPU is for tests; its time means nothing")
@@ -188,14 +194,21 @@ def _decoder(case: Case, name: str) -> Callable[..., Tensor]:
             reason = backends.why_unavailable(name, operator, case.device, case.dtype)
             if reason is not None:
                 raise Unavailable(reason)
-    decoder, names = make_decoder(case).to(case.device), tuple(decoder_parameters(case))
+    decoder, names, grid = (
+        make_decoder(case).to(case.device),
+        tuple(decoder_parameters(case)),
+        (case.h, case.w),
+    )
+
+    def core(patches, *parameters):
+        return torch.func.functional_call(decoder, dict(zip(names, parameters)), (patches, grid))
+
+    core = wrap(core)
 
     def run(patches, *parameters):
         half = case.dtype in (torch.float16, torch.bfloat16) and patches.dtype != torch.float64
         with way(name), torch.autocast(case.device, case.dtype, enabled=half):
-            return torch.func.functional_call(
-                decoder, dict(zip(names, parameters)), (patches, (case.h, case.w))
-            )
+            return core(patches, *parameters)
 
     return run
 
@@ -273,8 +286,9 @@ def build(case: Case, name: str) -> Callable[..., Tensor]:
         raise ValueError(f"unknown implementation {name!r}; choose from {', '.join(NAMES)}")
     if name.startswith("compile"):
         torch._dynamo.reset()
-        inner = build(case, name.removeprefix("compile(").removesuffix(")"))
-        return torch.compile(inner, fullgraph=True, dynamic=False)
+        name = name.removeprefix("compile(").removesuffix(")")
+        compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        return _decoder(case, name, compiler) if case.family == "decoder" else compiler(build(case, name))
     if name == "liger":
         return _liger(case)
     if name in ATTENTION:

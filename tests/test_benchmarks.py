@@ -116,6 +116,26 @@ def test_gate_passes_right_implementations(name):
     assert len(found["error"]) == 3 and max(found["error"]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "c",
+    [
+        case("subspace_self_attention", (1, 20, 2, 12)),
+        case("mask_logits", (1, 5, 3, 4, 16)),
+        case("upsample_cross_entropy", (2, 5, 4, 4, 16, 16)),
+        case("upsample_argmax", (2, 5, 4, 4, 16, 16), backward=False),
+        case("depict_sa_decoder", (1, 5, 3, 4, 16)),
+    ],
+    ids=lambda c: c.operator,
+)
+@pytest.mark.parametrize("name", ["compile(eager)", "compile(torch)"])
+def test_compiled_implementations_are_whole_graphs(c, name, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f=None, **options: compiler(f, backend="aot_eager", **options)
+    )
+    gate.check(c, name, implementations.build(c, name))
+
+
 def test_gate_refuses_a_wrong_scale():
     c = case("subspace_self_attention", (2, 37, 2, 8))
     with pytest.raises(AssertionError, match="output: error .* above the budget"):
