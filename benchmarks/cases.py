@@ -53,6 +53,7 @@ class Case:
     goal: float | None = None  # least ratio to plain eager torch
     compiled: bool = False  # torch.compile is a plausible strongest peer here: worth its compile time
     memory: bool = False  # on the CPU: measure peak memory, in a process of its own
+    kept: bool = False  # on the CPU: time it also with an allocator that keeps freed memory
     full: bool = False  # only with --full
     growth: bool = False  # part of the series over resolutions
 
@@ -158,7 +159,9 @@ class Case:
         if self.family == "attention":
             small["H"] = 2
         sizes = tuple(min(size, small[name]) for name, size in zip(SIZES[self.operator], self.sizes))
-        return dataclasses.replace(self, sizes=sizes, device="cpu", dtype=torch.float32, memory=False)
+        return dataclasses.replace(
+            self, sizes=sizes, device="cpu", dtype=torch.float32, memory=False, kept=False
+        )
 
 
 def _product(batch: int, rows: int, columns: int, depth: int) -> int:
@@ -239,6 +242,8 @@ def decoder_flops(case: Case) -> int:
 _LOSS = [  # label, B, C, low, high, sharpness, smooth, least ratio asked for
     ("random", 2, 150, (32, 32), (512, 512), 1, False, 60),
     ("smooth", 2, 150, (32, 32), (512, 512), 1, True, 60),
+    ("smooth x 5", 2, 150, (32, 32), (512, 512), 5, True, 60),
+    ("smooth x 30", 2, 150, (32, 32), (512, 512), 30, True, 12),
     ("x 5", 2, 150, (32, 32), (512, 512), 5, False, 60),
     ("x 30 (careful path)", 2, 150, (32, 32), (512, 512), 30, False, 12),
     ("x 200 (careful path)", 2, 150, (32, 32), (512, 512), 200, False, 12),
@@ -253,12 +258,12 @@ def _cpu() -> Iterator[Case]:
     for label, batch, classes, low, high, sharpness, smooth, goal in _LOSS:
         yield Case(
             "upsample_cross_entropy", (batch, classes, *low, *high), smooth=smooth, sharpness=sharpness,
-            label=label, goal=goal, memory=label == "random",
+            label=label, goal=goal, memory=label == "random", kept=label == "random",
         )  # fmt: skip
     for label, goal in (("random", 80), ("smooth", 300)):
         yield Case(
             "upsample_argmax", (2, 150, 32, 32, 512, 512), backward=False, smooth=label == "smooth",
-            label=f"{label} logits", goal=goal,
+            label=f"{label} logits", goal=goal, kept=label == "random",
         )  # fmt: skip
     yield Case("upsample_confusion", (2, 150, 32, 32, 512, 512), backward=False, label="random logits")
     for size in GROWTH:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import statistics
 from collections.abc import Iterator
 from itertools import pairwise
@@ -174,6 +175,7 @@ def measure(harness, benchmark, model: Model) -> None:
     """Times a model in every way, interleaved; the last way is pytest-benchmark's, the record has them all."""
     if harness.spent():
         pytest.skip("the run's time was spent (--budget)")
+    gc.collect()  # an earlier model that goes away during a step would hide the step's memory
     step, cuda = Step(model), model.device == "cuda"
     peak = timing.device_peak if cuda else timing.host_peak
     marks: dict[str, list] = {}

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gate, peak, timing
+from benchmarks import gate, own_process, timing
 from benchmarks.cases import SIZES, Case
 from benchmarks.implementations import OURS, Unavailable, build
 from benchmarks.record import Record
@@ -120,13 +120,15 @@ class Harness:
             eager = {k: v for k, v in row.items() if k not in ("error", "peer_error", "mismatches", "goal")}
             eager |= {"implementation": "eager", "bytes": result["bytes"], "flops": result["flops"]}
             if case.memory:
-                eager["peak_bytes"] = peak.in_own_process(case.id, "eager", self.threads)
+                eager["peak_bytes"] = own_process.run("peak", case.id, "eager", self.threads)
             self.add("operators", eager | timing.spread(baseline_seconds))
         if case.device == "cuda":
             result |= self._graph(runner, flush, rounds)
             result["peak_bytes"] = timing.device_peak(runner)
         elif case.memory:
-            result["peak_bytes"] = peak.in_own_process(case.id, name, self.threads)
+            result["peak_bytes"] = own_process.run("peak", case.id, name, self.threads)
+        if case.device == "cpu" and case.kept:
+            result["kept"] = own_process.run("kept", case.id, name, self.threads)
         return result
 
     def _graph(self, runner, flush, rounds: int) -> dict:

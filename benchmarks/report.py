@@ -59,6 +59,7 @@ def _cpu(stem: str, data: dict) -> list[str]:
         "",
         *tables.cpu_loss(data),
         *tables.cpu_labels(data),
+        *tables.kept_memory(data),
     ]
     lines += [f"Not met: {v.goal} (found {v.found})." for v in unmet] + ([""] if unmet else [])
     lines += tables.growth(data)

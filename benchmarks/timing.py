@@ -159,7 +159,8 @@ def device_peak(call: Callable) -> int:
 def host_peak(call: Callable) -> int | None:
     """The same of this process's resident memory, from Linux's high-water mark; None elsewhere.
 
-    Only exact in a young process: memory that malloc kept from earlier calls is not seen (see :mod:`benchmarks.peak`).
+    Only exact in a young process: memory that malloc kept from earlier calls is not seen (see
+    :mod:`benchmarks.own_process`).
     """
     if not sys.platform.startswith("linux"):
         call()

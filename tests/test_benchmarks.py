@@ -18,7 +18,7 @@ from benchmarks import (
     goals,
     implementations,
     machine,
-    peak,
+    own_process,
     plots,
     record,
     report,
@@ -217,7 +217,7 @@ def test_runner_rotates_inputs_and_differentiates():
 def test_peak_of_this_process():
     assert timing.host_peak(lambda: torch.ones(2**24)) > 0.9 * 2**26  # some pages were there before
     chosen = next(c for c in cases.CASES if c.device == "cpu" and c.growth and c.H == 256)
-    assert peak.measure(chosen.id, "eager", 1) > 4 * chosen.C * chosen.H * chosen.W
+    assert own_process.peak(chosen, "eager") > 4 * chosen.C * chosen.H * chosen.W
 
 
 # --- records ---
