@@ -101,7 +101,8 @@ def kept_memory(record: dict) -> list[str]:
         return []
     return [
         "Much of stock torch's time is page faults of arrays that glibc maps afresh. With an allocator that keeps "
-        f"freed memory (`MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` raised) the ratios are lower: {'; '.join(found)}.",
+        "freed memory (`MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` raised) the ratios are lower: "
+        f"{'; '.join(found)}.",
         "",
     ]
 
