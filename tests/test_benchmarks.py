@@ -159,7 +159,7 @@ def test_gate_refuses_a_wrong_label(operator):
     right = implementations.build(c, "eager")
     assert gate.check(c, "eager", right) == {"checked": gate.compared(c).shape, "mismatches": 0}
     with pytest.raises(AssertionError, match="labels differ"):
-        gate.check(c, "auto", lambda *inputs: right(*inputs).roll(1, 0))
+        gate.check(c, "auto", lambda *inputs: right(*inputs).roll(1, -1))
 
 
 def test_gate_compares_what_fits():
