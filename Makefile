@@ -1,5 +1,6 @@
 # make demo | test | lint | bench | floor | aot | gpu | asan | clean
-# Every target but gpu makes its own virtual environment (.venv) when there is none.
+# Every target but gpu and its parts (gpu-build, gpu-test, gpu-sanitize, gpu-bench) makes its own virtual environment
+# (.venv) when there is none.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -9,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
+RESULTS ?= benchmarks/results
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 # Without a GPU here one architecture is enough to see that the CUDA kernels compile.
 ifeq ($(shell command -v nvidia-smi),)
@@ -16,7 +18,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint bench floor aot gpu asan clean install
+.PHONY: demo test lint bench floor aot gpu gpu-build gpu-test gpu-sanitize gpu-bench asan clean install
 
 install: $(VENV)/.installed
 
@@ -45,9 +47,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
+# On the CPU, under ten minutes on two cores: a record, its page and plots, and the README's figures from it.
 bench: install
-	$(BIN)/python benchmarks/bench_upsample_cpu.py
-	$(BIN)/python benchmarks/bench_training_step.py
+	$(BIN)/python -m pytest benchmarks -m "not gpu" -q --record $(RESULTS) --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/bench_loader.py --output benchmarks/results/loader_cpu.json
 	$(BIN)/python benchmarks/report.py
 
@@ -59,11 +61,28 @@ floor:
 aot: install
 	$(BIN)/python benchmarks/kernel_report.py --targets sm_80 sm_90 sm_100 gfx942
 
-# Uses PYTHON as it is and installs nothing from the network.
+# On a GPU machine, offline, with PYTHON as it is (torch, Triton, timm, numpy, pytest, pytest-benchmark): four parts, each
+# within ten minutes, that note how they ended in one record, $(RESULTS)/<device>_<date>.json. A part that fails does not
+# keep the next ones from running. Without a GPU every part runs and skips what needs one.
+PART = PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/part.py
+
 gpu:
-	$(PYTHON) -m pip install $(PIP_FLAGS) --no-build-isolation --no-deps -e .
-	$(PYTHON) -m depict_kernels
-	$(PYTHON) -m pytest tests -m gpu -q
+	status=0; for part in build test sanitize bench; do $(MAKE) gpu-$$part || status=1; done; exit $$status
+
+gpu-build:
+	$(PART) build --record $(RESULTS) --limit 590 -- $(PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m depict_kernels
+
+gpu-test:
+	$(PART) test --record $(RESULTS) --limit 580 -- $(PYTHON) -m pytest tests -m gpu -q -p no:cacheprovider
+
+gpu-sanitize:
+	$(PART) sanitize --record $(RESULTS) --limit 590 -- $(PYTHON) benchmarks/sanitize.py --limit 130
+
+gpu-bench:
+	$(PART) bench --record $(RESULTS) --limit 560 -- $(PYTHON) -m pytest benchmarks -m gpu -q --budget 450 \
+	    --record $(RESULTS) --benchmark-columns=median,iqr,rounds || status=$$?; \
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/report.py --no-readme $(RESULTS); exit $${status:-0}
 
 # The C++ kernels' tests under AddressSanitizer and UBSan.
 asan: install

@@ -1,86 +1,181 @@
-"""The README's speed tables, from the records in benchmarks/results/.
+"""Records to tables, plots and the README's figures.
 
-python benchmarks/report.py      # rewrites the README between its markers
+    python benchmarks/report.py [RECORD.json | FOLDER]    # pages and plots beside the records, the README's figures
+    python benchmarks/report.py --compare A.json B.json   # what changed; exits with 1 where something became slower
+
+Without arguments: every record in benchmarks/results/. The README takes the newest record of a CPU and of a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import compare, record, tables  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
+LOADER = "loader_cpu.json"  # of bench_loader.py, which has a format of its own
 BEGIN, END = "<!-- speed: begin (benchmarks/report.py) -->", "<!-- speed: end -->"
 
 
-def _load(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
+def records(folder: Path = RESULTS) -> dict[str, dict]:
+    """File stem -> record, oldest first."""
+    found = {path.stem: record.load(path) for path in folder.glob("*.json") if path.name != LOADER}
+    return dict(sorted(found.items(), key=lambda item: (item[1]["environment"]["date"], item[0])))
 
 
-def speed() -> str:
-    """The tables as Markdown."""
-    upsample, step, loader = (
-        _load(f"{name}.json") for name in ("upsample_cpu", "training_step_cpu", "loader_cpu")
-    )
-    where = upsample["environment"]
+def _newest(found: dict[str, dict], device: str) -> tuple[str, dict] | None:
+    chosen = [
+        (s, r) for s, r in found.items() if any(row["device"] == device for row in r.get("operators", []))
+    ]
+    return chosen[-1] if chosen else None
+
+
+def speed(folder: Path = RESULTS) -> str:
+    """The README's figures as Markdown."""
+    found, lines = records(folder), []
+    if cpu := _newest(found, "cpu"):
+        lines += _cpu(*cpu)
+    if (folder / LOADER).exists():
+        lines += _loader(json.loads((folder / LOADER).read_text()))
+    lines += _gpu(*gpu) if (gpu := _newest(found, "cuda")) else ["No record of a GPU yet.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _links(stem: str) -> str:
+    return f"[record](benchmarks/results/{stem}.json), [all figures](benchmarks/results/{stem}.md)"
+
+
+def _cpu(stem: str, data: dict) -> list[str]:
+    unmet = [v for v in tables.goals.verdicts(data) if v.met is False]
     lines = [
-        f"CPU, {where['threads']} threads, torch {where['torch']}, float32, interleaved with stock torch in one "
-        "process (medians of the quietest third of the rounds; the ratio over all rounds in brackets).",
+        f"**CPU**: {tables.machine_line(data)}; float32, interleaved with eager torch in one process (medians of the "
+        f"quietest third of the rounds; the ratio over all rounds in brackets). {_links(stem)}.",
         "",
-        "| against `F.interpolate` and `F.cross_entropy`, forward + backward | stock | `cpp` | ratio | gradient error "
-        "(stock's) |",
-        "|---|---|---|---|---|",
+        *tables.cpu_loss(data),
+        *tables.cpu_labels(data),
+        *tables.kept_memory(data),
     ]
-    for name, row in upsample["loss"].items():
-        lines.append(
-            f"| {name}: {row['shape'].replace('->', 'to')} | {row['stock_ms']:.0f} ms | {row['kernel_ms']:.1f} ms | "
-            f"{row['ratio']:.0f} ({row['median_ratio']:.0f}) | {row['gradient_error']:.1e} "
-            f"({row['stock_gradient_error']:.1e}) |"
-        )
-    lines += [
-        "",
-        "| against `F.interpolate` and `argmax` | stock | `cpp` | ratio | different labels |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in upsample["labels"].items():
-        lines.append(
-            f"| {name} logits, (2, 150, 32, 32) to (512, 512) | {row['stock_ms']:.0f} ms | {row['kernel_ms']:.1f} ms | "
-            f"{row['ratio']:.0f} ({row['median_ratio']:.0f}) | {row['mismatches']} |"
-        )
-    memory = upsample["memory_mib"]
-    lines += [
-        "",
-        f"Extra peak memory of the loss at 512 x 512: {memory['kernel_512']:.0f} MiB against {memory['stock_512']:.0f} "
-        f"MiB; at 2048 x 2048 it is {memory['kernel_2048']:.0f} MiB.",
-        "",
-        f"| whole training step, batch {step['batch']}, {step['size']} x {step['size']}, {step['threads']} threads | "
-        "stock loss | `cpp` loss | backbone alone | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in step["models"].items():
-        lines.append(
-            f"| {name} | {row['torch_s']:.2f} s | {row['auto_s']:.2f} s | {row['backbone_s']:.2f} s | "
-            f"{row['ratio']:.2f} |"
-        )
-    ms = loader["ms_per_image"]
-    lines += [
-        "",
-        "| loader, one thread, 512 x 512 crops of real ADE20K images | ms per image | ratio |",
-        "|---|---|---|",
-        f"| decode, resize, crop, distort, normalise in the worker (torchvision v2) | {ms['plain']:.1f} | 1 |",
-        f"| ours, in the worker, from JPEG | {ms['jpeg']:.1f} | {ms['plain'] / ms['jpeg']:.1f} |",
-        f"| ours, in the worker, from the decoded cache | {ms['cache']:.1f} | {ms['plain'] / ms['cache']:.1f} |",
-        f"| ours, what moves to the device, if that is this CPU | {ms['device']:.1f} | |",
-    ]
-    return "\n".join(lines)
+    lines += [f"Not met: {v.goal} (found {v.found})." for v in unmet] + ([""] if unmet else [])
+    lines += tables.growth(data)
+    lines += tables.operators_without_kernel(data)
+    lines += _end_to_end(data, "cpu")
+    return lines
 
 
-def with_speed(readme: str) -> str:
+def _end_to_end(data: dict, device: str) -> list[str]:
+    lines = []
+    for mode, parts in tables.PARTS.items():
+        body = tables.end_to_end(data, mode, device)
+        if body:
+            lines += [f"Shares: {' / '.join(parts)}.", "", *body]
+    return [*lines, *_where_not(data, device)]
+
+
+def _where_not(data: dict, device: str) -> list[str]:
+    """Said in words: the part no kernel here touches, and how much of a step it is."""
+    ways: dict[tuple, dict[str, dict]] = {}
+    for row in data.get("models", []):
+        if (
+            row["mode"] == "training"
+            and row["device"] == device
+            and row.get("backbone_ms")
+            and not row.get("growth")
+        ):
+            ways.setdefault((row["model"], row["batch"], row["size"]), {})[row["way"]] = row
+    shares, ratios = {}, {}
+    for (name, *_), found in ways.items():
+        ours = tables.fastest(found)
+        if ours is not None and "eager" in found:
+            shares[name] = ours["backbone_ms"] / ours["total_ms"]
+            ratios[name] = found["eager"]["total_ms"] / ours["total_ms"]
+    if not shares:
+        return []
+    low, high = (min(ratios, key=ratios.get), max(ratios, key=ratios.get))
+    return [
+        "Where the kernels do not help: in the backbone, which is timm's and the same code in both columns. With the "
+        f"loss gone it is {min(shares.values()):.0%} to {max(shares.values()):.0%} of a training step, so the larger "
+        f"the backbone the less a whole step gains: {ratios[high]:.2f} times for {high}, {ratios[low]:.2f} for {low}.",
+        "",
+    ]
+
+
+def _loader(data: dict) -> list[str]:
+    times = data["ms_per_image"]
+    ratio = lambda key: f"{times['plain'] / times[key]:.1f}"
+    rows = [
+        [
+            "decode, resize, crop, distort, normalise in the worker (torchvision v2)",
+            f"{times['plain']:.1f}",
+            "1",
+        ],
+        ["ours, in the worker, from JPEG", f"{times['jpeg']:.1f}", ratio("jpeg")],
+        ["ours, in the worker, from the decoded cache", f"{times['cache']:.1f}", ratio("cache")],
+        ["ours, what moves to the device, if that is this CPU", f"{times['device']:.1f}", ""],
+    ]
+    head = "loader, one thread, 512 x 512 crops of real ADE20K images"
+    return tables.table([head, "ms per image", "ratio"], rows)
+
+
+def _gpu(stem: str, data: dict) -> list[str]:
+    lines = [
+        f"**GPU**: {tables.machine_line(data)}; CUDA events around eager calls, cold L2, rotated inputs; goals in "
+        f"bfloat16 at batch 8, in brackets by CUDA-graph replays. {_links(stem)}.",
+        "",
+        *tables.goal_table(data),
+    ]
+    return [*lines, *_end_to_end(data, "cuda"), *tables.model_growth(data, "cuda")]
+
+
+def with_speed(readme: str, folder: Path = RESULTS) -> str:
     """The README's text with the tables between the markers."""
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{speed()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{speed(folder)}\n{END}{rest.split(END)[1]}"
+
+
+def write(path: Path) -> None:
+    """The page and the plots of one record, beside it."""
+    data = record.load(path)
+    path.with_suffix(".md").write_text(tables.page(data, path.stem))
+    try:
+        from benchmarks import plots
+
+        drawn = plots.draw(data, path.stem, path.parent / "plots")
+    except ImportError as error:
+        print(f"no plots: {error}", file=sys.stderr)
+        drawn = []
+    print(f"{path.with_suffix('.md')}, {len(drawn)} plots")
+    for verdict in tables.goals.verdicts(data):
+        word = {True: "met", False: "NOT MET", None: "not measured"}[verdict.met]
+        print(f"  {word:12} {verdict.goal}: {verdict.found}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("records", nargs="*", type=Path)
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("--no-readme", action="store_true", help="leave the README as it is")
+    args = parser.parse_args()
+    if args.compare:
+        text, slower = compare.compare(*(record.load(path) for path in args.compare))
+        print(text)
+        return 1 if slower else 0
+    for place in args.records or [RESULTS]:
+        for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
+            if path.name != LOADER:
+                write(path)
+    if not args.no_readme:
+        path = ROOT / "README.md"
+        path.write_text(with_speed(path.read_text()))
+    return 0
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_speed(path.read_text()))
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """Fixtures shared by the tests: devices, fixed threads, poisoned memory."""
 
+import importlib.util
 import os
+import re
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as train/run.py has it
@@ -14,6 +16,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
 
+# What the extras bring. Where only the core and pytest are installed, as on some GPU machines, test modules that
+# need more skip; with the extras nothing is skipped, since their packages are found.
+EXTRAS = {
+    "docstring_parser", "hypothesis", "jsonargparse", "matplotlib", "PIL", "rich", "tensorboard", "torchmetrics",
+    "torchvision", "transformers", "yaml",
+}  # fmt: skip
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -24,6 +33,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    outcome = yield
+    report = outcome.get_result()
+    missing = re.findall(r"No module named '(\w+)", str(report.longrepr)) if report.failed else []
+    if missing and missing[-1] in EXTRAS and importlib.util.find_spec(missing[-1]) is None:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {missing[-1]} is not installed")
 
 
 @pytest.fixture(params=DEVICES)

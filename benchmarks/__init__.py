@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest benchmarks`` runs them, ``python benchmarks/report.py`` turns their records into the README."""

@@ -1,0 +1,95 @@
+"""Records: one JSON file per device, day and commit, written after every figure, so that a cut-off run keeps its own.
+
+{"schema": 1, "environment": {...}, "machine": {...}, "operators": [...], "models": [...], "parts": {...}}
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import string
+from pathlib import Path
+
+from benchmarks import machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SCHEMA = 1
+# What makes a row of a section the same row in a later run: measured again, it is replaced.
+KEYS = {
+    "operators": ("case", "implementation"),
+    "models": ("model", "mode", "way", "size", "batch", "classes"),
+}
+
+
+def load(path: str | Path) -> dict:
+    """A record. Raises ValueError for a file that is none."""
+    data = json.loads(Path(path).read_text())
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} is not a record of schema {SCHEMA}; pytest benchmarks --record FILE writes one"
+        )
+    return data
+
+
+def path_for(device: str, folder: Path = RESULTS) -> Path:
+    """<device>_<date>.json, with a letter where that day's file is of another commit."""
+    date = datetime.date.today().isoformat()
+    for suffix in ("", *string.ascii_lowercase):
+        path = folder / f"{machine.slug(device)}_{date}{suffix}.json"
+        if not path.exists() or load(path)["environment"]["commit"] == machine.commit():
+            return path
+    raise FileExistsError(f"{folder} has 27 records of {date}; remove some or name one with --record FILE")
+
+
+def where(place: str | Path, device: str) -> Path:
+    """A file as it is; a folder's file of this device, day and commit."""
+    place = Path(place)
+    return place if place.suffix == ".json" else path_for(device, place)
+
+
+class Record:
+    """A record being written. An existing file is gone on with: rows measured again are replaced."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = Path(path)
+        self.data = load(path) if self.path.exists() else {"schema": SCHEMA}
+        commands = self.data.get("environment", {}).get("commands", [])
+        environment = machine.environment(device)
+        command = environment.pop("command")
+        environment["commands"] = commands if command in commands else [*commands, command]
+        self.data["environment"] = environment
+        for section in KEYS:
+            self.data.setdefault(section, [])
+
+    def add(self, section: str, row: dict) -> None:
+        def key(r: dict) -> tuple:
+            return tuple(r.get(name) for name in KEYS[section])
+
+        rows = self.data[section]
+        same = [i for i, other in enumerate(rows) if key(other) == key(row)]
+        if same:
+            rows[same[0]] = row
+        else:
+            rows.append(row)
+        self.save()
+
+    def set(self, name: str, value: object) -> None:
+        self.data[name] = value
+        self.save()
+
+    def save(self) -> None:
+        """Under a temporary name, then renamed: a run that is killed leaves the last whole file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(_rounded(self.data), indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+
+def _rounded(value):
+    """Six significant digits: what a timing has, in half the space."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,298 @@
+"""Markdown tables of a record: for the README a selection, for the page beside the record everything."""
+
+from __future__ import annotations
+
+from benchmarks import goals
+from benchmarks.implementations import OURS, STOCK
+from benchmarks.plots import _short as short
+
+PARTS = {
+    "training": ("backbone", "decoder", "loss", "optimizer"),
+    "evaluation": ("backbone", "decoder", "labels"),
+}
+ORDER = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
+KINDS = {"depict_sa": "DEPICT-SA", "depict_ca": "DEPICT-CA", "segmenter_mask": "Segmenter"}
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table with an empty line after it; nothing where there are no rows."""
+    if not rows:
+        return []
+    lines = [head, ["---"] * len(head), *rows]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds with two to three digits; seconds above ten."""
+    if value is None:
+        return ""
+    if value >= 1e4:
+        return f"{value / 1e3:.1f} s"
+    return f"{value:.0f} ms" if value >= 20 else f"{value:.1f} ms" if value >= 1 else f"{value:.3f} ms"
+
+
+def mib(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.0f} MiB"
+
+
+def machine_line(record: dict) -> str:
+    where = record["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v and k in ("torch", "triton"))
+    day = where["date"][:10]
+    parts = [where["device"], versions, f"commit {where['commit']}", day]
+    if where.get("driver"):
+        parts.insert(1, f"driver {where['driver']}")
+    if "cuda" not in {row["device"] for row in record.get("operators", [])}:
+        parts.insert(1, f"{where['threads']} threads")
+    return "; ".join(parts)
+
+
+def rows_of(record: dict, operator: str, **fields) -> list[dict]:
+    rows = [row for row in record.get("operators", []) if row["operator"] == operator]
+    return [row for row in rows if all(row.get(key) == value for key, value in fields.items())]
+
+
+def _shape(row: dict) -> str:
+    s = row["sizes"]
+    return f"({s['B']}, {s['C']}, {s['h']}, {s['w']}) to ({s['H']}, {s['W']})"
+
+
+# --- the CPU's tables ---
+
+
+def cpu_loss(record: dict) -> list[str]:
+    rows = []
+    for row in rows_of(record, "upsample_cross_entropy", device="cpu", implementation="cpp"):
+        if row.get("label") and row.get("ratio"):
+            # errors of loss and gradient; the gradient's is what training sees
+            error, other = row["error"][1], row["peer_error"][1]
+            rows.append([
+                f"{row['label']}: {_shape(row)}", ms(row["baseline_ms"]), ms(row["quiet_ms"]),
+                f"{row['ratio']:.0f} ({row['median_ratio']:.0f})", f"{error:.1e} ({other:.1e})",
+            ])  # fmt: skip
+    head = ["against `F.interpolate` and `F.cross_entropy`, forward + backward", "stock", "`cpp`", "ratio"]
+    return table([*head, "gradient error (stock's)"], rows)
+
+
+def cpu_labels(record: dict) -> list[str]:
+    rows = []
+    for operator in ("upsample_argmax", "upsample_confusion"):
+        what = operator.removeprefix("upsample_").replace("confusion", "confusion matrix")
+        for row in rows_of(record, operator, device="cpu", implementation="cpp"):
+            if row.get("ratio"):
+                rows.append([
+                    f"{what}, {row['label']}, {_shape(row)}", ms(row["baseline_ms"]), ms(row["quiet_ms"]),
+                    f"{row['ratio']:.0f} ({row['median_ratio']:.0f})", str(row["mismatches"]),
+                ])  # fmt: skip
+    return table(
+        ["against `F.interpolate` and `argmax`", "stock", "`cpp`", "ratio", "different labels"], rows
+    )
+
+
+def kept_memory(record: dict) -> list[str]:
+    """What eager torch gains where the allocator keeps freed memory: the ratio at eager torch's best."""
+    found = []
+    for row in record.get("operators", []):
+        if kept := row.get("kept"):
+            what = row["operator"].removeprefix("upsample_").replace("cross_entropy", "loss")
+            times = f"{ms(kept['baseline_ms'])} against {ms(kept['quiet_ms'])}, ratio {kept['ratio']:.0f}"
+            found.append(f"{what}, {row['label']}: {times}")
+    if not found:
+        return []
+    return [
+        "Much of stock torch's time is page faults of arrays that glibc maps afresh. With an allocator that keeps "
+        "freed memory (`MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` raised) the ratios are lower: "
+        f"{'; '.join(found)}.",
+        "",
+    ]
+
+
+def growth(record: dict) -> list[str]:
+    """Time and memory of the loss against the side of the image."""
+    found: dict[int, dict[str, dict]] = {}
+    for row in rows_of(record, "upsample_cross_entropy", growth=True):
+        if row["implementation"] in ("eager", *OURS):
+            found.setdefault(row["sizes"]["H"], {})[row["implementation"]] = row
+    names = [n for n in ("eager", *OURS) if any(n in v and v[n].get("median_ms") for v in found.values())]
+    rows = []
+    for size, ways in sorted(found.items()):
+        cells = [f"{size} x {size}"]
+        for name in names:
+            row = ways.get(name, {})
+            cells += [row.get("skipped", "") or ms(row.get("median_ms")), mib(row.get("peak_bytes"))]
+        rows.append(cells)
+    head = [f"{name}, {what}" for name in names for what in ("time", "extra peak memory")]
+    return table(["loss, forward + backward, 1 image, 150 classes, masks of 1/16", *head], rows)
+
+
+def operators_without_kernel(record: dict) -> list[str]:
+    """Attention, mask head and decoder on the CPU: eager, stock operators, and ours where there is one."""
+    rows = []
+    for found in goals.by_case(record).values():
+        if found[0]["device"] != "cpu" or found[0]["operator"].startswith("upsample"):
+            continue
+        eager, ours = goals.best(found, ("eager",)), goals.best(found, (*OURS, "auto"))
+        # By the ratio to eager runs in between: the medians of two implementations are of different minutes.
+        stock = max(
+            (r for r in found if r["implementation"] in STOCK and r.get("ratio")), key=_ratio, default=None
+        )
+        if eager is None or stock is None:
+            continue
+        mine = f"{ours['ratio']:.2f} (`{ours['implementation']}`)" if ours else "no kernel: takes `torch`"
+        name = f"{short(found[0])}, {found[0]['passes']}"
+        rows.append([name, ms(eager["median_ms"]), f"{stock['ratio']:.2f} ({stock['implementation']})", mine])
+    head = [
+        "attention, mask head, decoder (float32)",
+        "eager",
+        "best stock, times eager",
+        "ours, times eager",
+    ]
+    return table(head, rows)
+
+
+def _ratio(row: dict) -> float:
+    return row["ratio"]
+
+
+# --- end to end ---
+
+
+def _label(row: dict) -> str:
+    kind, size = row["model"].split("_vit_")
+    return f"{KINDS[kind]} {ORDER[size]}, batch {row['batch']}, {row['size']} x {row['size']}"
+
+
+def _rank(row: dict) -> tuple:
+    kind, size = row["model"].split("_vit_")
+    return (list(ORDER).index(size), list(KINDS).index(kind), row["size"], row["batch"], row["classes"])
+
+
+def end_to_end(record: dict, mode: str, device: str) -> list[str]:
+    """Eager torch against ``auto`` and, where measured, each backend: time, shares of the parts, memory."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in record.get("models", []):
+        if (
+            row["mode"] == mode
+            and row["device"] == device
+            and not row.get("growth")
+            and row.get("backbone_ms")
+        ):
+            groups.setdefault(_rank(row), {})[row["way"]] = row
+    head = [
+        "training step" if mode == "training" else "evaluation",
+        "eager torch",
+        "ours",
+        "ratio",
+        "images/s",
+    ]
+    rows = []
+    for _, ways in sorted(groups.items()):
+        ours = fastest(ways)
+        if "eager" not in ways or ours is None:
+            continue
+        eager = ways["eager"]
+        row = [_label(eager), _with_shares(eager, mode), _with_shares(ours, mode)]
+        row += [
+            f"{eager['total_ms'] / ours['total_ms']:.2f}",
+            f"{eager['images_per_s']:.3g} to {ours['images_per_s']:.3g}",
+        ]
+        if mode == "training":
+            row.append(f"{mib(eager['peak_bytes'])} to {mib(ours['peak_bytes'])}")
+        rows.append(row)
+    return table([*head, *(["extra peak memory"] if mode == "training" else [])], rows)
+
+
+def fastest(ways: dict[str, dict]) -> dict | None:
+    """The fastest of our ways, which on a GPU may be a backend that ``auto`` does not take yet."""
+    return min(
+        (r for n, r in ways.items() if n in (*OURS, "auto")), key=lambda r: r["total_ms"], default=None
+    )
+
+
+def _with_shares(row: dict, mode: str) -> str:
+    shares = " / ".join(f"{100 * row[f'{part}_ms'] / row['total_ms']:.0f}" for part in PARTS[mode])
+    way = "" if row["way"] in ("eager", "auto") else f" (`{row['way']}`)"
+    return f"{ms(row['total_ms'])}{way}: {shares} %"
+
+
+def model_growth(record: dict, device: str) -> list[str]:
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in record.get("models", []):
+        if row.get("growth") and row["mode"] == "training" and row["device"] == device:
+            groups.setdefault((row["size"], row["batch"], row["classes"]), {})[row["way"]] = row
+    rows = []
+    for (_, _, classes), ways in sorted(groups.items()):
+        eager, ours = (
+            ways.get("eager", {}),
+            fastest({n: r for n, r in ways.items() if r.get("total_ms")}) or {},
+        )
+        cells = [f"{_label(next(iter(ways.values())))}, {classes} classes"]
+        for row in (eager, ours):
+            cells += [row.get("skipped", "") or ms(row.get("total_ms")), mib(row.get("peak_bytes"))]
+        rows.append(cells)
+    return table(["training step", "eager", "peak memory", "ours", "peak memory"], rows)
+
+
+# --- everything ---
+
+
+def shares(row: dict, machine: dict | None) -> tuple[float, float] | None:
+    """(share of the measured copy bandwidth, of the measured matrix rate) that a row's compulsory work reaches."""
+    time = row.get("graph_median_ms") or row.get("quiet_ms") or row.get("median_ms")
+    if not machine or not time or not row.get("flops"):
+        return None
+    rates = machine["flop_per_s"]
+    # The upsample operators compute in float32 whatever the logits' dtype, and not in matrix products.
+    kind = "float32" if row["operator"].startswith("upsample") else row["dtype"]
+    rate = rates.get(kind, rates["float32"])
+    return row["bytes"] / (time / 1e3) / machine["copy_bytes_per_s"], row["flops"] / (time / 1e3) / rate
+
+
+def everything(record: dict) -> list[str]:
+    lines = []
+    for case, rows in goals.by_case(record).items():
+        body = []
+        eager = goals.best(rows, ("eager",))
+        for row in rows:
+            if reason := row.get("skipped") or row.get("wrong") or row.get("failed"):
+                body.append([row["implementation"], reason.replace("|", "/"), "", "", "", "", "", ""])
+                continue
+            if row.get("median_ms") is None and row.get("quiet_ms") is None:
+                continue
+            ratio = row.get("ratio") or (eager["median_ms"] / row["median_ms"] if eager else None)
+            reached = shares(row, record.get("machine"))
+            spread = f"{ms(row['q1_ms'])} to {ms(row['q3_ms'])}" if "q1_ms" in row else ""
+            body.append([
+                row["implementation"], ms(row.get("median_ms") or row.get("quiet_ms")), spread,
+                ms(row.get("graph_median_ms")) or row.get("graph_refused", ""),
+                f"{ratio:.2f}" if ratio else "", mib(row.get("peak_bytes")),
+                *(f"{100 * r:.1f}" if reached else "" for r in (reached or (0, 0))),
+            ])  # fmt: skip
+        if body:
+            head = ["implementation", "median", "quartiles", "CUDA graph", "times eager", "extra peak memory"]
+            head += ["% of copy bandwidth", "% of matrix rate"]
+            lines += [f"### {case}", "", *table(head, body)]
+    return lines
+
+
+def page(record: dict, stem: str) -> str:
+    """All of a record as Markdown."""
+    lines = [f"# {stem}", "", machine_line(record), ""]
+    lines += [f"`{command}`" for command in record["environment"].get("commands", [])] + [""]
+    if machine := record.get("machine"):
+        rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in machine["flop_per_s"].items())
+        lines += [f"Measured here: copy {machine['copy_bytes_per_s'] / 1e9:.4g} GB/s; products {rates}.", ""]
+    for name, part in record.get("parts", {}).items():
+        lines += [f"- {name}: exit status {part['status']}, {part['seconds']:.0f} s: {part['summary']}"]
+    lines += ["", *goal_table(record)]
+    for device in ("cpu", "cuda"):
+        for mode in PARTS:
+            lines += end_to_end(record, mode, device)
+        lines += model_growth(record, device)
+    return "\n".join([*lines, *growth(record), *everything(record)]).rstrip() + "\n"
+
+
+def goal_table(record: dict) -> list[str]:
+    words = {True: "met", False: "**not met**", None: "not measured"}
+    rows = [[v.goal, v.found if v.met is not None else "", words[v.met]] for v in goals.verdicts(record)]
+    return table(["goal", "found", ""], rows)

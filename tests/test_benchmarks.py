@@ -1,0 +1,453 @@
+"""The arithmetic behind the benchmarks: bytes and FLOPs, medians and ratios, goals, records, comparison, Markdown."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import (
+    cases,
+    compare,
+    end_to_end,
+    gate,
+    goals,
+    implementations,
+    machine,
+    own_process,
+    plots,
+    record,
+    report,
+    sanitize,
+    tables,
+    timing,
+)
+from depict_kernels import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def case(operator="upsample_cross_entropy", sizes=(2, 19, 4, 6, 32, 48), **options):
+    return cases.Case(operator, sizes, **options)
+
+
+# --- the registry ---
+
+
+def test_sizes_are_read_by_name():
+    c = case()
+    assert (c.B, c.C, c.h, c.w, c.H, c.W) == (2, 19, 4, 6, 32, 48)
+    with pytest.raises(AttributeError):
+        _ = c.D
+    assert c.id == "upsample_cross_entropy-2x19x4x6x32x48-float32-fwd+bwd-cpu"
+    assert case(smooth=True, sharpness=5).id.endswith("-cpu-smooth-x5")
+
+
+def test_bytes_of_the_loss():
+    # logits and their gradient once each, an int64 target, the loss and its gradient
+    logits, target = 4 * 2 * 19 * 4 * 6, 8 * 2 * 32 * 48
+    assert case().bytes_moved() == 2 * logits + target + 2 * 4
+    assert case(backward=False).bytes_moved() == logits + target + 4
+
+
+def test_bytes_of_attention_in_16_bits():
+    c = case("subspace_cross_attention", (2, 5, 7, 3, 8), dtype=torch.bfloat16)
+    q, w = 2 * 2 * 5 * 3 * 8, 2 * 2 * 7 * 3 * 8
+    assert c.bytes_moved() == 2 * (q + w) + 2 * q
+
+
+@pytest.mark.parametrize(
+    "c",
+    [
+        case("subspace_self_attention", (2, 7, 3, 8)),
+        case("subspace_cross_attention", (2, 5, 7, 3, 8)),
+        case("subspace_self_attention", (2, 7, 3, 8), backward=False),
+        case("mask_logits", (2, 5, 3, 4, 16), backward=False),
+        case("upsample_cross_entropy"),
+        case("depict_sa_decoder", (2, 5, 3, 4, 16), backward=False),
+        case("depict_ca_decoder", (2, 5, 3, 4, 16), backward=False),
+    ],
+    ids=lambda c: c.id,
+)
+def test_flops_are_the_registered_operators(c):
+    function = implementations.build(c, "reference")
+    with FlopCounterMode(display=False) as counter:
+        timing.Runner(c, function)()
+    assert c.flops() == counter.get_total_flops()
+
+
+def test_every_gpu_case_has_a_rehearsal_that_runs_here():
+    for c in cases.CASES:
+        small = c.rehearsal()
+        assert small.device == "cpu" and small.flops() < 1e7 and small.eager_bytes() < 1e6
+    assert {c.operator for c in cases.CASES if c.device == "cuda"} == set(cases.SIZES)
+
+
+def test_goals_name_registered_cases():
+    assert {name for name, *_ in goals._RATIOS} <= set(cases.BY_ID)
+    assert {goals._LOSS, goals._LABELS} <= set(cases.BY_ID)
+
+
+# --- implementations and their gate ---
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match="unknown implementation 'fast'.*eager"):
+        implementations.build(case(), "fast")
+
+
+def test_unavailable_says_why():
+    with pytest.raises(implementations.Unavailable, match="interpreter"):
+        implementations.build(case(), "triton")
+    with pytest.raises(implementations.Unavailable, match="flash_attn is not installed"):
+        if implementations.importlib.util.find_spec("flash_attn"):
+            pytest.skip("it is installed")
+        implementations.build(case("subspace_self_attention", (1, 4, 1, 8)), "flash_attn 2")
+
+
+@pytest.mark.parametrize("name", ["torch", "reference", "sdpa math", "sdpa flash"])
+def test_gate_passes_right_implementations(name):
+    c = case("subspace_cross_attention", (2, 5, 37, 2, 50))  # 50: padded for some kernels
+    found = gate.check(c, name, implementations.build(c, name))
+    assert len(found["error"]) == 3 and max(found["error"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "c",
+    [
+        case("subspace_self_attention", (1, 20, 2, 12)),
+        case("mask_logits", (1, 5, 3, 4, 16)),
+        case("upsample_cross_entropy", (2, 5, 4, 4, 16, 16)),
+        case("upsample_argmax", (2, 5, 4, 4, 16, 16), backward=False),
+        case("depict_sa_decoder", (1, 5, 3, 4, 16)),
+    ],
+    ids=lambda c: c.operator,
+)
+@pytest.mark.parametrize("name", ["compile(eager)", "compile(torch)"])
+def test_compiled_implementations_are_whole_graphs(c, name, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f=None, **options: compiler(f, backend="aot_eager", **options)
+    )
+    gate.check(c, name, implementations.build(c, name))
+
+
+def test_gate_refuses_a_wrong_scale():
+    c = case("subspace_self_attention", (2, 37, 2, 8))
+    with pytest.raises(AssertionError, match="output: error .* above the budget"):
+        gate.check(c, "torch", lambda w: ops.subspace_self_attention(w, 8**-0.5 * 1.001))
+
+
+def test_gate_refuses_a_wrong_gradient():
+    c = case("mask_logits", (2, 5, 3, 4, 16))
+    right = implementations.build(c, "eager")
+
+    def wrong(patches, classes, weight, bias):
+        return right(patches, classes, weight, bias) + (0.01 * bias - 0.01 * bias.detach())[:, None, None]
+
+    with pytest.raises(AssertionError, match="gradient 3"):
+        gate.check(c, "torch", wrong)
+
+
+@pytest.mark.parametrize("operator", ["upsample_argmax", "upsample_confusion"])
+def test_gate_refuses_a_wrong_label(operator):
+    c = case(operator, (2, 5, 4, 6, 32, 48), backward=False)
+    right = implementations.build(c, "eager")
+    assert gate.check(c, "eager", right) == {"checked": gate.compared(c).shape, "mismatches": 0}
+    with pytest.raises(AssertionError, match="labels differ"):
+        gate.check(c, "auto", lambda *inputs: right(*inputs).roll(1, -1))
+
+
+def test_gate_compares_what_fits():
+    huge = case(sizes=(8, 1000, 40, 40, 640, 640), device="cuda")
+    small = gate.compared(huge)
+    assert small.B == 2 and 2 * small.eager_bytes() <= gate.LARGEST_TRUTH["cuda"]
+    assert small.C == 1000 and small.H / small.h == huge.H / huge.h
+
+
+def test_eager_operators_are_put_back():
+    before = ops.mask_logits
+    with pytest.raises(KeyError), implementations.eager_operators():
+        assert ops.mask_logits is not before
+        raise KeyError
+    assert ops.mask_logits is before
+
+
+# --- timing ---
+
+
+def test_spread():
+    assert timing.spread([3.0, 1.0, 2.0, 5.0, 4.0]) == {
+        "median_ms": 3000, "q1_ms": 2000, "q3_ms": 4000, "min_ms": 1000, "rounds": 5,
+    }  # fmt: skip
+    assert timing.spread([2.0])["q1_ms"] == 2000
+    with pytest.raises(ValueError, match="no rounds"):
+        timing.spread([])
+
+
+def test_quietest_rounds_decide():
+    # Two of six rounds are quiet (ratio 10); in the others the baseline alone was disturbed.
+    pairs = [(1.0, 0.1), (1.1, 0.11), *[(4.0, 0.1)] * 4]
+    found = timing.quietest(pairs)
+    assert found["ratio"] == pytest.approx(10) and found["median_ratio"] == pytest.approx(40)
+    assert found["baseline_ms"] == pytest.approx(1050) and found["quiet_ms"] == pytest.approx(105)
+
+
+def test_rounds_within():
+    assert timing.rounds_within(10, 3, 1, 9) == 3
+    assert timing.rounds_within(10, 30, 2, 9) == 2
+    assert timing.rounds_within(10, 0, 2, 9) == 9
+
+
+def test_runner_rotates_inputs_and_differentiates():
+    c = case("subspace_self_attention", (1, 5, 1, 8))
+    runner = timing.Runner(c, implementations.build(c, "eager"), sets=2)
+    (first,) = runner()
+    runner.rotate()
+    (second,) = runner()
+    runner.rotate()
+    assert not torch.equal(first, second) and torch.equal(runner()[0], first)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_of_this_process():
+    assert timing.host_peak(lambda: torch.ones(2**24)) > 0.9 * 2**26  # some pages were there before
+    chosen = next(c for c in cases.CASES if c.device == "cpu" and c.growth and c.H == 256)
+    assert own_process.peak(chosen, "eager") > 4 * chosen.C * chosen.H * chosen.W
+
+
+# --- records ---
+
+
+def row(name, median, **more):
+    quartiles = {"q1_ms": 0.98 * median, "q3_ms": 1.02 * median}
+    first = {
+        "case": goals._LOSS,
+        "implementation": name,
+        "operator": "upsample_cross_entropy",
+        "device": "cuda",
+    }
+    first |= {
+        "sizes": dict(zip("BChwHW", (8, 150, 32, 32, 512, 512))),
+        "dtype": "bfloat16",
+        "passes": "fwd+bwd",
+    }
+    return first | {"median_ms": median, "rounds": 9, **quartiles, **more}
+
+
+def made(rows, **environment):
+    where = {
+        "date": "2026-01-02T03:04:05",
+        "device": "X",
+        "commit": "abc",
+        "threads": 2,
+        "versions": {"torch": "2"},
+    }
+    return {"schema": 1, "environment": where | environment, "operators": rows, "models": []}
+
+
+def test_record_replaces_rows_and_survives(tmp_path):
+    path = tmp_path / "cpu_1.json"
+    first = record.Record(path, "cpu")
+    first.add("operators", {"case": "a", "implementation": "b", "median_ms": 1.23456789})
+    again = record.Record(path, "cpu")
+    again.add("operators", {"case": "a", "implementation": "b", "median_ms": 2.0})
+    again.add("operators", {"case": "a", "implementation": "c", "median_ms": 3.0})
+    rows = record.load(path)["operators"]
+    assert [(r["implementation"], r["median_ms"]) for r in rows] == [("b", 2.0), ("c", 3.0)]
+    assert {"date", "commit", "device", "versions", "commands"} <= record.load(path)["environment"].keys()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_record_of_another_commit_gets_a_letter(tmp_path):
+    path = record.path_for("cpu", tmp_path)
+    assert path.name.startswith("cpu_2") and record.path_for("cpu", tmp_path) == path
+    path.write_text(json.dumps(made([])))
+    assert record.path_for("cpu", tmp_path).name == path.stem + "a.json"
+    assert record.where(tmp_path / "x.json", "cpu") == tmp_path / "x.json"
+
+
+def test_file_that_is_no_record(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a record"):
+        record.load(tmp_path / "a.json")
+
+
+# --- goals, comparison, Markdown ---
+
+
+def verdict_of(rows, part):
+    return next(v for v in goals.verdicts(made(rows)) if part in v.goal)
+
+
+def test_goals_are_met_and_missed():
+    rows = [
+        row("eager", 20.0, peak_bytes=1000),
+        row("compile(torch)", 6.0),
+        row("triton", 0.9, peak_bytes=20),
+    ]
+    assert verdict_of(rows, "triton at least 20 times eager").met
+    assert verdict_of(rows, "triton at least 5 times torch.compile").met
+    assert verdict_of(rows, "memory of triton").met
+    assert verdict_of(rows, "cuda at least 40").met is None
+    slow = [row("eager", 20.0, peak_bytes=1000), row("triton", 1.1, peak_bytes=21)]
+    assert verdict_of(slow, "triton at least 20").met is False
+    assert verdict_of(slow, "memory of triton").met is False
+
+
+def test_auto_is_slower_only_beyond_the_spread():
+    assert verdict_of([row("torch", 1.0), row("auto", 1.03)], "never slower").met
+    missed = verdict_of([row("torch", 1.0), row("auto", 1.2)], "never slower")
+    assert missed.met is False and "0.83 of torch" in missed.found
+    assert verdict_of([row("torch", 1.0)], "never slower").met is None
+
+
+def test_share_of_bandwidth_and_rate():
+    able = {"copy_bytes_per_s": 1e12, "flop_per_s": {"float32": 5e13, "bfloat16": 1e15}}
+    loss = row("triton", 1.0, bytes=5e8, flops=1e10)
+    assert tables.shares(loss, able) == pytest.approx(
+        (0.5, 0.2)
+    )  # computed in float32 whatever the logits are
+    core = loss | {"operator": "subspace_self_attention"}
+    assert tables.shares(core, able) == pytest.approx((0.5, 0.01))
+    assert tables.shares(loss, None) is None
+
+
+def test_compare_finds_a_regression():
+    before = made([row("triton", 1.0), row("eager", 10.0)], commit="old")
+    after = made([row("triton", 1.3), row("eager", 10.1), row("cuda", 1.0)], commit="new")
+    text, slower = compare.compare(before, after)
+    assert slower == 1 and "**slower**" in text and "1.30" in text and "old, then new" in text
+    assert "Only after" in text and "eager |" not in text
+    assert compare.compare(after, before)[1] == 0
+
+
+def test_compare_ignores_changes_within_the_spread_and_of_a_busy_machine():
+    wide = {"q1_ms": 0.5, "q3_ms": 2.0}
+    assert compare.compare(made([row("cpp", 1.0, **wide)]), made([row("cpp", 1.3, **wide)]))[1] == 0
+    busy = made([row("cpp", 2.0, ratio=50.0)])
+    assert compare.compare(made([row("cpp", 1.0, ratio=50.0)]), busy)[1] == 0
+
+
+def test_page_holds_what_was_skipped_and_what_was_wrong():
+    rows = [row("eager", 2.0), row("triton", 0.1), {**row("sdpa cudnn", 1.0), "skipped": "no such kernel"}]
+    rows.append({**row("cuda", 1.0), "wrong": "output: error 1"})
+    text = tables.page(made(rows), "x")
+    assert "no such kernel" in text and "output: error 1" in text and "20.00" in text
+    assert "sdpa cudnn | 1.0 ms" not in text
+
+
+def test_table_and_units():
+    assert tables.table(["a"], []) == []
+    assert tables.table(["a", "b"], [["1", "2"]])[:3] == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    assert [tables.ms(v) for v in (0.1234, 1.26, 250.4, 12345.0, None)] == [
+        "0.123 ms",
+        "1.3 ms",
+        "250 ms",
+        "12.3 s",
+        "",
+    ]
+
+
+def test_readme_keeps_what_is_outside_the_markers(tmp_path):
+    (tmp_path / "a_1.json").write_text(json.dumps(made([row("eager", 20.0), row("triton", 1.0)])))
+    text = report.with_speed(f"before\n{report.BEGIN}\nout of date\n{report.END}\nafter\n", tmp_path)
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "out of date" not in text
+    assert "20.00 against eager" in text and report.with_speed(text, tmp_path) == text
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    work = {"bytes": 1e6, "flops": 1e9}
+    grown = [row(n, 1.0, growth=True, peak_bytes=2**20, **work) for n in ("eager", "triton")]
+    larger = [{**r, "case": "other", "sizes": {**r["sizes"], "H": 1024}} for r in grown]
+    data = made([*grown, *larger]) | {"machine": {"copy_bytes_per_s": 1e12, "flop_per_s": {"float32": 1e13}}}
+    assert {p.name for p in plots.draw(data, "x", tmp_path)} == {
+        "x_speedup.png",
+        "x_roofline.png",
+        "x_memory.png",
+    }
+    assert plots.draw(made([]), "x", tmp_path) == []
+
+
+# --- whole runs, tiny ---
+
+
+def test_step_is_the_models_own_loss():
+    """Cutting the step into parts changes no gradient."""
+    setup = end_to_end.Model("depict_sa_vit_tiny", "training").rehearsal()
+    step = end_to_end.Step(setup)
+    step.optimizer.step = lambda: None
+    marks = step("auto")
+    cut = {name: p.grad.clone() for name, p in step.module.named_parameters()}
+    step.module.zero_grad()
+    step.module.loss(step.images, step.target).backward()
+    for name, p in step.module.named_parameters():
+        torch.testing.assert_close(cut[name], p.grad, msg=name)
+    seconds = step.seconds(marks)
+    assert seconds["total"] == pytest.approx(sum(seconds[part] for part in end_to_end.TRAINING))
+    assert step.seconds([0, 1, 10, 100, 1100, 11100, 111100, 112100]) == {
+        "backbone": 100001, "decoder": 10009, "loss": 1090, "optimizer": 1000, "total": 112100,
+    }  # fmt: skip
+
+
+def test_rehearsal_writes_a_record(tmp_path):
+    """What a GPU run does, on the CPU: parameters, gate, timing, record, report."""
+    path = tmp_path / "rehearsal.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--rehearse", "--record", str(path), "-q", "-x"]
+    command += ["-p", "no:cacheprovider", "-k", "(mask_head and fwd+bwd) or (evaluation and sa_vit_large)"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = record.load(path)
+    timed = {r["implementation"] for r in data["operators"] if "median_ms" in r}
+    assert {"eager", "torch", "reference", "auto"} <= timed
+    assert any("interpreter" in r.get("skipped", "") for r in data["operators"])
+    assert {"eager", "auto"} <= {r["way"] for r in data["models"]}
+    assert "mask_logits" in tables.page(data, "rehearsal")
+
+
+def test_gpu_cases_skip_with_a_reason():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_mask_head.py", "-m", "gpu", "-q", "-rs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "needs a CUDA GPU" in done.stdout, done.stdout + done.stderr
+
+
+def test_sanitizer_subset_runs():
+    assert sanitize.launch("cpu", "cpp") == 8
+
+
+@pytest.mark.parametrize(
+    "status, text, clean",
+    [
+        (0, "24 launches of operators, all finite\n========= ERROR SUMMARY: 0 errors", True),
+        (99, "24 launches of operators, all finite\n========= ERROR SUMMARY: 3 errors", False),
+        (0, "0 launches of operators, all finite\n========= ERROR SUMMARY: 0 errors", False),
+        (1, "Traceback", False),
+        (None, "24 launches of operators", False),
+    ],
+)
+def test_sanitizer_verdict(status, text, clean):
+    assert sanitize.verdict(status, text, 130)[0] is clean
+
+
+def test_part_ends_at_its_limit():
+    command = [sys.executable, "benchmarks/part.py", "x", "--limit", "1", "--", "sleep", "60"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (124 if not torch.cuda.is_available() else done.returncode)
+    assert "exit status 124" in done.stdout
+
+
+def test_slug_and_commit(monkeypatch):
+    assert machine.slug("cpu") == "cpu"
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert machine.slug("cuda") == "nvidia_h100_80gb_hbm3"
+    monkeypatch.setattr(machine, "_output", lambda *command: "")
+    monkeypatch.setenv("BENCH_COMMIT", "abc")
+    assert machine.commit() == "abc"
