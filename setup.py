@@ -297,6 +297,8 @@ if cuda_reason is None:
     extensions.append(extension("_cuda", cuda_bindings, [*CXX_FLAGS, f"-I{home / 'include'}"], link))
     host = shlex.split(compiler())[0]
     command = [str(nvcc()), *NVCC_FLAGS, f"-ccbin={shutil.which(host)}", *architecture_flags()]
+    if "9.0a" in architectures():  # host code cannot tell otherwise
+        command.append("-DDEPICT_BUILT_FOR_SM90A")
     object_builds["depict_kernels._cuda"] = (command, cuda_sources)
 if emulate:
     extensions.append(extension("_cuda_emulated", cuda_bindings, [*flags, "-DDEPICT_EMULATE"], []))
@@ -307,7 +309,10 @@ if emulate:
     )
     pattern = pattern if known.returncode == 0 else []
     command = [*shlex.split(compiler()), *EMULATE_FLAGS, *pattern, *sanitize]
-    object_builds["depict_kernels._cuda_emulated"] = (command, [*cuda_sources, "csrc/cuda/emulator.cpp"])
+    object_builds["depict_kernels._cuda_emulated"] = (
+        command,
+        [*cuda_sources, "csrc/cuda/emulator.cpp", "csrc/cuda/emulator_sm90.cpp"],
+    )
 
 
 class BuildPython(build_py):

@@ -26,16 +26,22 @@ AttentionShape shape_of(const Tensor& q, const Tensor& w, double scale, bool pre
           precise};
 }
 
-void forward(Tensor q, Tensor w, Tensor out, Tensor lse, double scale, bool precise, int64_t stream) {
+Variant variant_of(int64_t variant) {
+  STD_TORCH_CHECK(variant == 0 || variant == 1, "variant must be 0 (mma) or 1 (wgmma)");
+  return static_cast<Variant>(variant);
+}
+
+void forward(Tensor q, Tensor w, Tensor out, Tensor lse, double scale, bool precise, int64_t variant,
+             int64_t stream) {
   const AttentionShape s = shape_of(q, w, scale, precise);
   const ScalarType type = q.scalar_type();
   check_contiguous(out, "out", type, {s.batch, s.queries, s.heads, s.dim});
   check_contiguous(lse, "lse", ScalarType::Float, {s.batch, s.heads, s.queries});
   const Device device(q);
-  check_launch(attention_forward(s, rows(q, "q", type, {s.batch, s.queries, s.heads, s.dim}),
-                                 rows(w, "w", type, {s.batch, s.keys, s.heads, s.dim}),
-                                 out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()),
-                                 reinterpret_cast<void*>(stream)));
+  check_launch(
+      attention_forward(s, variant_of(variant), rows(q, "q", type, {s.batch, s.queries, s.heads, s.dim}),
+                        rows(w, "w", type, {s.batch, s.keys, s.heads, s.dim}), out.mutable_data_ptr(),
+                        static_cast<float*>(lse.mutable_data_ptr()), reinterpret_cast<void*>(stream)));
 }
 
 void delta(Tensor grad, Tensor out, Tensor delta, double scale, int64_t stream) {
@@ -50,7 +56,7 @@ void delta(Tensor grad, Tensor out, Tensor delta, double scale, int64_t stream) 
 }
 
 void backward(Tensor x, Tensor y, Tensor grad, Tensor lse, Tensor delta, Tensor out, double scale,
-              int64_t role, bool precise, int64_t stream) {
+              int64_t role, bool precise, int64_t variant, int64_t stream) {
   STD_TORCH_CHECK(role >= 0 && role <= 2, "role must be 0 (self), 1 (query) or 2 (key)");
   const Role which = static_cast<Role>(role);
   // Seen from the queries.
@@ -63,12 +69,12 @@ void backward(Tensor x, Tensor y, Tensor grad, Tensor lse, Tensor delta, Tensor 
   check_contiguous(lse, "lse", ScalarType::Float, {s.batch, s.heads, s.queries});
   check_contiguous(delta, "delta", ScalarType::Float, {s.batch, s.heads, s.queries});
   const Device device(x);
-  check_launch(attention_backward(s, which, rows(x, "x", type, {s.batch, n, s.heads, s.dim}),
-                                  rows(y, "y", type, {s.batch, other, s.heads, s.dim}),
-                                  rows(grad, "grad", type, {s.batch, s.queries, s.heads, s.dim}),
-                                  static_cast<const float*>(lse.const_data_ptr()),
-                                  static_cast<const float*>(delta.const_data_ptr()), out.mutable_data_ptr(),
-                                  reinterpret_cast<void*>(stream)));
+  check_launch(attention_backward(
+      s, variant_of(variant), which, rows(x, "x", type, {s.batch, n, s.heads, s.dim}),
+      rows(y, "y", type, {s.batch, other, s.heads, s.dim}),
+      rows(grad, "grad", type, {s.batch, s.queries, s.heads, s.dim}),
+      static_cast<const float*>(lse.const_data_ptr()), static_cast<const float*>(delta.const_data_ptr()),
+      out.mutable_data_ptr(), reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -77,13 +83,11 @@ void backward(Tensor x, Tensor y, Tensor grad, Tensor lse, Tensor delta, Tensor 
 STABLE_TORCH_LIBRARY_FRAGMENT(DEPICT_CUDA_LIBRARY, m) {
   m.def(
       "attention_forward(Tensor q, Tensor w, Tensor(a!) out, Tensor(b!) lse, float scale, bool precise, int "
-      "stream) "
-      "-> ()");
+      "variant, int stream) -> ()");
   m.def("attention_delta(Tensor grad, Tensor out, Tensor(a!) delta, float scale, int stream) -> ()");
   m.def(
       "attention_backward(Tensor x, Tensor y, Tensor grad, Tensor lse, Tensor delta, Tensor(a!) out, float "
-      "scale, "
-      "int role, bool precise, int stream) -> ()");
+      "scale, int role, bool precise, int variant, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DEPICT_CUDA_LIBRARY, DEPICT_CUDA_KEY, m) {

@@ -2,23 +2,13 @@
 // side and writes its gradient once. No atomics, and the result is bitwise repeatable. In self-attention a
 // tile of scores x y^T serves x both as query (with x's log-sum-exp) and, read transposed, as key and value
 // (with y's): five products per tile, as many as the scattered form needs.
+#include "attention_launch.h"
 #include "attention_tiles.h"
 
 namespace depict::cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kThreads = 128;
-
-struct BackwardArguments {
-  Rows x, y, grad;
-  const float *lse, *delta;  // (batch, heads, rows of grad)
-  void* out;
-  int64_t x_rows, y_rows, heads, blocks;
-  int dim, x_vector, y_vector, grad_vector;
-  float scale;
-  bool precise;
-};
 
 template <class T, int D, bool Query, bool Key>
 struct Backward {
@@ -167,24 +157,9 @@ const char* run(const AttentionShape& s, const Rows& x, const Rows& y, const Row
     return with_dim(s.dim, [&](auto dim) {
       constexpr int D = decltype(dim)::value;
       using B = Backward<T, D, Query, Key>;
-      const int64_t blocks = (x_rows + B::kRows - 1) / B::kRows;
-      const BackwardArguments a{x,
-                                y,
-                                grad,
-                                lse,
-                                delta,
-                                out,
-                                x_rows,
-                                y_rows,
-                                s.heads,
-                                blocks,
-                                s.dim,
-                                vector_bytes(x, s, x_rows, sizeof(T)),
-                                vector_bytes(y, s, y_rows, sizeof(T)),
-                                vector_bytes(grad, s, s.queries, sizeof(T)),
-                                s.scale,
-                                s.precise};
-      return launch(backward_kernel<T, D, Query, Key>, blocks * s.heads * s.batch, kThreads, B::kShared,
+      const BackwardArguments a =
+          backward_arguments(s, x, y, grad, lse, delta, out, x_rows, y_rows, B::kRows, sizeof(T));
+      return launch(backward_kernel<T, D, Query, Key>, a.blocks * s.heads * s.batch, kThreads, B::kShared,
                     stream, a);
     });
   });
@@ -192,10 +167,13 @@ const char* run(const AttentionShape& s, const Rows& x, const Rows& y, const Row
 
 }  // namespace
 
-const char* attention_backward(const AttentionShape& s, Role role, const Rows& x, const Rows& y,
-                               const Rows& grad, const float* lse, const float* delta, void* out,
-                               void* stream) {
+const char* attention_backward(const AttentionShape& s, Variant variant, Role role, const Rows& x,
+                               const Rows& y, const Rows& grad, const float* lse, const float* delta,
+                               void* out, void* stream) {
   if (s.batch * s.heads * (role == Role::key ? s.keys : s.queries) == 0) return nullptr;
+  if (variant == Variant::wgmma)
+    return role == Role::self ? self_attention_backward_wgmma(s, x, grad, lse, delta, out, stream)
+                              : "the wgmma variant of attention's backward is for self-attention only";
   if (role == Role::self) return run<true, true>(s, x, y, grad, lse, delta, out, stream);
   if (role == Role::query) return run<true, false>(s, x, y, grad, lse, delta, out, stream);
   return run<false, true>(s, x, y, grad, lse, delta, out, stream);

@@ -1,22 +1,12 @@
 // Attention with one tensor as key and value, forward: online softmax in base 2 over tiles of keys, each of
 // which is loaded once and serves both products. Also the row sums that backward subtracts.
+#include "attention_launch.h"
 #include "attention_tiles.h"
 
 namespace depict::cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kThreads = 128;
-
-struct ForwardArguments {
-  Rows q, w;
-  void* out;
-  float* lse;
-  int64_t queries, keys, heads, blocks;  // blocks of queries
-  int dim, q_vector, w_vector;
-  float scale;  // its magnitude, times log2(e)
-  bool negative, precise;
-};
 
 template <class T, int D>
 struct Forward {
@@ -165,32 +155,17 @@ __global__ void __launch_bounds__(256) delta_kernel(DeltaArguments a) {
 
 }  // namespace
 
-const char* attention_forward(const AttentionShape& s, const Rows& q, const Rows& w, void* out, float* lse,
-                              void* stream) {
+const char* attention_forward(const AttentionShape& s, Variant variant, const Rows& q, const Rows& w,
+                              void* out, float* lse, void* stream) {
   if (s.batch * s.queries * s.heads == 0) return nullptr;
-  // Where the scale is 0 masked scores are still infinite and must stay so.
-  const float scale = s.scale == 0 ? 1e-37f : fabsf(s.scale) * kLog2E;
+  if (variant == Variant::wgmma) return attention_forward_wgmma(s, q, w, out, lse, stream);
   return with_type(s.type, [&](auto element) {
     using T = typename decltype(element)::type;
     return with_dim(s.dim, [&](auto dim) {
       constexpr int D = decltype(dim)::value;
       using F = Forward<T, D>;
-      const int64_t blocks = (s.queries + F::kQueries - 1) / F::kQueries;
-      const ForwardArguments a{q,
-                               w,
-                               out,
-                               lse,
-                               s.queries,
-                               s.keys,
-                               s.heads,
-                               blocks,
-                               s.dim,
-                               vector_bytes(q, s, s.queries, sizeof(T)),
-                               vector_bytes(w, s, s.keys, sizeof(T)),
-                               scale,
-                               s.scale < 0,
-                               s.precise};
-      return launch(forward_kernel<T, D>, blocks * s.heads * s.batch, kThreads, F::kShared, stream, a);
+      const ForwardArguments a = forward_arguments(s, q, w, out, lse, F::kQueries, sizeof(T));
+      return launch(forward_kernel<T, D>, a.blocks * s.heads * s.batch, kThreads, F::kShared, stream, a);
     });
   });
 }

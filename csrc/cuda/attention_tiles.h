@@ -15,9 +15,16 @@ namespace depict::cuda {
 template <class T, int D>
 constexpr int kStride = sizeof(T) == 2 ? 8 * (D / 8 | 1) : D + 4;
 
+template <class T, int D>
+struct PaddedRows {
+  static constexpr int kColumns = D;
+  static __device__ __forceinline__ int at(int row, int column) { return row * kStride<T, D> + column; }
+};
+
 // Rows [first, first + Count) of (batch, head) into a tile; rows that do not exist become zeros. `vector` is
-// the number of bytes (16, 8, 4) that divides every address, or 2.
-template <class T, int D, int Threads>
+// the number of bytes (16, 8, 4) that divides every address, or 2. Layout says where an element goes and how
+// many columns there are; 16 aligned bytes of a row stay together.
+template <class T, int D, int Threads, class Layout = PaddedRows<T, D>>
 struct TileLoader {
   const T* data;
   int64_t row_stride;
@@ -42,16 +49,16 @@ struct TileLoader {
     else
       for (int row = thread_index() / 32; row < Count; row += Threads / 32)
         for (int c = thread_index() % 32; c < dim; c += 32)
-          tile[row * kStride<T, D> + c] =
+          tile[Layout::at(row, c)] =
               first + row < rows ? data[(first + row) * row_stride + c] : from_float<T>(0.0f);
   }
 
   // Columns past the head dimension, which load() never writes.
   template <int Count>
   __device__ __forceinline__ void clear_padding(T* tile) const {
-    const int extra = D - dim;
+    const int extra = Layout::kColumns - dim;
     for (int i = thread_index(); i < Count * extra; i += Threads)
-      tile[i / extra * kStride<T, D> + dim + i % extra] = from_float<T>(0.0f);
+      tile[Layout::at(i / extra, dim + i % extra)] = from_float<T>(0.0f);
   }
 
  private:
@@ -64,8 +71,7 @@ struct TileLoader {
       const bool exists = first + row < rows;
       const T* from = data + (exists ? first + row : 0) * row_stride;
       for (int v = thread_index() % lanes; v < vectors; v += lanes)
-        copy_async(tile + row * kStride<T, D> + v * kElements, from + v * kElements, exists ? Bytes : 0,
-                   Bytes);
+        copy_async(tile + Layout::at(row, v * kElements), from + v * kElements, exists ? Bytes : 0, Bytes);
     }
   }
 };
@@ -261,44 +267,6 @@ __device__ __forceinline__ void store_rows(const float (&sum)[MT][D / 8][4], T* 
         }
       }
     }
-}
-
-// --- host ---
-
-// The largest copy, up to 16 bytes, that every row of the tensor allows.
-inline int vector_bytes(const Rows& tensor, const AttentionShape& s, int64_t rows, int element) {
-  for (int bytes = 16; bytes > 2; bytes /= 2) {
-    const auto divides = [&](int64_t stride, int64_t size) {
-      return size <= 1 || stride * element % bytes == 0;
-    };
-    if (s.dim * element % bytes == 0 && reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0 &&
-        divides(tensor.batch_stride, s.batch) && divides(tensor.row_stride, rows) &&
-        divides(tensor.head_stride, s.heads))
-      return bytes;
-  }
-  return 2;
-}
-
-// Calls run(element, padded dimension), both as types.
-template <int D>
-struct Dim {
-  static constexpr int value = D;
-};
-template <class T>
-struct Element {
-  using type = T;
-};
-template <class Run>
-const char* with_dim(int dim, const Run& run) {
-  if (dim <= 56) return run(Dim<56>{});
-  if (dim <= 104) return run(Dim<104>{});
-  return run(Dim<128>{});
-}
-template <class Run>
-const char* with_type(Type type, const Run& run) {
-  if (type == Type::f32) return run(Element<float>{});
-  if (type == Type::f16) return run(Element<Float16>{});
-  return run(Element<Bfloat16>{});
 }
 
 }  // namespace depict::cuda

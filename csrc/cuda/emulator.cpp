@@ -54,6 +54,7 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;
 
 enum class State { ready, at_warp, at_barrier, done };
+enum class Written { unfenced, fenced, published };  // this thread's shared memory, for tensor cores
 
 struct Copy {
   void* to;
@@ -74,6 +75,8 @@ struct Fiber {
   const char* waits_for = "";
   std::vector<Copy> copies;
   std::vector<size_t> groups;  // copies in each committed group, oldest first
+  Written written = Written::unfenced;
+  std::unique_ptr<Attachment> attachment;
 };
 
 struct Warp {
@@ -87,6 +90,7 @@ struct Machine {
   std::vector<int> order, place;  // the order in which threads are asked, and where each stands in it
   const std::function<void()>* kernel = nullptr;
   unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
   int64_t block = 0, blocks = 0;
   int threads = 0, current = 0, live = 0, at_barrier = 0;
   std::string error;
@@ -171,6 +175,8 @@ void enter_fiber() {
   Fiber& fiber = here();
   if (!fiber.copies.empty())
     machine.error = "a thread ended with asynchronous copies that it had not waited for";
+  if (fiber.attachment && machine.error.empty())
+    if (const char* what = fiber.attachment->unfinished()) machine.error = what;
   fiber.state = State::done;
   --machine.live;
   if (machine.live > 0 && machine.at_barrier == machine.live) leave_barrier();
@@ -183,6 +189,8 @@ void prepare(Fiber& fiber) {
   fiber.exchanges = 0;
   fiber.copies.clear();
   fiber.groups.clear();
+  fiber.written = Written::unfenced;
+  fiber.attachment.reset();
 #if defined(__x86_64__)
   auto address = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 64 * 64;
   void** top = reinterpret_cast<void**>(address);
@@ -206,6 +214,12 @@ int64_t block_index() { return machine.block; }
 int thread_count() { return machine.threads; }
 int64_t block_count() { return machine.blocks; }
 unsigned char* shared_memory() { return machine.shared; }
+size_t shared_bytes() { return machine.shared_bytes; }
+std::unique_ptr<Attachment>& attachment(int thread) { return machine.fibers[thread]->attachment; }
+void fence_tensor_core_reads() {
+  if (here().written == Written::unfenced) here().written = Written::fenced;
+}
+bool fenced_and_published() { return here().written == Written::published; }
 
 void fail(const char* what) {
   if (machine.error.empty()) machine.error = what;
@@ -214,6 +228,7 @@ void fail(const char* what) {
 }
 
 void barrier() {
+  if (here().written == Written::fenced) here().written = Written::published;
   if (++machine.at_barrier == machine.live) {
     leave_barrier();
     // This thread goes on first or last, as the order has it.
@@ -270,6 +285,7 @@ void commit_copies() {
 
 void wait_for_copies(int groups_left) {
   Fiber& fiber = here();
+  fiber.written = Written::unfenced;
   while (static_cast<int>(fiber.groups.size()) > groups_left) {
     const size_t count = fiber.groups.front();
     for (size_t i = 0; i < count; ++i) {
@@ -306,6 +322,7 @@ const char* run(int64_t blocks, int threads, size_t shared_bytes, const std::fun
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, shared_bytes ? shared_bytes : 1)) return "no memory for shared memory";
   machine.shared = static_cast<unsigned char*>(memory);
+  machine.shared_bytes = shared_bytes;
 
   for (int64_t i = 0; i < blocks && machine.error.empty(); ++i) {
     machine.block = seed % 2 ? blocks - 1 - i : i;

@@ -7,6 +7,9 @@
 // as
 //   a result that depends on the seed.
 // - A warp operation that not all lanes reach, or a barrier that not all threads reach, is an error.
+// - Products of a warpgroup happen when they are waited for, and are errors where the memory they read
+// changes
+//   before that or was not made visible to them (emulator_sm90.cpp).
 //
 // It says nothing of speed, and the rounding of tensor cores is not modelled: products are summed in double.
 #pragma once
@@ -16,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <tuple>
 
 #define __global__
@@ -45,6 +49,16 @@ void copy_async(void* to, const void* from, int bytes, int size);
 void commit_copies();
 void wait_for_copies(int groups_left);
 [[noreturn]] void fail(const char* what);
+
+// What tensor cores that read shared memory need to know (device_sm90.h).
+size_t shared_bytes();
+void fence_tensor_core_reads();
+bool fenced_and_published();  // a fence and then a barrier since this thread last waited for copies
+struct Attachment {           // a thread's state, dropped before every block
+  virtual ~Attachment() = default;
+  virtual const char* unfinished() const = 0;  // what the thread may not end with, or null
+};
+std::unique_ptr<Attachment>& attachment(int thread);
 
 // Runs every block; returns the first error or null.
 const char* run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);

@@ -5,6 +5,9 @@ Layout (B, N, H, d) with any strides of the first three dimensions; a tensor who
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,34 @@ __all__ = ["DTYPES"]
 
 MAX_HEAD_DIM = 128
 _SELF, _QUERY, _KEY = 0, 1, 2
+
+# Variants of the kernels: MMA runs everywhere; WGMMA (csrc/cuda/attention_sm90.cu) is for 16-bit types on compute
+# capability 9.0 and exists for the forward pass and for the gradient of self-attention.
+MMA, WGMMA = 0, 1
+# (capability, direction) -> the head_dim from which on WGMMA measured faster; nothing was measured yet.
+_WGMMA_FROM_HEAD_DIM: dict[tuple[tuple[int, int], str], int] = {}
+_forced: int | None = None
+
+
+@contextlib.contextmanager
+def force_variant(variant: int) -> Iterator[None]:
+    """For tests and benchmarks: every direction that has ``variant`` uses it, in all threads, or raises."""
+    global _forced
+    before, _forced = _forced, variant
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _variant(direction: str, tensor: Tensor) -> int:
+    """The kernels' variant for ``direction``, "forward" or "self_backward"."""
+    if _forced is not None:
+        return _forced
+    if not _WGMMA_FROM_HEAD_DIM or tensor.dtype == torch.float32 or tensor.device.type != "cuda":
+        return MMA
+    least = _WGMMA_FROM_HEAD_DIM.get((torch.cuda.get_device_capability(tensor.device), direction))
+    return MMA if least is None or tensor.shape[-1] < least else WGMMA
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
@@ -36,7 +67,8 @@ def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor,
     batch, queries, heads, _ = q.shape
     out = empty_like(q)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    call("attention_forward", q, w, out, lse, scale, precise(q.dtype), device=q.device)
+    variant = _variant("forward", q)
+    call("attention_forward", q, w, out, lse, scale, precise(q.dtype), variant, device=q.device)
     return out, lse
 
 
@@ -71,5 +103,10 @@ def _gradient(
     x: Tensor, y: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, scale: float, role: int
 ) -> Tensor:
     out = empty_like(x)
-    call("attention_backward", x, y, grad, lse, delta, out, scale, role, precise(x.dtype), device=x.device)
+    variant = _variant("self_backward", x) if role == _SELF else MMA
+    call(
+        "attention_backward",
+        *(x, y, grad, lse, delta, out, scale, role, precise(x.dtype), variant),
+        device=x.device,
+    )
     return out

@@ -1,0 +1,117 @@
+// What the attention kernels are launched with: their arguments, and the choice of template arguments.
+#pragma once
+
+#include <cmath>
+
+#include "attention.h"
+#include "device.h"
+
+namespace depict::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// The largest copy, up to 16 bytes, that every row of the tensor allows.
+inline int vector_bytes(const Rows& tensor, const AttentionShape& s, int64_t rows, int element) {
+  for (int bytes = 16; bytes > 2; bytes /= 2) {
+    const auto divides = [&](int64_t stride, int64_t size) {
+      return size <= 1 || stride * element % bytes == 0;
+    };
+    if (s.dim * element % bytes == 0 && reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0 &&
+        divides(tensor.batch_stride, s.batch) && divides(tensor.row_stride, rows) &&
+        divides(tensor.head_stride, s.heads))
+      return bytes;
+  }
+  return 2;
+}
+
+// Calls run(element, padded dimension), both as types.
+template <int D>
+struct Dim {
+  static constexpr int value = D;
+};
+template <class T>
+struct Element {
+  using type = T;
+};
+template <class Run>
+const char* with_dim(int dim, const Run& run) {
+  if (dim <= 56) return run(Dim<56>{});
+  if (dim <= 104) return run(Dim<104>{});
+  return run(Dim<128>{});
+}
+template <class Run>
+const char* with_type(Type type, const Run& run) {
+  if (type == Type::f32) return run(Element<float>{});
+  if (type == Type::f16) return run(Element<Float16>{});
+  return run(Element<Bfloat16>{});
+}
+
+struct ForwardArguments {
+  Rows q, w;
+  void* out;
+  float* lse;
+  int64_t queries, keys, heads, blocks;  // blocks of queries
+  int dim, q_vector, w_vector;
+  float scale;  // its magnitude, times log2(e)
+  bool negative, precise;
+};
+
+inline ForwardArguments forward_arguments(const AttentionShape& s, const Rows& q, const Rows& w, void* out,
+                                          float* lse, int rows_per_block, int element) {
+  // Where the scale is 0 masked scores are still infinite and must stay so.
+  const float scale = s.scale == 0 ? 1e-37f : std::fabs(s.scale) * kLog2E;
+  return {q,
+          w,
+          out,
+          lse,
+          s.queries,
+          s.keys,
+          s.heads,
+          (s.queries + rows_per_block - 1) / rows_per_block,
+          s.dim,
+          vector_bytes(q, s, s.queries, element),
+          vector_bytes(w, s, s.keys, element),
+          scale,
+          s.scale < 0,
+          s.precise};
+}
+
+struct BackwardArguments {
+  Rows x, y, grad;
+  const float *lse, *delta;  // (batch, heads, rows of grad)
+  void* out;
+  int64_t x_rows, y_rows, heads, blocks;
+  int dim, x_vector, y_vector, grad_vector;
+  float scale;
+  bool precise;
+};
+
+inline BackwardArguments backward_arguments(const AttentionShape& s, const Rows& x, const Rows& y,
+                                            const Rows& grad, const float* lse, const float* delta, void* out,
+                                            int64_t x_rows, int64_t y_rows, int rows_per_block, int element) {
+  return {x,
+          y,
+          grad,
+          lse,
+          delta,
+          out,
+          x_rows,
+          y_rows,
+          s.heads,
+          (x_rows + rows_per_block - 1) / rows_per_block,
+          s.dim,
+          vector_bytes(x, s, x_rows, element),
+          vector_bytes(y, s, y_rows, element),
+          vector_bytes(grad, s, s.queries, element),
+          s.scale,
+          s.precise};
+}
+
+// The wgmma variants (attention_sm90.cu). Null where this build and this GPU can run them, or why not.
+const char* why_not_wgmma(const AttentionShape& s);
+const char* attention_forward_wgmma(const AttentionShape&, const Rows& q, const Rows& w, void* out,
+                                    float* lse, void* stream);
+const char* self_attention_backward_wgmma(const AttentionShape&, const Rows& x, const Rows& grad,
+                                          const float* lse, const float* delta, void* out, void* stream);
+
+}  // namespace depict::cuda
