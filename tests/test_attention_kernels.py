@@ -78,7 +78,9 @@ def test_tokens_of_the_decoder(dim, kernels, monkeypatch):
         from depict_kernels.ops.triton_kernels import tuning
 
         monkeypatch.setattr(tuning, "attention", lambda *_: tuning.Config(256, 256, 4, 1))
-    tokens = 400 if kernels == ("cuda", "cpu", torch.float32) else 1174  # three products of TF32 for each: slow
+    tokens = (
+        400 if kernels == ("cuda", "cpu", torch.float32) else 1174
+    )  # three products of TF32 for each: slow
     _, w = tensors((1, tokens, 1, 1, dim), kernels.dtype, kernels.device)
     check_self(kernels, w)
 
