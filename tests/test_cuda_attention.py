@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from depict_kernels import backends, ops
-from depict_kernels.ops.cuda_kernels import _library
+from depict_kernels.ops.cuda_kernels import _library, attention
 from depict_kernels.testing import check_against_float64, value_and_gradients
 
 
@@ -97,7 +97,7 @@ def test_what_it_does_not_take(cuda_device):
 def test_private_operators_check_what_memory_safety_needs(cuda_device):
     w = torch.zeros(2, 5, 3, 8, device=cuda_device)
     out, lse = torch.empty_like(w), torch.empty(2, 3, 5, device=cuda_device)
-    good = [w, w, out, lse, 1.0, False]
+    good = [w, w, out, lse, 1.0, False, attention.MMA]
     for position, value in [
         (0, w[0]),
         (0, w.double()),
