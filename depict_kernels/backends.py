@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import torch
 
+from depict_kernels import measured
+
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
 
 # operator -> stem of the module that implements it in every backend's folder
@@ -37,9 +39,9 @@ _FOLDERS = {
     "cuda": "depict_kernels.ops.cuda_kernels",
 }
 
-# What "auto" prefers, best first, by device type; the first that is available here for the operator wins.
-# A backend enters this table only with a measurement behind it (benchmarks/).
-_AUTO = {"cpu": ("cpp", "torch")}
+# What "auto" prefers on the CPU, best first; the first that is available for the operator wins. On a GPU it is what
+# measured.py has for the architecture, the operator and the dtype. Neither holds anything that was not measured.
+_AUTO_CPU = ("cpp", "torch")
 
 # Of the whole process, like torch's own backend flags: a context variable would be per thread, but torch.compile
 # cannot trace one in torch 2.11, and it guards on a plain global.
@@ -136,10 +138,21 @@ def available_backends(
     return [name for name in BACKENDS if why_unavailable(name, operator, device_type, dtype) is None]
 
 
+def _candidates(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    if device_type == "cpu":
+        return _AUTO_CPU
+    if device_type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return ()
+    major, minor = torch.cuda.get_device_capability()
+    choice = measured.AUTO.get(f"sm_{major}{minor}", {}).get(operator, {})
+    name = choice.get(str(dtype).removeprefix("torch."))
+    return () if name is None else (name,)
+
+
 @torch.compiler.assume_constant_result
 def _resolve(requested: str, operator: str, device_type: str, dtype: torch.dtype) -> str:
     if requested == "auto":
-        for name in _AUTO.get(device_type, ()):
+        for name in _candidates(operator, device_type, dtype):
             if why_unavailable(name, operator, device_type, dtype) is None:
                 return name
         return "torch"

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     cases,
+    choose,
     compare,
     end_to_end,
     gate,
@@ -451,3 +452,62 @@ def test_slug_and_commit(monkeypatch):
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     monkeypatch.setenv("BENCH_COMMIT", "abc")
     assert machine.commit() == "abc"
+
+
+# --- what auto takes on a GPU ---
+
+
+def test_choice_is_the_fastest_that_is_nowhere_slower():
+    other = {"case": "upsample_cross_entropy-8x19x32x32x512x512-bfloat16-fwd+bwd-cuda"}
+    rows = [row("eager", 10), row("torch", 8), row("triton", 2), row("cuda", 1)]
+    rows += [row("eager", 10, **other), row("triton", 4, **other), row("cuda", 11, **other)]
+    chosen, lines = choose.choose(made(rows))
+    assert chosen == {
+        "upsample_cross_entropy": {"bfloat16": "triton"}
+    }  # cuda is faster, but slower than stock once
+    assert "triton 3.16 times the best stock" in lines[0]  # sqrt(8 / 2 * 10 / 4)
+    assert f"cuda slower than stock at {other['case']}" in lines[0]
+
+
+def test_choice_needs_every_case_and_a_gpu():
+    other = {"case": "upsample_cross_entropy-8x19x32x32x512x512-bfloat16-fwd+bwd-cuda"}
+    rows = [row("eager", 10), row("cuda", 1), row("eager", 10, **other)]
+    chosen, lines = choose.choose(made(rows))
+    assert chosen == {} and "cuda not measured at 1 of 2 cases" in lines[0]
+    cpu = [dict(r, device="cpu") for r in (row("eager", 10), row("cuda", 1))]
+    assert choose.choose(made(cpu)) == ({}, [])
+    with pytest.raises(ValueError, match="not one of an NVIDIA GPU"):
+        choose.architecture(made(cpu))
+
+
+def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, capsys):
+    from depict_kernels import backends, measured
+
+    path = tmp_path / "x.json"
+    rows = [row("eager", 10), row("triton", 1)]
+    path.write_text(json.dumps(made(rows, capability="9.0")))
+    monkeypatch.setattr(choose, "TABLE", tmp_path / "measured.py")
+    assert choose.main([str(path), "--write"]) == 0
+    written = {}
+    exec((tmp_path / "measured.py").read_text(), written)
+    assert written["AUTO"] == {"sm_90": {"upsample_cross_entropy": {"bfloat16": "triton"}}}
+    assert written["SOURCES"] == {"sm_90": "x.json"}
+    assert choose.main([str(tmp_path / "absent.json")]) == 2 and "absent.json" in capsys.readouterr().err
+
+    monkeypatch.setattr(measured, "AUTO", written["AUTO"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    taken = lambda *args: backends._candidates("upsample_cross_entropy", "cuda", *args)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert taken(torch.bfloat16) == ("triton",) and taken(torch.float32) == ()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert taken(torch.bfloat16) == ()
+
+
+def test_shipped_choice_names_records_that_exist():
+    from depict_kernels import backends, measured
+
+    assert set(measured.AUTO) == set(measured.SOURCES)
+    for name in measured.SOURCES.values():
+        assert (record.RESULTS / name).exists()
+    for choice in measured.AUTO.values():
+        assert all(operator in backends.OPERATORS for operator in choice)
