@@ -85,10 +85,10 @@ def ulps(value, truth):
 # --- accuracy on the shapes that matter ---
 
 
-def _smooth(seed, scale=4.0):
+def _smooth(seed, sharpness=1.0):
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(1, 150, 4, 4, generator=generator) * scale
-    return F.interpolate(coarse, size=(16, 16), mode="bicubic", align_corners=True)
+    coarse = torch.randn(1, 150, 4, 4, generator=generator) * 4
+    return F.interpolate(coarse, size=(16, 16), mode="bicubic", align_corners=True) * sharpness
 
 
 def _adversarial():
@@ -108,13 +108,14 @@ def _case(name):
     target = torch.randint(0, 150, (1, 256, 256), generator=generator)
     if name == "adversarial":
         return _adversarial(), target
-    if name.startswith("smooth"):
-        smooth = _smooth(1)
-        return smooth, upsample(smooth, (256, 256)).argmax(1) if name == "smooth, right" else target
-    return noise * float(name.removeprefix("random x")), target
+    kind, sharpness, *right = name.replace(",", "").split()
+    sharpness = float(sharpness.removeprefix("x"))
+    logits = _smooth(1, sharpness) if kind == "smooth" else noise * sharpness
+    return logits, upsample(logits, (256, 256)).argmax(1) if right else target
 
 
-CASES = ["random x1", "random x5", "random x30", "random x200", "smooth", "smooth, right", "adversarial"]
+KINDS = [f"{kind} x{sharpness}" for kind in ("random", "smooth") for sharpness in (1, 5, 30, 200)]
+CASES = [*KINDS, *(f"{kind}, right" for kind in KINDS), "adversarial"]
 
 
 @functools.cache
@@ -163,6 +164,25 @@ def test_gradient_error_is_at_most_torchs_and_loss_within_one_ulp(name, instruct
     loss, grad = compiled(logits, target)
     assert max_error(grad, grad64) <= max_error(grad32, grad64)
     assert ulps(loss, loss64) <= 1
+
+
+@pytest.mark.parametrize("sharpness", [1, 5, 30, 200])
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+def test_loss_within_one_ulp_for_every_seed(kind, sharpness, instruction_set):
+    """One ulp, not the error budget, which stock torch's own error of up to 23 ulp would make empty here. The targets
+    are the label map: the loss is as small as a trained model's. At x 200 smooth logits of 2000 have a loss of 0.003;
+    the series' rounding, of either sign, then leaves up to 2 ulp (5e-10) on an image this small.
+    """
+    worst = 0.0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(1, 150, 16, 16, generator=generator) * sharpness
+        logits = _smooth(seed, sharpness) if kind == "smooth" else noise
+        exact = upsample(logits.double(), (256, 256))
+        target = exact.argmax(1)
+        loss, _ = kernels.cross_entropy_forward(logits, target, None, IGNORE, 0.0, "mean", False)
+        worst = max(worst, ulps(loss, F.cross_entropy(exact, target)))
+    assert worst <= (2 if kind == "smooth" and sharpness == 200 else 1)
 
 
 @pytest.mark.parametrize("first", [0.0, -20.0, -300.0])
@@ -335,6 +355,49 @@ def test_label_map_equals_torch_on_random_and_smooth_logits(instruction_set):
         two = upsample(logits.double(), (256, 256)).topk(2, 1).values
         assert ((two[:, 0] - two[:, 1])[wrong] <= 4e-7 * logits.abs().max()).all()
         assert wrong.sum() <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [1, 2, 4, 5, 8, 9, 15, 16, 17, 18, 31, 33, 34, 50])
+def test_label_map_of_every_width(width, dtype, instruction_set):
+    """Cells are taken a vector at a time; integers and sizes that are powers of 2 times the grid make it exact."""
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randint(-3, 4, (2, 21, 3, width), generator=generator).to(dtype)
+    sizes = [
+        (3 * 8, width * 4),
+        (3 * 32, width * 16),
+        (3, width),
+        (6, width // 2 if width % 2 == 0 else width),
+    ]
+    for size in sizes:
+        assert torch.equal(kernels.argmax(logits, size, torch.int64), upsample(logits, size).argmax(1)), size
+    wide = torch.full((2, 24, 3, width + 40), torch.nan, dtype=dtype)  # nothing beyond a row counts
+    wide[:, 1:22, :, 3 : width + 3] = logits
+    part, size = wide[:, 1:22, :, 3 : width + 3], (29, width * 7 + 1)
+    assert torch.equal(kernels.argmax(part, size, torch.uint8), kernels.argmax(logits, size, torch.uint8))
+
+
+@pytest.mark.parametrize("classes", [362, 363, 500])
+def test_confusion_of_many_classes(classes, threads):
+    """From 363 classes on the threads share one matrix."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, classes, 5, 6, generator=generator)
+    target = torch.randint(0, classes, (2, 61, 80), generator=generator)
+    target[:, 20:40] = 17
+    target[:, :, ::7] = -100
+    labels = kernels.argmax(logits, (61, 80), torch.int64)
+    valid = target != -100
+    expected = torch.bincount(target[valid] * classes + labels[valid], minlength=classes**2) + 1
+    bad = target.clone()
+    bad[1, 50, 3] = classes
+    for count in (1, 2, 4):
+        threads(count)
+        out = torch.ones(classes, classes, dtype=torch.int64)
+        kernels.confusion(logits, target, -100, out)
+        assert torch.equal(out.flatten(), expected)
+        with pytest.raises(ValueError, match=rf"value {classes} at \(batch 1, row 50, column 3\)"):
+            kernels.confusion(logits, bad, -100, out)
+        assert torch.equal(out.flatten(), expected)
 
 
 def test_ties_go_to_the_lowest_class(instruction_set):

@@ -4,9 +4,9 @@
 
 namespace depict::cpu::DEPICT_ISA {
 
-// Every pixel's own maximum and one exponential per pixel and class. Interpolates in double: sharp logits lose
-// more to rounding there than in all that follows. Sums in double: beside the largest term, which is 1, float
-// would drop what small losses consist of.
+// Every pixel's own maximum and one exponential per pixel and class. Interpolates in double: sharp logits
+// lose more to rounding there than in all that follows. Sums in double: beside the largest term, which is 1,
+// float would drop what small losses consist of.
 template <class T, int N>
 void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<T>& row, int64_t pixel,
                  Workspace<T>& ws) {

@@ -90,7 +90,7 @@ struct PixelRow {
   alignas(64) double scale[kMaxPixels];  // coefficient of the log-sum-exp; 0 for ignored pixels and beyond n
   alignas(64) double hit[kMaxPixels];    // coefficient of the label's logit
   alignas(64) T u_left[kMaxPixels],
-      u_right[kMaxPixels];  // coefficient / sum of exponentials * weight along x
+      u_right[kMaxPixels];               // coefficient / sum of exponentials * weight along x
   alignas(64) double z[2 * kMaxPixels];  // sum of exponentials
   alignas(64) int32_t label[kMaxPixels];
   T w_upper, w_lower;  // weights along y

@@ -13,8 +13,8 @@ template <class T>
 constexpr T kPadLogit = sizeof(T) == 4 ? T(-3.4028234663852886e38) : T(-1e308);
 template <class T>
 constexpr T kHuge = sizeof(T) == 4 ? T(5e37) : T(5e307);
-constexpr int kMaxPixels = 16;  // pixels of a cell treated together along x
-constexpr int kTileRows = 4;    // rows between two evaluations of true exponentials
+constexpr int kMaxPixels = 16;                        // pixels of a cell treated together along x
+constexpr int kTileRows = 4;                          // rows between two evaluations of true exponentials
 constexpr int kIntSize[] = {1, 1, 2, 2, 4, 4, 8, 8};  // bytes of an IntType
 
 template <class T>

@@ -102,8 +102,8 @@ DEPICT_INLINE void each_lane(Condition condition, const F& f) {
 // Up to a vector of neighbouring cells between two low-resolution rows.
 template <class T>
 struct CellBlock {
-  const T *upper, *lower;  // samples of the first class, from the left one of lane 0
-  int64_t stride;          // from class to class
+  const T *upper, *lower;              // samples of the first class, from the left one of lane 0
+  int64_t stride;                      // from class to class
   alignas(64) T peak[Simd<T>::lanes];  // largest |sample| of a cell; NaN if one is
   int32_t count[Simd<T>::lanes];       // candidates; 0 where a sample is huge, infinite or NaN
 };
@@ -143,9 +143,8 @@ void find_candidates(int64_t classes, int first, CellBlock<T>& cells, LabelWorks
   const Vec<T> never = splat<T>(__builtin_nan(""));
   const Vec<T> threshold = (peak <= kHuge<T>)&(lane >= first) ? floor - peak * kRounding<T> : never;
   for (int64_t c = 0; c < classes; ++c)
-    each_lane<T>(load<T>(ws.high + c * L) >= threshold, [&](int i) {
-      ws.candidate[i * classes + cells.count[i]++] = static_cast<int32_t>(c);
-    });
+    each_lane<T>(load<T>(ws.high + c * L) >= threshold,
+                 [&](int i) { ws.candidate[i * classes + cells.count[i]++] = static_cast<int32_t>(c); });
 }
 
 // The bilinear forms of a cell's candidates, padded with classes that never win.
@@ -269,9 +268,9 @@ void label_cell(const LabelTask<T>& task, const CellBlock<T>& cells, int lane, c
       const int64_t tile_rows = top + tall < rows ? tall : rows - top;
       const int pixels = static_cast<int>(n * tile_rows);
       const double* weight = task.pixel.row + y + top;
-      const int left = find_in_tile<T>(count, task.pixel.upper[x], task.pixel.upper[x + n - 1],
-                                       static_cast<T>(weight[0]), static_cast<T>(weight[tile_rows - 1]),
-                                       margin, ws);
+      const int left =
+          find_in_tile<T>(count, task.pixel.upper[x], task.pixel.upper[x + n - 1], static_cast<T>(weight[0]),
+                          static_cast<T>(weight[tile_rows - 1]), margin, ws);
       if (left == 1) {
         for (int k = 0; k < kMaxTile; ++k) ws.label[k] = candidate[ws.left[0]];
       } else {

@@ -205,8 +205,8 @@ DEPICT_INLINE void reduce_lanes(Vec<T>* v, T* out) {
   for (int i = 0; i * Simd<T>::lanes < N; ++i) store<T>(out + i * Simd<T>::lanes, v[i]);
 }
 
-// The same of sums in float, with the last two halvings, which add half and a quarter of all terms, in double:
-// where one term is nearly all of the sum, rounding there would drop the others, always downwards.
+// The same of sums in float, with the last two halvings, which add half and a quarter of all terms, in
+// double: where one term is nearly all of the sum, rounding there would drop the others, always downwards.
 template <int N>
 DEPICT_INLINE void sum_lanes_wide(Vec<float>* v, double* out) {
   constexpr int L = Simd<float>::lanes, D = Simd<double>::lanes;

@@ -54,7 +54,7 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
 
 template <class T>
 struct LabelProblem {
-  LogitsView<T> logits;   // samples of a row side by side: stride[3] is 1 unless width is
+  LogitsView<T> logits;  // samples of a row side by side: stride[3] is 1 unless width is
   int64_t height, width;
   void* labels;  // (batch, height, width) contiguous u8, i32 or i64, or null
   IntType label_type;
