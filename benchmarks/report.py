@@ -118,7 +118,7 @@ def _loader(data: dict) -> list[str]:
         ["ours, in the worker, from the decoded cache", f"{times['cache']:.1f}", ratio("cache")],
         ["ours, what moves to the device, if that is this CPU", f"{times['device']:.1f}", ""],
     ]
-    head = "loader, one thread, 512 x 512 crops of real ADE20K images"
+    head = f"loader, one thread ({data.get('cpu', 'another CPU')}), 512 x 512 crops of real ADE20K images"
     return tables.table([head, "ms per image", "ratio"], rows)
 
 
