@@ -70,7 +70,7 @@ gpu-build:
 	$(HERE) $(PYTHON) -m depict_kernels
 
 # A process per file, here and in gpu-bench: a kernel that reads where it must not leaves no GPU to the rest of its process.
-GPU_TESTS = $(shell grep -lE 'mark.gpu|device' tests/test_*.py)
+GPU_TESTS = $(shell grep -lE 'mark\.gpu|def test.*device' tests/test_*.py)
 
 gpu-test:
 	$(PART) test --record $(RESULTS) --limit 580 -- bash -c 'failed=; for file in $(GPU_TESTS); do \

@@ -30,9 +30,14 @@ def records(folder: Path = RESULTS) -> dict[str, dict]:
 
 
 def _newest(found: dict[str, dict], device: str) -> tuple[str, dict] | None:
-    chosen = [
-        (s, r) for s, r in found.items() if any(row["device"] == device for row in r.get("operators", []))
-    ]
+    def fits(data: dict) -> bool:
+        where = data["environment"]
+        of_cpu = where["device"] == where.get("cpu")
+        return of_cpu == (device == "cpu") and any(
+            row["device"] == device for row in data.get("operators", [])
+        )
+
+    chosen = [(stem, data) for stem, data in found.items() if fits(data)]
     return chosen[-1] if chosen else None
 
 
