@@ -1,7 +1,7 @@
 """Records to tables, plots and the README's figures.
 
     python benchmarks/report.py [RECORD.json | FOLDER]    # pages and plots beside the records, the README's figures
-    python benchmarks/report.py --compare A.json B.json   # what changed; exits with 1 where something became slower
+    python benchmarks/report.py --compare A.json B.json   # what changed; exits with 1 where the same device became slower
 
 Without arguments: every record in benchmarks/results/. The README takes the newest record of a CPU and of a GPU.
 """
@@ -169,9 +169,11 @@ def main() -> int:
     parser.add_argument("--no-readme", action="store_true", help="leave the README as it is")
     args = parser.parse_args()
     if args.compare:
-        text, slower = compare.compare(*(record.load(path) for path in args.compare))
+        before, after = (record.load(path) for path in args.compare)
+        text, slower = compare.compare(before, after)
         print(text)
-        return 1 if slower else 0
+        same = before["environment"]["device"] == after["environment"]["device"]
+        return 1 if slower and same else 0
     for place in args.records or [RESULTS]:
         for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
             if path.name != LOADER:
