@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.machine import cpu_name
 from train.ade20k import SegmentationFolder, load_classes, read_labels
 from train.loader import train_loader
 from train.transforms import CROP_TRIES, DeviceAugment, resized_size
@@ -134,7 +135,7 @@ def main() -> int:
         print(f"{name:34} {value:9.2f} {1e3 / value:9.1f} {ms['plain'] / value:6.1f}   {needed}")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"torch": torch.__version__, "rounds": args.rounds, "ms_per_image": ms}
+        record = {"torch": torch.__version__, "cpu": cpu_name(), "rounds": args.rounds, "ms_per_image": ms}
         args.output.write_text(json.dumps(record, indent=2) + "\n")
     return 0 if ms["plain"] / ms["jpeg"] >= 4 and ms["plain"] / ms["cache"] >= 10 else 1
 

@@ -127,7 +127,10 @@ class Case:
         return sum(inputs) + 2 * output + sum(inputs[i] for i in self.differentiable)
 
     def flops(self) -> int:
-        """Matrix products (a multiply-add is 2) and, for the upsample operators, the per-logit arithmetic."""
+        """Matrix products (a multiply-add is 2) and, for the upsample operators, the arithmetic per upsampled logit.
+
+        Of label map and confusion matrix that is the work of a kernel that looks at every class; ours need not.
+        """
         if self.family == "attention":
             queries = self.N if self.operator == "subspace_self_attention" else self.M
             # Forward: scores, output. Backward without stored scores: those again and four gradients.

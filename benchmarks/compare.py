@@ -11,6 +11,10 @@ def _time(row: dict) -> float | None:
     return row.get("graph_median_ms") or row.get("quiet_ms") or row.get("median_ms") or row.get("total_ms")
 
 
+def _cell(row: dict) -> str:
+    return ms(_time(row)) + (f" (eager / {row['ratio']:.0f})" if row.get("ratio") else "")
+
+
 def _name(row: dict) -> str:
     if "case" in row:
         return f"{row['case']} {row['implementation']}"
@@ -47,19 +51,23 @@ def compare(before: dict, after: dict) -> tuple[str, int]:
             continue
         slower += factor > 1
         word = "**slower**" if factor > 1 else "faster"
-        rows.append([name, ms(_time(old[name])), ms(_time(new[name])), f"{factor:.2f}", word])
+        rows.append([name, _cell(old[name]), _cell(new[name]), f"{factor:.2f}", word])
     rows.sort(key=lambda row: -float(row[3]))
     lines = [
         f"{len(old.keys() & new.keys())} figures in both records, {slower} slower by more than 5 % and the spread."
     ]
     first, second = (r["environment"] for r in (before, after))
+    if first.get("device") != second.get("device"):
+        lines.append(
+            "**Two devices: these are differences of the machines first, and of the code only then.**"
+        )
     for key in ("device", "commit", "threads"):
         if first.get(key) != second.get(key):
             lines.append(f"{key}: {first.get(key)}, then {second.get(key)}")
     versions = [e["versions"].get("torch") for e in (first, second)]
     if versions[0] != versions[1]:
         lines.append(f"torch: {versions[0]}, then {versions[1]}")
-    lines += ["", *table(["figure", "before", "after", "time, after / before", ""], rows)]
+    lines += ["", *table(["figure", "before", "after", "after / before", ""], rows)]
     for title, only in (("Only before", old.keys() - new.keys()), ("Only after", new.keys() - old.keys())):
         if only:
             names = sorted(only)

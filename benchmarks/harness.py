@@ -67,6 +67,9 @@ class Harness:
             # Stock kernels refuse what they cannot do with a plain RuntimeError; of ours that is a defect.
             if name in OURS or name == "auto":
                 self.add("operators", row | {"failed": _first_line(error)})
+            if case.device == "cuda":
+                _leave_if_broken(name)
+            if name in OURS or name == "auto":
                 raise
             self._skip(row, _first_line(error))
         benchmark.extra_info.update({k: row[k] for k in ("ratio", "graph_ms", "peak_bytes") if k in row})
@@ -138,6 +141,14 @@ class Harness:
             torch.cuda.synchronize()
             return {"graph_refused": _first_line(error)}
         return {f"graph_{key}": graph[key] for key in ("median_ms", "q1_ms", "q3_ms")}
+
+
+def _leave_if_broken(name: str) -> None:
+    """Ends the run where the GPU's context is lost: every later figure of this process would be an error."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"{name} broke the GPU's context: {_first_line(error)}", returncode=1)
 
 
 def _first_line(error: object) -> str:

@@ -1,7 +1,7 @@
 """Records to tables, plots and the README's figures.
 
     python benchmarks/report.py [RECORD.json | FOLDER]    # pages and plots beside the records, the README's figures
-    python benchmarks/report.py --compare A.json B.json   # what changed; exits with 1 where something became slower
+    python benchmarks/report.py --compare A.json B.json   # what changed; 1 where the same device became slower
 
 Without arguments: every record in benchmarks/results/. The README takes the newest record of a CPU and of a GPU.
 """
@@ -30,9 +30,14 @@ def records(folder: Path = RESULTS) -> dict[str, dict]:
 
 
 def _newest(found: dict[str, dict], device: str) -> tuple[str, dict] | None:
-    chosen = [
-        (s, r) for s, r in found.items() if any(row["device"] == device for row in r.get("operators", []))
-    ]
+    def fits(data: dict) -> bool:
+        where = data["environment"]
+        of_cpu = where["device"] == where.get("cpu")
+        return of_cpu == (device == "cpu") and any(
+            row["device"] == device for row in data.get("operators", [])
+        )
+
+    chosen = [(stem, data) for stem, data in found.items() if fits(data)]
     return chosen[-1] if chosen else None
 
 
@@ -118,7 +123,7 @@ def _loader(data: dict) -> list[str]:
         ["ours, in the worker, from the decoded cache", f"{times['cache']:.1f}", ratio("cache")],
         ["ours, what moves to the device, if that is this CPU", f"{times['device']:.1f}", ""],
     ]
-    head = "loader, one thread, 512 x 512 crops of real ADE20K images"
+    head = f"loader, one thread ({data.get('cpu', 'another CPU')}), 512 x 512 crops of real ADE20K images"
     return tables.table([head, "ms per image", "ratio"], rows)
 
 
@@ -164,9 +169,11 @@ def main() -> int:
     parser.add_argument("--no-readme", action="store_true", help="leave the README as it is")
     args = parser.parse_args()
     if args.compare:
-        text, slower = compare.compare(*(record.load(path) for path in args.compare))
+        before, after = (record.load(path) for path in args.compare)
+        text, slower = compare.compare(before, after)
         print(text)
-        return 1 if slower else 0
+        same = before["environment"]["device"] == after["environment"]["device"]
+        return 1 if slower and same else 0
     for place in args.records or [RESULTS]:
         for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
             if path.name != LOADER:

@@ -107,7 +107,8 @@ def launch(device: str, match: str = "") -> int:
 
 def check(tool: str, limit: float) -> tuple[bool, str]:
     """(clean, one line about it)."""
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
     command += [sys.executable, str(Path(__file__).resolve()), "--launch"]
     with tempfile.TemporaryFile("w+") as log:

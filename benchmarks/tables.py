@@ -32,7 +32,9 @@ def ms(value: float | None) -> str:
 
 
 def mib(value: int | None) -> str:
-    return "" if value is None else f"{value / 2**20:.0f} MiB"
+    if value is None:
+        return ""
+    return "under 1 MiB" if value < 2**20 else f"{value / 2**20:.0f} MiB"
 
 
 def machine_line(record: dict) -> str:

@@ -71,7 +71,10 @@ class Runner:
                 return self.function(*inputs)
         out = self.function(*inputs)
         if self.upstream is None or self.upstream.shape != out.shape:
-            self.upstream = torch.ones_like(out) if out.ndim == 0 else torch.randn_like(out)
+            # From the host's generator: the device's is unusable after a graph capture that failed.
+            self.upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
+            if out.ndim == 0:
+                self.upstream = torch.ones_like(out)
         return torch.autograd.grad(out, [t for t in inputs if t.requires_grad], self.upstream)
 
 

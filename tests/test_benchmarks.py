@@ -396,6 +396,7 @@ def test_step_is_the_models_own_loss():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rehearsal_writes_a_record(tmp_path):
     """What a GPU run does, on the CPU: parameters, gate, timing, record, report."""
     path = tmp_path / "rehearsal.json"
@@ -412,6 +413,7 @@ def test_rehearsal_writes_a_record(tmp_path):
     assert "mask_logits" in tables.page(data, "rehearsal")
 
 
+@pytest.mark.slow
 def test_gpu_cases_skip_with_a_reason():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
