@@ -57,7 +57,9 @@ def test_resources_fit_the_machine(rows):
     for row in rows:
         nvidia = row["target"].startswith("sm_")
         assert 0 < row["registers"] <= (255 if nvidia else 512)
-        limit = {"sm_80": 163, "sm_90": 227}.get(row["target"], 64) * 1024
+        limit = {"sm_80": 99, "sm_90": 227}.get(
+            row["target"], 64
+        ) * 1024  # 99: sm_86, sm_89 and sm_120 take these too
         assert row["shared"] <= limit
         assert row["registers"] * 32 * row["num_warps"] <= 65536 or not nvidia
 

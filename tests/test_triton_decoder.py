@@ -30,9 +30,8 @@ def make(mode, device, dtype=torch.float32):
     decoder = DepictDecoder(
         classes, width, mode, 1, heads, dim, 2, cross_dim, backend="triton", step_init=-0.3
     )
-    torch.nn.init.normal_(
-        decoder.class_embed
-    )  # the small first value makes all classes alike: ill-conditioned
+    # The classes' small first values make them all alike, and the mask head ill-conditioned.
+    torch.nn.init.normal_(decoder.class_embed)
     patches = torch.randn(batch, grid[0] * grid[1], width)
     target = torch.randint(0, classes, (batch, *size))
     target[0, 0, :2] = 255

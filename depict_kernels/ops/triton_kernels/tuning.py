@@ -129,7 +129,7 @@ _BACKWARD_FLOAT32_GFX = {64: Config(32, 16, 4, 2), 128: Config(32, 16, 4, 2), 25
 
 
 # On tensor cores 16 rows per warp again. (AMD's float32 blocks serve both.)
-_ATTENTION_TF32 = {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 16, 4, 1)}
+_ATTENTION_TF32 = {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(16, 16, 4, 1)}
 
 
 def attention(kernel: str, architecture: str, dim: int, element_size: int, tf32: bool = False) -> Config:
