@@ -73,12 +73,12 @@ void pack(Tensor logits, std::optional<Tensor> weight, Tensor packed, std::optio
                     type_of(logits, "logits"),
                     {logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)}};
   const Device device(logits);
-  check_launch(upsample_pack({grid, view, input(weight, "weight", {c}),
-                              output<float>(packed, "packed", ScalarType::Float, {b, h, w, c}),
-                              output<float>(smooth, "smooth", ScalarType::Float, {b, h, w}),
-                              output<float>(magnitude, "magnitude", ScalarType::Float, {b, h, w}),
-                              table_of(table, grid)},
-                             reinterpret_cast<void*>(stream)));
+  check_launch(upsample_pack(
+      {grid, view, input(weight, "weight", {c}),
+       output<float>(packed, "packed", ScalarType::Float, {b, h, w, c}),
+       output<float>(smooth, "smooth", ScalarType::Float, {b, h, w}),
+       output<float>(magnitude, "magnitude", ScalarType::Float, {b, h, w}), table_of(table, grid)},
+      reinterpret_cast<void*>(stream)));
 }
 
 void cross_entropy(Tensor packed, std::optional<Tensor> smooth, Tensor table, Tensor target,
@@ -188,10 +188,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DEPICT_CUDA_LIBRARY, m) {
       "upsample_finish(Tensor target, int h, int w, Tensor bad, Tensor? partial, Tensor(a!)? loss, "
       "Tensor(b!)? scale, Tensor(c!) report, bool mean, int ignore_index, int stream) -> ()");
   m.def(
-      "upsample_gather(Tensor samples, Tensor? scale, Tensor(a!) grad, int height, int width, int stream) -> ()");
+      "upsample_gather(Tensor samples, Tensor? scale, Tensor(a!) grad, int height, int width, int stream) -> "
+      "()");
   m.def(
       "upsample_labels(Tensor packed, Tensor magnitude, Tensor table, int height, int width, "
-      "Tensor(a!)? labels, Tensor? target, Tensor(b!)? bad, Tensor(c!)? counts, int ignore_index, int stream) "
+      "Tensor(a!)? labels, Tensor? target, Tensor(b!)? bad, Tensor(c!)? counts, int ignore_index, int "
+      "stream) "
       "-> ()");
 }
 

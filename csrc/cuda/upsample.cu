@@ -165,8 +165,8 @@ __global__ void gather_kernel(const GatherArguments a) {
     if (n >= samples || c >= classes) continue;
     const int64_t y = n / a.grid.x.axis.in, x = n % a.grid.x.axis.in;
     float total = 0;
-    // Sample (y, x) is the first of cell (y, x) and the second of cell (y - 1, x - 1), whose tiles begin at row
-    // and column y + 1, x + 1 and y, x, times the parts. The border cell -1 put everything into its first
+    // Sample (y, x) is the first of cell (y, x) and the second of cell (y - 1, x - 1), whose tiles begin at
+    // row and column y + 1, x + 1 and y, x, times the parts. The border cell -1 put everything into its first
     // sample.
     for (int second_y = 0; second_y < 2; ++second_y)
       for (int part_y = 0; part_y < parts_y; ++part_y)

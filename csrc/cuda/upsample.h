@@ -1,4 +1,5 @@
-// Interface of the CUDA upsample kernels: plain C++, no torch. What each does, in the order of a training step:
+// Interface of the CUDA upsample kernels: plain C++, no torch. What each does, in the order of a training
+// step:
 //
 //   pack            logits with classes innermost, less each sample's maximum; where the tiles of an axis lie
 //   cross_entropy   loss of every tile, and the gradient that it gives to the four samples around it
@@ -23,7 +24,7 @@ constexpr int kLongest = 16;
 struct alignas(16) AxisTile {
   int32_t begin, count;  // its pixels
   int32_t lower, upper;  // the samples it lies between
-  float first, step;     // weight of the upper sample at the first pixel, and how it grows from one to the next
+  float first, step;  // weight of the upper sample at the first pixel, and how it grows from one to the next
   int32_t unused[2];
 };
 

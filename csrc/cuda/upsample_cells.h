@@ -7,7 +7,7 @@
 
 namespace depict::cuda {
 
-constexpr int kTileWarps = 4;                           // tiles of a block
+constexpr int kTileWarps = 4;                          // tiles of a block
 constexpr int kMaxBatches = kLongest * kLongest / 32;  // pixels of a tile per lane
 constexpr int64_t kNoBad = INT64_MAX;
 
@@ -21,27 +21,28 @@ inline int power_of_two(int n) {
   return p;
 }
 
+struct Corners {  // upper left, upper right, lower left, lower right
+  int64_t ul, ur, ll, lr;
+};
+
 struct Tile {
   int64_t index, batch;
   AxisTile y, x;
+  Corners sample;  // in (batch, h * w)
+  Corners packed;  // in (batch, h * w, classes)
 };
 
 __device__ __forceinline__ Tile tile_of(const Grid& grid, int64_t index, const AxisTile* table) {
   // Far cheaper than 64-bit divisions; why_not() says where they would be needed.
   const uint32_t down = grid.y.tiles, across = grid.x.tiles;
   const uint32_t row = static_cast<uint32_t>(index) / across, column = static_cast<uint32_t>(index) % across;
-  return {index, row / down, table[row % down], table[down + column]};
-}
-
-// Offsets in (batch, h * w, classes), or with classes = 1 in (batch, h * w).
-struct Corners {
-  int64_t ul, ur, ll, lr;
-};
-__device__ __forceinline__ Corners corners_of(const Grid& grid, const Tile& tile, int64_t classes) {
+  Tile tile{index, row / down, table[row % down], table[down + column], {}, {}};
   const int64_t upper = (tile.batch * grid.y.axis.in + tile.y.lower) * grid.x.axis.in;
   const int64_t lower = (tile.batch * grid.y.axis.in + tile.y.upper) * grid.x.axis.in;
-  return {(upper + tile.x.lower) * classes, (upper + tile.x.upper) * classes,
-          (lower + tile.x.lower) * classes, (lower + tile.x.upper) * classes};
+  const Corners at{upper + tile.x.lower, upper + tile.x.upper, lower + tile.x.lower, lower + tile.x.upper};
+  tile.sample = at;
+  tile.packed = {at.ul * grid.classes, at.ur * grid.classes, at.ll * grid.classes, at.lr * grid.classes};
+  return tile;
 }
 
 __device__ __forceinline__ int64_t read_integer(const void* data, IntType type, int64_t at) {
@@ -55,12 +56,11 @@ __device__ __forceinline__ int64_t read_integer(const void* data, IntType type, 
 }
 
 // The label of a pixel, -1 where none counts; lowers `bad` to the pixel's index where the label is bad.
-__device__ __forceinline__ int32_t read_label(const Grid& grid, const Target& target, const Tile& tile, int row,
-                                              int column, int64_t& bad) {
+__device__ __forceinline__ int32_t read_label(const Grid& grid, const Target& target, const Tile& tile,
+                                              int row, int column, int64_t& bad) {
   const int64_t y = tile.y.begin + row, x = tile.x.begin + column;
-  const int64_t value =
-      read_integer(target.data, target.type,
-                   tile.batch * target.stride[0] + y * target.stride[1] + x * target.stride[2]);
+  const int64_t value = read_integer(
+      target.data, target.type, tile.batch * target.stride[0] + y * target.stride[1] + x * target.stride[2]);
   if (value == target.ignore_index) return -1;
   if (value >= 0 && value < grid.classes) return static_cast<int32_t>(value);
   const int64_t at = (tile.batch * grid.y.axis.out + y) * grid.x.axis.out + x;

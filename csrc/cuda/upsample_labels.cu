@@ -1,9 +1,9 @@
 // Label map and confusion matrix of upsampled logits (csrc/cpu/label_map.h does the same).
 //
-// In a cell, class c can be the maximum somewhere only if the largest of its four samples reaches the largest,
-// over classes, of the smallest of their four. Trained masks leave one to three candidates of 150: lanes are
-// classes to find them, then pixels to evaluate them, in class order, so that ties go to the lowest class as in
-// torch.argmax.
+// In a cell, class c can be the maximum somewhere only if the largest of its four samples reaches the
+// largest, over classes, of the smallest of their four. Trained masks leave one to three candidates of 150:
+// lanes are classes to find them, then pixels to evaluate them, in class order, so that ties go to the lowest
+// class as in torch.argmax.
 #include "upsample_cells.h"
 
 namespace depict::cuda {
@@ -11,7 +11,8 @@ namespace {
 
 // Times the largest |logit|: covers the rounding of the evaluation, three steps on values up to it.
 constexpr float kMargin = 8 * 1.1920929e-7f;
-constexpr int kTogether = 8;  // (target, label) pairs of a tile that are counted together before single pixels are
+constexpr int kTogether =
+    8;  // (target, label) pairs of a tile that are counted together before single pixels are
 constexpr uint32_t kNoPair = 0xffffffffu;
 
 struct Candidates {  // of 32 classes
@@ -19,9 +20,9 @@ struct Candidates {  // of 32 classes
   int32_t label[32];
 };
 
-struct Pixels {  // the lane's pixels: p = lane, lane + 32, ... in rows of 2^columns_log2, so one column for all
-  float tx;
-  float ty[kMaxBatches];
+struct Pixels {  // the lane's pixels: p = lane, lane + 32, ... in rows of 2^columns_log2, so one column for
+                 // all
+  float tx, ty, step;  // ty of the first one, and how it grows from one to the next
   float best[kMaxBatches];
   int32_t label[kMaxBatches];
 };
@@ -37,7 +38,7 @@ __device__ __forceinline__ void evaluate(const Candidates& from, int count, int 
 #pragma unroll
     for (int i = 0; i < kMaxBatches; ++i) {
       if (i >= batches) break;
-      const float ty = pixels.ty[i], z = (1 - ty) * upper + ty * lower, best = pixels.best[i];
+      const float ty = pixels.ty + i * pixels.step, z = (1 - ty) * upper + ty * lower, best = pixels.best[i];
       const bool higher = z > best || (Special && z != z && best == best);
       pixels.best[i] = higher ? z : best;
       pixels.label[i] = higher ? label : pixels.label[i];
@@ -47,8 +48,8 @@ __device__ __forceinline__ void evaluate(const Candidates& from, int count, int 
 
 // Adds the tile's pairs to the counts. Large regions of one class make all pixels meet in one address: equal
 // pairs of the tile are counted first. Integers: the order does not matter.
-__device__ __forceinline__ void count_pairs(const LabelArguments& a, const int32_t* truth, const int32_t* label,
-                                            int batches, int lane) {
+__device__ __forceinline__ void count_pairs(const LabelArguments& a, const int32_t* truth,
+                                            const int32_t* label, int batches, int lane) {
   const auto add = [&](int64_t row, int64_t column, int64_t count) {
     atomic_add(a.counts + row * a.counts_stride[0] + column * a.counts_stride[1], count);
   };
@@ -84,7 +85,8 @@ __device__ __forceinline__ void count_pairs(const LabelArguments& a, const int32
   for (int i = 0; i < kMaxBatches; ++i) {
     if (i >= batches) break;
     const uint32_t equal = match_any(pair[i]);
-    if (pair[i] != kNoPair && first_bit(equal) == lane) add(pair[i] / size, pair[i] % size, count_bits(equal));
+    if (pair[i] != kNoPair && first_bit(equal) == lane)
+      add(pair[i] / size, pair[i] % size, count_bits(equal));
   }
 }
 
@@ -97,8 +99,8 @@ __device__ __forceinline__ void write_label(const LabelArguments& a, int64_t at,
     static_cast<int64_t*>(a.labels)[at] = label;
 }
 
-__global__ void __launch_bounds__(32 * kTileWarps, 8) label_kernel(const LabelArguments a, int columns_log2,
-                                                                   int batches) {
+__global__ void __launch_bounds__(32 * kTileWarps, 5)
+    label_kernel(const LabelArguments a, int columns_log2, int batches) {
   const int lane = thread_index() % 32;
   const int64_t index = block_index() * kTileWarps + thread_index() / 32;
   if (index >= a.grid.tiles()) return;
@@ -108,9 +110,10 @@ __global__ void __launch_bounds__(32 * kTileWarps, 8) label_kernel(const LabelAr
     return;
   }
   const int classes = static_cast<int>(a.grid.classes);
-  const Corners in_map = corners_of(a.grid, tile, 1), at = corners_of(a.grid, tile, classes);
-  const float magnitude = (a.magnitude[in_map.ul] + a.magnitude[in_map.ur]) +
-                          (a.magnitude[in_map.ll] + a.magnitude[in_map.lr]);
+  const Corners& in_map = tile.sample;
+  const Corners& at = tile.packed;
+  const float magnitude =
+      (a.magnitude[in_map.ul] + a.magnitude[in_map.ur]) + (a.magnitude[in_map.ll] + a.magnitude[in_map.lr]);
   const bool special = !(magnitude < INFINITY);
   float floor = -INFINITY;
   for (int c = lane; c < classes; c += 32)
@@ -122,9 +125,10 @@ __global__ void __launch_bounds__(32 * kTileWarps, 8) label_kernel(const LabelAr
   const int column = lane & ((1 << columns_log2) - 1), row = lane >> columns_log2;
   const int rows_of_batch = 32 >> columns_log2;
   pixels.tx = tile.x.first + column * tile.x.step;
+  pixels.ty = tile.y.first + row * tile.y.step;
+  pixels.step = rows_of_batch * tile.y.step;
 #pragma unroll
   for (int i = 0; i < kMaxBatches; ++i) {
-    pixels.ty[i] = tile.y.first + (row + i * rows_of_batch) * tile.y.step;
     pixels.best[i] = -INFINITY;
     pixels.label[i] = 0;
   }
@@ -132,8 +136,7 @@ __global__ void __launch_bounds__(32 * kTileWarps, 8) label_kernel(const LabelAr
   for (int c0 = 0; c0 < classes; c0 += 32) {
     const int c = c0 + lane;
     Float4 s{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    if (c < classes)
-      s = {a.packed[at.ul + c], a.packed[at.ur + c], a.packed[at.ll + c], a.packed[at.lr + c]};
+    if (c < classes) s = {a.packed[at.ul + c], a.packed[at.ur + c], a.packed[at.ll + c], a.packed[at.lr + c]};
     const bool candidate = c < classes && (special || fmaxf(fmaxf(s.x, s.y), fmaxf(s.z, s.w)) >= threshold);
     const uint32_t who = ballot(candidate);
     if (who == 0) continue;
@@ -158,9 +161,9 @@ __global__ void __launch_bounds__(32 * kTileWarps, 8) label_kernel(const LabelAr
     const int y = row + i * rows_of_batch;
     if (i >= batches || y >= tile.y.count || column >= tile.x.count) continue;
     if (a.labels != nullptr)
-      write_label(a,
-                  (tile.batch * a.grid.y.axis.out + tile.y.begin + y) * a.grid.x.axis.out + tile.x.begin + column,
-                  pixels.label[i]);
+      write_label(
+          a, (tile.batch * a.grid.y.axis.out + tile.y.begin + y) * a.grid.x.axis.out + tile.x.begin + column,
+          pixels.label[i]);
     if (a.counts != nullptr) truth[i] = read_label(a.grid, a.target, tile, y, column, bad);
   }
   if (a.counts == nullptr) return;

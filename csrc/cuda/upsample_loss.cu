@@ -4,15 +4,16 @@
 // few exponentials per class and row instead of one per pixel. Logits come less each sample's maximum; the
 // interpolated maximum bounds every interpolated logit, so no exponential overflows. With u = scale / Z,
 //
-//   pass 1   lanes = rows (and shares of the classes): Z[k] = sum over classes of e r^k, without a reduction over
+//   pass 1   lanes = rows (and shares of the classes): Z[k] = sum over classes of e r^k, without a reduction
+//   over
 //            lanes for every row
 //   pixels   lanes = pixels: labels, loss, u
 //   pass 2   lanes = classes: the gradient's sums over k of u[k] r^k and k u[k] r^k by Horner's rule
 //   labels   lanes = pixels: the one-hot part of the gradient, a label of the tile after the other
 //
-// A tile in which a class falls further than the series can hold, or whose sums get small, is done directly, with
-// each pixel's own maximum. Every tile writes the gradient of its four samples to a place of its own, and
-// gather_kernel adds them in a fixed order: no float atomics, bitwise repeatable.
+// A tile in which a class falls further than the series can hold, or whose sums get small, is done directly,
+// with each pixel's own maximum. Every tile writes the gradient of its four samples to a place of its own,
+// and gather_kernel adds them in a fixed order: no float atomics, bitwise repeatable.
 #include "upsample_cells.h"
 
 namespace depict::cuda {
@@ -20,8 +21,8 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 // Exponents below kFloor are raised to it. That is harmless for a class that stays below kNegligible in the
-// whole cell while the sum is at least kSmallSum (a relative error of e^-42 / 2e-9 = 3e-10), and only then. It
-// leaves room for kLargeScale: Horner's polynomials reach 16 e^64 times scale before e takes it back.
+// whole cell while the sum is at least kSmallSum (a relative error of e^-42 / 2e-9 = 3e-10), and only then.
+// It leaves room for kLargeScale: Horner's polynomials reach 16 e^64 times scale before e takes it back.
 constexpr float kFloor = -64.0f, kNegligible = -42.0f, kSmallSum = 2e-9f, kLargeScale = 1e9f;
 constexpr float kLowest = -1e30f;  // stands for anything lower where exponentials are taken directly
 constexpr int kChunk = 192;        // classes in shared memory at a time
@@ -29,39 +30,42 @@ constexpr int kChunk = 192;        // classes in shared memory at a time
 template <int N>
 struct Work {  // what a warp works with
   LossArguments a;
-  const Tile& tile;  // in shared memory: registers are scarcer
+  const Tile& tile;                      // in shared memory: registers are scarcer
   int lane, rows_log2, pixels, batches;  // lanes along y are 2^rows_log2; pixels = N times that
-  Float4* form;                          // [chunk] a class's samples, later its gradient
   float* u;                              // [pixels] sum of exponentials, later u
   float* peak;                           // [pixels] what the exponentials are relative to; of direct tiles
   int32_t* label;                        // [pixels] -1 where none counts
+  Float4* form;                          // [chunk] a class's samples, later its gradient
 
-  // Pixel p of the tile is (row, column) = (p / N, p % N); a lane's pixels are p = lane, lane + 32, ...
+  // A lane's pixels are p = lane, lane + 32, ...: rows of N, so that all of them are in one column.
+  static constexpr int kRowsOfBatch = 32 / N;
+  __device__ __forceinline__ int column() const { return lane & (N - 1); }
+  __device__ __forceinline__ int first_row() const { return static_cast<unsigned>(lane) / N; }
+  __device__ __forceinline__ int row(int batch) const { return first_row() + batch * kRowsOfBatch; }
+  __device__ __forceinline__ bool inside(int batch) const {
+    return row(batch) < tile.y.count && column() < tile.x.count;
+  }
   __device__ __forceinline__ float weight_y(int row) const { return tile.y.first + row * tile.y.step; }
-  __device__ __forceinline__ float weight_x(int column) const {
-    return tile.x.first + column * tile.x.step;
-  }
-  __device__ __forceinline__ bool inside(int p) const {
-    return p / N < tile.y.count && p % N < tile.x.count;
-  }
+  __device__ __forceinline__ float weight_x(int column) const { return tile.x.first + column * tile.x.step; }
 };
 
 struct Pixel {
-  float weight;               // of the class
+  float weight;              // of the class
   float hit, scale, smooth;  // coefficients of the label's logit, of log Z, of the smoothing part
 };
 
+// Of the lane's pixel in a batch.
 template <int N>
-__device__ __forceinline__ Pixel pixel_of(const Work<N>& w, int p, int32_t label) {
+__device__ __forceinline__ Pixel pixel_of(const Work<N>& w, int batch, int32_t label) {
   const LossArguments& a = w.a;
   Pixel pixel;
   pixel.weight = a.weight != nullptr ? a.weight[label] : 1.0f;
   pixel.hit = (1.0f - a.label_smoothing) * pixel.weight;
   float upstream = 1.0f;
   if (a.upstream != nullptr) {
-    const int64_t y = w.tile.y.begin + p / N, x = w.tile.x.begin + p % N;
-    upstream = a.upstream[w.tile.batch * a.upstream_stride[0] + y * a.upstream_stride[1] +
-                          x * a.upstream_stride[2]];
+    const int64_t y = w.tile.y.begin + w.row(batch), x = w.tile.x.begin + w.column();
+    upstream =
+        a.upstream[w.tile.batch * a.upstream_stride[0] + y * a.upstream_stride[1] + x * a.upstream_stride[2]];
     pixel.hit *= upstream;
   }
   pixel.smooth = a.label_smoothing / static_cast<float>(a.grid.classes) * upstream;
@@ -74,7 +78,7 @@ __device__ __forceinline__ Pixel pixel_of(const Work<N>& w, int p, int32_t label
 // Classes from c0 on as forms s + x tx + y ty + w tx ty, base 2. Whether the series cannot hold one of them.
 template <int N>
 __device__ __forceinline__ bool stage_series(const Work<N>& w, int c0, int count) {
-  const Corners at = corners_of(w.a.grid, w.tile, w.a.grid.classes);
+  const Corners at = w.tile.packed;
   const float* const packed = w.a.packed + c0;
   bool wide = false;
   for (int c = w.lane; c < count; c += 32) {
@@ -93,7 +97,7 @@ __device__ __forceinline__ bool stage_series(const Work<N>& w, int c0, int count
 // The same as plain samples, for exponentials taken directly.
 template <int N>
 __device__ __forceinline__ void stage_direct(const Work<N>& w, int c0, int count) {
-  const Corners at = corners_of(w.a.grid, w.tile, w.a.grid.classes);
+  const Corners at = w.tile.packed;
   const float* const packed = w.a.packed + c0;
   const auto read = [packed](int64_t i) { return packed[i] < kLowest ? kLowest : packed[i]; };
   warp_barrier();  // all have done with what was there
@@ -169,8 +173,8 @@ struct Weights {  // of the four samples
   float ul, ur, ll, lr;
 };
 template <int N>
-__device__ __forceinline__ Weights weights_of(const Work<N>& w, int p) {
-  const float ty = w.weight_y(p / N), tx = w.weight_x(p % N);
+__device__ __forceinline__ Weights weights_of(const Work<N>& w, int row, int column) {
+  const float ty = w.weight_y(row), tx = w.weight_x(column);
   return {(1 - ty) * (1 - tx), (1 - ty) * tx, ty * (1 - tx), ty * tx};
 }
 
@@ -187,9 +191,10 @@ __device__ __forceinline__ void sum_directly(const Work<N>& w) {
     for (int c0 = 0; c0 < classes; c0 += kChunk) {
       const int count = classes - c0 < kChunk ? classes - c0 : kChunk;
       if (pass == 0 || classes > kChunk) stage_direct(w, c0, count);
-      for (int p = w.lane; p < w.pixels; p += 32) {
-        if (!w.inside(p)) continue;
-        const Weights t = weights_of(w, p);
+      for (int i = 0; i < w.batches; ++i) {
+        if (!w.inside(i)) continue;
+        const int p = w.lane + 32 * i;
+        const Weights t = weights_of(w, w.row(i), w.column());
         if (pass == 0) {
           float peak = c0 == 0 ? -INFINITY : w.peak[p];
           for (int c = 0; c < count; ++c) peak = fmaxf(peak, bilinear(t, w.form[c]));
@@ -210,41 +215,46 @@ __device__ __forceinline__ float bilinear_without_zeros(const Weights& t, const 
          ((t.ll == 0 ? 0.0f : t.ll * at[c.ll]) + (t.lr == 0 ? 0.0f : t.lr * at[c.lr]));
 }
 
+struct Sums {  // of a lane's pixels
+  float loss, weight;
+};
+
 // From the sums of exponentials to u and the losses. Whether the tile must be done directly.
 template <int N>
-__device__ __forceinline__ bool finish_pixels(const Work<N>& w, bool direct, double& loss, double& weight) {
+__device__ __forceinline__ bool finish_pixels(const Work<N>& w, bool direct, Sums& sums) {
   const LossArguments& a = w.a;
-  const Corners at = corners_of(a.grid, w.tile, a.grid.classes), in_map = corners_of(a.grid, w.tile, 1);
-  bool bad_range = false;
-  loss = weight = 0;
-  for (int p = w.lane; p < w.pixels; p += 32) {
+  bool out_of_range = false;
+  sums = {0, 0};
+  for (int i = 0; i < w.batches; ++i) {
+    const int p = w.lane + 32 * i;
+    if (p >= w.pixels) break;
     const int32_t label = w.label[p];
-    float value = 0, u = 0;
+    float loss = 0, u = 0;
     if (label >= 0) {
-      const Pixel pixel = pixel_of(w, p, label);
-      weight += pixel.weight;
+      const Pixel pixel = pixel_of(w, i, label);
+      sums.weight += pixel.weight;
       if (pixel.scale != 0) {
         const float sum = w.u[p];
-        bad_range |= sum < kSmallSum || !(fabsf(pixel.scale) <= kLargeScale);
-        u = pixel.scale / sum;
+        out_of_range |= sum < kSmallSum || !(fabsf(pixel.scale) <= kLargeScale);
+        u = pixel.scale * fast_reciprocal(sum);
         if (a.partial != nullptr || a.pixel_loss != nullptr) {
-          const Weights t = weights_of(w, p);
-          const float log_sum = logf(sum) + (direct ? w.peak[p] : 0.0f);
-          value = pixel.scale * log_sum;
-          if (pixel.hit != 0) value -= pixel.hit * bilinear_without_zeros(t, a.packed + label, at);
-          if (a.label_smoothing > 0) value -= pixel.smooth * bilinear_without_zeros(t, a.smooth, in_map);
+          const Weights t = weights_of(w, w.row(i), w.column());
+          loss = pixel.scale * (logf(sum) + (direct ? w.peak[p] : 0.0f));
+          if (pixel.hit != 0) loss -= pixel.hit * bilinear_without_zeros(t, a.packed + label, w.tile.packed);
+          if (a.label_smoothing > 0)
+            loss -= pixel.smooth * bilinear_without_zeros(t, a.smooth, w.tile.sample);
         }
       }
     }
     w.u[p] = u;
-    loss += value;
-    if (a.pixel_loss != nullptr && w.inside(p)) {
-      const int64_t y = w.tile.y.begin + p / N, x = w.tile.x.begin + p % N;
-      a.pixel_loss[(w.tile.batch * a.grid.y.axis.out + y) * a.grid.x.axis.out + x] = value;
+    sums.loss += loss;
+    if (a.pixel_loss != nullptr && w.inside(i)) {
+      const int64_t y = w.tile.y.begin + w.row(i), x = w.tile.x.begin + w.column();
+      a.pixel_loss[(w.tile.batch * a.grid.y.axis.out + y) * a.grid.x.axis.out + x] = loss;
     }
   }
   warp_barrier();
-  return ballot(bad_range) != 0;
+  return ballot(out_of_range) != 0;
 }
 
 // Gradients of a class are kept as sums over pixels of g, g tx, g ty and g tx ty.
@@ -259,14 +269,15 @@ __device__ __forceinline__ Float4 gradient_by_series(const Work<N>& w, int c) {
   const Float4 f = w.form[c];
   const float tx = w.weight_x(A), step = w.tile.x.step;
   float all = 0, moments = 0, lower = 0, lower_moments = 0;
-  for (int row = 0; row < w.tile.y.count; ++row) {
+  float place = 0;  // = row: conversions would compete with the exponentials
+  for (int row = 0; row < w.tile.y.count; ++row, place += 1.0f) {
     float u[N];
 #pragma unroll
     for (int k = 0; k < N; k += 4) {
       const Float4 four = *reinterpret_cast<const Float4*>(w.u + row * N + k);
       u[k] = four.x, u[k + 1] = four.y, u[k + 2] = four.z, u[k + 3] = four.w;
     }
-    const float ty = w.weight_y(row);
+    const float ty = w.tile.y.first + place * w.tile.y.step;
     const float slope = f.y + f.w * ty;
     const float middle = fast_exp2((f.x + f.z * ty) + slope * tx);
     const float up = fast_exp2(slope * step);
@@ -309,7 +320,7 @@ __device__ __forceinline__ Float4 gradient_directly(const Work<N>& w, int c) {
       const int p = row * N + column;
       const float u = w.u[p];
       if (u == 0) continue;
-      const float z = fminf(bilinear(weights_of(w, p), f) - w.peak[p], 0.0f);
+      const float z = fminf(bilinear(weights_of(w, row, column), f) - w.peak[p], 0.0f);
       const float g = fast_exp2(z * kLog2E) * u, tx = w.weight_x(column), ty = w.weight_y(row);
       sum.x += g, sum.y += g * tx, sum.z += g * ty, sum.w += g * tx * ty;
     }
@@ -328,8 +339,8 @@ __device__ __forceinline__ float warp_sum_of_component(const Float4& v, int lane
 }
 
 template <int N>
-__device__ __forceinline__ Float4 spread(const Work<N>& w, int p, float value) {
-  const float tx = w.weight_x(p % N), ty = w.weight_y(p / N);
+__device__ __forceinline__ Float4 spread(const Work<N>& w, int batch, float value) {
+  const float tx = w.weight_x(w.column()), ty = w.weight_y(w.row(batch));
   return {value, value * tx, value * ty, value * tx * ty};
 }
 
@@ -337,9 +348,9 @@ __device__ __forceinline__ void add(Float4& sum, const Float4& v) {
   sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
 
-// Subtracts the one-hot part from the gradients of the chunk's classes. Trained models see one to three labels
-// in a tile: each is summed over the tile first. What is left of many labels goes pixel by pixel, labels in
-// parallel.
+// Subtracts the one-hot part from the gradients of the chunk's classes. Trained models see one to three
+// labels in a tile: each is summed over the tile first. What is left of many labels goes pixel by pixel,
+// labels in parallel.
 template <int N>
 __device__ __forceinline__ void subtract_labels(const Work<N>& w, int c0, int count) {
   constexpr int kTogether = 4;
@@ -358,7 +369,7 @@ __device__ __forceinline__ void subtract_labels(const Work<N>& w, int c0, int co
     for (int i = 0; i < w.batches; ++i) {
       const int p = w.lane + 32 * i;
       if ((left >> i & 1) == 0 || w.label[p] != label) continue;
-      add(sum, spread(w, p, pixel_of(w, p, label).hit));
+      add(sum, spread(w, i, pixel_of(w, i, label).hit));
       left &= ~(1u << i);
     }
     const float component = warp_sum_of_component(sum, w.lane);
@@ -371,7 +382,7 @@ __device__ __forceinline__ void subtract_labels(const Work<N>& w, int c0, int co
     while (ballot(pending) != 0) {
       const int32_t label = pending ? w.label[p] : -1 - w.lane;
       if (first_bit(match_any(static_cast<uint32_t>(label))) == w.lane && pending) {
-        w.form[label - c0] = w.form[label - c0] - spread(w, p, pixel_of(w, p, label).hit);
+        w.form[label - c0] = w.form[label - c0] - spread(w, i, pixel_of(w, i, label).hit);
         pending = false;
       }
       warp_barrier();
@@ -383,8 +394,10 @@ __device__ __forceinline__ void subtract_labels(const Work<N>& w, int c0, int co
 template <int N>
 __device__ __forceinline__ Float4 sum_smoothing(const Work<N>& w) {
   Float4 sum{0, 0, 0, 0};
-  for (int p = w.lane; p < w.pixels; p += 32)
-    if (w.label[p] >= 0) add(sum, spread(w, p, pixel_of(w, p, w.label[p]).smooth));
+  for (int i = 0; i < w.batches; ++i) {
+    const int p = w.lane + 32 * i;
+    if (p < w.pixels && w.label[p] >= 0) add(sum, spread(w, i, pixel_of(w, i, w.label[p]).smooth));
+  }
   const float component = warp_sum_of_component(sum, w.lane);
   return {shuffle(component, 0), shuffle(component, 8), shuffle(component, 16), shuffle(component, 24)};
 }
@@ -433,7 +446,7 @@ size_t work_bytes(const Grid& grid) {
 }
 
 template <int N>
-__global__ void __launch_bounds__(32 * kTileWarps, 8)
+__global__ void __launch_bounds__(32 * kTileWarps, N == 4 ? 7 : 8)
     loss_kernel(const LossArguments a, int rows_log2, int warp_bytes) {
   const int64_t index = block_index() * kTileWarps + thread_index() / 32;
   if (index >= a.grid.tiles()) return;
@@ -454,32 +467,32 @@ __global__ void __launch_bounds__(32 * kTileWarps, 8)
 
   int64_t bad = kNoBad;
   bool any = false;
-  for (int p = w.lane; p < w.pixels; p += 32) {
-    const int32_t label = w.inside(p) ? read_label(a.grid, a.target, w.tile, p / N, p % N, bad) : -1;
-    w.label[p] = label;
+  for (int i = 0; i < w.batches; ++i) {
+    const int32_t label = w.inside(i) ? read_label(a.grid, a.target, tile, w.row(i), w.column(), bad) : -1;
+    if (w.lane + 32 * i < w.pixels) w.label[w.lane + 32 * i] = label;
     any |= label >= 0;
   }
   if (a.bad != nullptr) {
     if (ballot(bad != kNoBad) != 0) bad = warp_min(bad);
     if (w.lane == 0) a.bad[index] = bad;
   }
-  double loss = 0, weight = 0;
+  Sums sums{0, 0};
   if (ballot(any) == 0) {  // outside the image, or all ignored
-    if (a.pixel_loss != nullptr) finish_pixels(w, false, loss, weight);
+    if (a.pixel_loss != nullptr) finish_pixels(w, false, sums);
     if (a.samples != nullptr)
       for (int64_t c = w.lane; c < 4 * a.grid.classes; c += 32) a.samples[index * 4 * a.grid.classes + c] = 0;
   } else {
     bool direct = sum_series(w);
-    if (!direct) direct = finish_pixels(w, false, loss, weight);
+    if (!direct) direct = finish_pixels(w, false, sums);
     if (direct) {
       sum_directly(w);
-      finish_pixels(w, true, loss, weight);
+      finish_pixels(w, true, sums);
     }
     if (a.samples != nullptr) write_gradient(w, direct);
   }
   if (a.partial != nullptr) {
-    loss = warp_sum(loss);
-    weight = warp_sum(weight);
+    const double loss = warp_sum(static_cast<double>(sums.loss));
+    const double weight = warp_sum(static_cast<double>(sums.weight));
     if (w.lane == 0) a.partial[2 * index] = loss, a.partial[2 * index + 1] = weight;
   }
 }
@@ -490,8 +503,8 @@ const char* upsample_cross_entropy(const LossArguments& a, void* stream) {
   int rows_log2 = 0;
   while (1 << rows_log2 < a.grid.y.extent) ++rows_log2;
   const auto run = [&](auto kernel, size_t bytes) {
-    return launch(kernel, (a.grid.tiles() + kTileWarps - 1) / kTileWarps, 32 * kTileWarps, kTileWarps * bytes, stream,
-                  a, rows_log2, static_cast<int>(bytes));
+    return launch(kernel, (a.grid.tiles() + kTileWarps - 1) / kTileWarps, 32 * kTileWarps, kTileWarps * bytes,
+                  stream, a, rows_log2, static_cast<int>(bytes));
   };
   if (a.grid.x.extent <= 4) return run(loss_kernel<4>, work_bytes<4>(a.grid));
   if (a.grid.x.extent <= 8) return run(loss_kernel<8>, work_bytes<8>(a.grid));
