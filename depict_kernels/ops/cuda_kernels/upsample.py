@@ -12,7 +12,14 @@ from torch import Tensor
 
 from depict_kernels.ops.cuda_kernels._library import DTYPES, call
 
-__all__ = ["DTYPES", "REPORTS_BAD_TARGET", "argmax", "confusion", "cross_entropy_backward", "cross_entropy_forward"]
+__all__ = [
+    "DTYPES",
+    "REPORTS_BAD_TARGET",
+    "argmax",
+    "confusion",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+]
 
 REPORTS_BAD_TARGET = True  # the forward functions return the report of ops/targets.py as they read the labels
 _LONGEST = 16  # pixels of a tile along an axis, as kLongest in csrc/cuda/upsample.h
@@ -21,8 +28,11 @@ _TABLE_INTS = 8  # of an AxisTile there
 
 def _tiles(logits: Tensor, size: tuple[int, int]) -> tuple[int, int]:
     """Tiles along y and x."""
-    parts = (-(-(-(-pixels // samples)) // _LONGEST) for pixels, samples in zip(size, logits.shape[2:]))
-    return tuple((samples + 1) * part for samples, part in zip(logits.shape[2:], parts))
+    ceil_div = lambda a, b: (a + b - 1) // b
+    return tuple(
+        (samples + 1) * ceil_div(ceil_div(pixels, samples), _LONGEST)
+        for pixels, samples in zip(size, logits.shape[2:])
+    )
 
 
 def _pack(
