@@ -44,12 +44,15 @@ __global__ void pack_kernel(const PackArguments a, int64_t pack_blocks) {
   float* const partial = block + 32 * 33;                          // [kPackWarps][32 samples]
   float* const peak = partial + kPackWarps * 32;                   // [32 samples]
 
-  const int64_t samples = a.grid.samples(), classes = a.grid.classes, per_batch = (samples + 31) / 32;
-  const int64_t batch = block_index() / per_batch, n0 = block_index() % per_batch * 32;
-  const int64_t n = n0 + lane;
+  // why_not() keeps the samples of an image, like the blocks, below 2^31.
+  const uint32_t samples = static_cast<uint32_t>(a.grid.samples()),
+                 w = static_cast<uint32_t>(a.grid.x.axis.in);
+  const uint32_t per_batch = (samples + 31) / 32, index = static_cast<uint32_t>(block_index());
+  const int64_t batch = index / per_batch, classes = a.grid.classes;
+  const uint32_t n0 = index % per_batch * 32, n = n0 + lane;
   const bool exists = n < samples;
   const int64_t* stride = a.logits.stride;
-  const int64_t at = batch * stride[0] + n / a.grid.x.axis.in * stride[2] + n % a.grid.x.axis.in * stride[3];
+  const int64_t at = batch * stride[0] + int64_t{n / w} * stride[2] + int64_t{n % w} * stride[3];
 
   const auto over_warps = [&](float value, const auto& join) {  // of every sample; the result is in peak
     partial[warp * 32 + lane] = value;
@@ -154,29 +157,38 @@ constexpr int kGatherWarps = 8;
 __global__ void gather_kernel(const GatherArguments a) {
   float* const block = reinterpret_cast<float*>(shared_memory());  // [32 samples][33]
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  const int64_t samples = a.grid.samples(), classes = a.grid.classes;
-  const int64_t class_blocks = (classes + 31) / 32, sample_blocks = (samples + 31) / 32;
-  const int64_t c0 = block_index() % class_blocks * 32;
-  const int64_t n0 = block_index() / class_blocks % sample_blocks * 32;
-  const int64_t batch = block_index() / class_blocks / sample_blocks;
+  // why_not() keeps the samples of an image, like the blocks, below 2^31.
+  const uint32_t samples = static_cast<uint32_t>(a.grid.samples()),
+                 w = static_cast<uint32_t>(a.grid.x.axis.in);
+  const int64_t classes = a.grid.classes;
+  const uint32_t class_blocks = static_cast<uint32_t>((classes + 31) / 32),
+                 sample_blocks = (samples + 31) / 32;
+  const uint32_t index = static_cast<uint32_t>(block_index());
+  const int64_t c0 = index % class_blocks * 32, c = c0 + lane;
+  const uint32_t n0 = index / class_blocks % sample_blocks * 32;
+  const int64_t batch = index / class_blocks / sample_blocks;
   const int32_t parts_y = a.grid.y.parts, parts_x = a.grid.x.parts, across = a.grid.x.tiles;
+#pragma unroll
   for (int i = warp; i < 32; i += kGatherWarps) {
-    const int64_t n = n0 + i, c = c0 + lane;
+    const uint32_t n = n0 + i, y = n / w, x = n % w;
     if (n >= samples || c >= classes) continue;
-    const int64_t y = n / a.grid.x.axis.in, x = n % a.grid.x.axis.in;
     float total = 0;
     // Sample (y, x) is the first of cell (y, x) and the second of cell (y - 1, x - 1), whose tiles begin at
     // row and column y + 1, x + 1 and y, x, times the parts. The border cell -1 put everything into its first
     // sample.
-    for (int second_y = 0; second_y < 2; ++second_y)
-      for (int part_y = 0; part_y < parts_y; ++part_y)
-        for (int second_x = 0; second_x < 2; ++second_x)
-          for (int part_x = 0; part_x < parts_x; ++part_x) {
-            const int64_t row = batch * a.grid.y.tiles + (y + 1 - second_y) * parts_y + part_y;
-            const int64_t tile = row * across + (x + 1 - second_x) * parts_x + part_x;
-            const int slot = (y > 0 ? 2 * second_y : 0) + (x > 0 ? second_x : 0);
-            total += a.samples[(tile * 4 + slot) * classes + c];
-          }
+    for (int part_y = 0; part_y < parts_y; ++part_y)
+      for (int part_x = 0; part_x < parts_x; ++part_x) {
+        float of_cell[4];  // loads first: they wait for each other otherwise
+#pragma unroll
+        for (int cell = 0; cell < 4; ++cell) {
+          const int second_y = cell / 2, second_x = cell % 2;
+          const int64_t row = batch * a.grid.y.tiles + (int64_t{y} + 1 - second_y) * parts_y + part_y;
+          const int64_t tile = row * across + (int64_t{x} + 1 - second_x) * parts_x + part_x;
+          const int slot = (y > 0 ? 2 * second_y : 0) + (x > 0 ? second_x : 0);
+          of_cell[cell] = a.samples[(tile * 4 + slot) * classes + c];
+        }
+        total += (of_cell[0] + of_cell[1]) + (of_cell[2] + of_cell[3]);
+      }
     block[i * 33 + lane] = total;
   }
   barrier();

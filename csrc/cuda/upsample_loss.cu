@@ -73,7 +73,7 @@ __device__ __forceinline__ bool finish_pixels(const Work<N>& w, bool direct, Sum
         out_of_range |= sum < kSmallSum || !(fabsf(pixel.scale) <= kLargeScale);
         u = pixel.scale * fast_reciprocal(sum);
         if (a.partial != nullptr || a.pixel_loss != nullptr) {
-          const Weights t = weights_of(w, w.row(i), w.column());
+          const Weights t = weights_at(w.weight_y(w.row(i)), w.weight_x(w.column()));
           loss = pixel.scale * (logf(sum) + (direct ? w.peak[p] : 0.0f));
           if (pixel.hit != 0) loss -= pixel.hit * bilinear_without_zeros(t, a.packed + label, w.tile.packed);
           if (a.label_smoothing > 0)
@@ -139,8 +139,8 @@ __device__ __forceinline__ void subtract_labels(const Work<N>& w, int c0, int co
     }
     const float component = warp_sum_of_component(sum, w.lane);
     if (w.lane % 8 == 0) reinterpret_cast<float*>(w.form + (label - c0))[w.lane / 8] -= component;
-    warp_barrier();
   }
+  warp_barrier();
   for (int i = 0; i < w.batches; ++i) {
     const int p = w.lane + 32 * i;
     bool pending = left >> i & 1;

@@ -32,8 +32,11 @@ struct Work {  // what a warp works with
   __device__ __forceinline__ bool inside(int batch) const {
     return row(batch) < tile.y.count && column() < tile.x.count;
   }
-  __device__ __forceinline__ float weight_y(int row) const { return tile.y.first + row * tile.y.step; }
-  __device__ __forceinline__ float weight_x(int column) const { return tile.x.first + column * tile.x.step; }
+  // Of the lower and the right samples. Explicitly fused: wherever it is computed, it is the same number.
+  __device__ __forceinline__ float weight_y(float row) const { return fmaf(row, tile.y.step, tile.y.first); }
+  __device__ __forceinline__ float weight_x(float column) const {
+    return fmaf(column, tile.x.step, tile.x.first);
+  }
 };
 
 // Classes from c0 on as forms s + x tx + y ty + w tx ty, base 2. Whether the series cannot hold one of them.
@@ -133,9 +136,7 @@ __device__ __forceinline__ bool sum_series(const Work<N>& w) {
 struct Weights {  // of the four samples
   float ul, ur, ll, lr;
 };
-template <int N>
-__device__ __forceinline__ Weights weights_of(const Work<N>& w, int row, int column) {
-  const float ty = w.weight_y(row), tx = w.weight_x(column);
+__device__ __forceinline__ Weights weights_at(float ty, float tx) {
   return {(1 - ty) * (1 - tx), (1 - ty) * tx, ty * (1 - tx), ty * tx};
 }
 
@@ -155,7 +156,7 @@ __device__ __forceinline__ void sum_directly(const Work<N>& w) {
       for (int i = 0; i < w.batches; ++i) {
         if (!w.inside(i)) continue;
         const int p = w.lane + 32 * i;
-        const Weights t = weights_of(w, w.row(i), w.column());
+        const Weights t = weights_at(w.weight_y(w.row(i)), w.weight_x(w.column()));
         if (pass == 0) {
           float peak = c0 == 0 ? -INFINITY : w.peak[p];
           for (int c = 0; c < count; ++c) peak = fmaxf(peak, bilinear(t, w.form[c]));
@@ -190,7 +191,7 @@ __device__ __forceinline__ Float4 gradient_by_series(const Work<N>& w, int c) {
       const Float4 four = *reinterpret_cast<const Float4*>(w.u + row * N + k);
       u[k] = four.x, u[k + 1] = four.y, u[k + 2] = four.z, u[k + 3] = four.w;
     }
-    const float ty = w.tile.y.first + place * w.tile.y.step;
+    const float ty = w.weight_y(place);
     const float slope = f.y + f.w * ty;
     const float middle = fast_exp2((f.x + f.z * ty) + slope * tx);
     const float up = fast_exp2(slope * step);
@@ -228,15 +229,20 @@ template <int N>
 __device__ __forceinline__ Float4 gradient_directly(const Work<N>& w, int c) {
   const Float4 f = w.form[c];
   Float4 sum{0, 0, 0, 0};
-  for (int row = 0; row < w.tile.y.count; ++row)
-    for (int column = 0; column < w.tile.x.count; ++column) {
-      const int p = row * N + column;
+  float y = 0;
+  for (int row = 0; row < w.tile.y.count; ++row, y += 1.0f) {
+    const float ty = w.weight_y(y);
+    float all = 0, right = 0, x = 0;
+    for (int p = row * N; p < row * N + w.tile.x.count; ++p, x += 1.0f) {
+      const float tx = w.weight_x(x), z = bilinear(weights_at(ty, tx), f) - w.peak[p];
       const float u = w.u[p];
       if (u == 0) continue;
-      const float z = fminf(bilinear(weights_of(w, row, column), f) - w.peak[p], 0.0f);
-      const float g = fast_exp2(z * kLog2E) * u, tx = w.weight_x(column), ty = w.weight_y(row);
-      sum.x += g, sum.y += g * tx, sum.z += g * ty, sum.w += g * tx * ty;
+      const float g = fast_exp2(fminf(z, 0.0f) * kLog2E) * u;
+      all += g;
+      right += g * tx;
     }
+    sum.x += all, sum.y += right, sum.z += all * ty, sum.w += right * ty;
+  }
   return sum;
 }
 
