@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from depict_kernels import UpsampleCrossEntropyLoss, backends, ops
 from depict_kernels.testing import check_against_float64, logits_and_target, value_and_gradients
 
-BACKENDS = ["reference", "torch", "cpp"]
+BACKENDS = ["reference", "torch", "cpp", "cuda"]
 # B, C, low, high: scale 4, non-integer, one class, one pixel, downsampling, a line
 CASES = [
     (2, 5, (4, 6), (16, 24)),
@@ -61,6 +61,9 @@ def test_loss_and_gradient_against_float64(backend, case, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(backend, reduction):
+    reason = backends.why_unavailable(backend, "upsample_cross_entropy", "cpu", torch.float64)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
     logits, target = logits_and_target(2, 4, (2, 3), (5, 7), dtype=torch.float64)
     weight = torch.rand(4, dtype=torch.float64)
     f = lambda x: ops.upsample_cross_entropy(x, target, None, weight, 0.2, reduction, backend=backend)

@@ -43,6 +43,11 @@ __device__ __forceinline__ float fast_log2(float x) {
   return y;
 }
 __device__ __forceinline__ float reciprocal_sqrt(float x) { return rsqrtf(x); }
+__device__ __forceinline__ float fast_reciprocal(float x) {  // to an ulp
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {

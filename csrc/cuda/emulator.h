@@ -80,6 +80,7 @@ inline void warp_barrier() { emulated::exchange(nullptr, 0, "warp_barrier"); }
 inline float fast_exp2(float x) { return __builtin_exp2f(x); }
 inline float fast_log2(float x) { return __builtin_log2f(x); }
 inline float reciprocal_sqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 template <class T>
 T read(const emulated::Slot& slot) {
