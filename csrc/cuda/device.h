@@ -43,6 +43,8 @@ __device__ __forceinline__ float fast_log2(float x) {
   return y;
 }
 __device__ __forceinline__ float reciprocal_sqrt(float x) { return rsqrtf(x); }
+// Not contracted to a fused multiply-add with what follows: the same value wherever it is computed.
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
@@ -86,6 +88,17 @@ __device__ __forceinline__ float float16_to_float(uint16_t bits) {
 __device__ __forceinline__ uint16_t float_to_float16(float value) {
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+// Two values, the first in the lower half.
+__device__ __forceinline__ uint32_t pack_bfloat16(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+__device__ __forceinline__ uint32_t pack_float16(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
   return bits;
 }
 __device__ __forceinline__ float round_tf32(float value) {
@@ -171,21 +184,26 @@ __device__ __forceinline__ void mma_tf32_k8(float* d, const uint32_t* a, const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Null, or what went wrong.
-template <class... P, class... A>
+template <class T>
+struct Same {
+  using type = T;
+};
+
+// Null, or what went wrong. (Not <<< >>>, which formatters of C++ take apart.)
+template <class... P>
 const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
-                   A... arguments) {
+                   typename Same<P>::type... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 2147483647) return "more than 2^31 - 1 blocks";
+  const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(
-      arguments...);
-  const cudaError_t error = cudaGetLastError();
+  void* pointers[] = {&arguments...};
+  const cudaError_t error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                                             pointers, shared_bytes, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -212,6 +230,59 @@ struct Bfloat16 {
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Float16 value) { return float16_to_float(value.bits); }
 __device__ __forceinline__ float to_float(Bfloat16 value) { return bfloat16_to_float(value.bits); }
+
+__device__ __forceinline__ uint32_t bits_of(float value) {
+  union {
+    float value;
+    uint32_t bits;
+  } both{value};
+  return both.bits;
+}
+
+// Two values of a 16-bit type, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  if constexpr (T::kBfloat16)
+    return pack_bfloat16(first, second);
+  else
+    return pack_float16(first, second);
+}
+
+template <class T>
+__device__ __forceinline__ void mma_k16(float* d, const uint32_t* a, const uint32_t* b) {
+  if constexpr (T::kBfloat16)
+    mma_bfloat16_k16(d, a, b);
+  else
+    mma_float16_k16(d, a, b);
+}
+template <class T>
+__device__ __forceinline__ void mma_k8(float* d, const uint32_t* a, const uint32_t* b) {
+  if constexpr (T::kBfloat16)
+    mma_bfloat16_k8(d, a, b);
+  else
+    mma_float16_k8(d, a, b);
+}
+
+// A float32 value as the sum of two TF32 ones: products of both parts keep about float32's accuracy.
+template <int N>
+struct Split {
+  uint32_t high[N], low[N];
+  bool precise;
+
+  __device__ __forceinline__ explicit Split(bool precise) : precise(precise) {}
+  __device__ __forceinline__ void set(int i, float value) {
+    const float rounded = round_tf32(value);
+    high[i] = bits_of(rounded);
+    low[i] = precise ? bits_of(round_tf32(value - rounded)) : 0u;
+  }
+};
+__device__ __forceinline__ void mma_split(float* d, const Split<4>& a, const Split<2>& b) {
+  if (a.precise) {
+    mma_tf32_k8(d, a.low, b.high);
+    mma_tf32_k8(d, a.high, b.low);
+  }
+  mma_tf32_k8(d, a.high, b.high);
+}
 
 template <class T>
 __device__ __forceinline__ T from_float(float value) {

@@ -66,6 +66,7 @@ inline void warp_barrier() { emulated::exchange(nullptr, 0, "warp_barrier"); }
 inline float fast_exp2(float x) { return __builtin_exp2f(x); }
 inline float fast_log2(float x) { return __builtin_log2f(x); }
 inline float reciprocal_sqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+inline float rounded_product(float x, float y) { return x * y; }
 
 template <class T>
 T read(const emulated::Slot& slot) {
@@ -150,6 +151,13 @@ inline uint16_t float_to_float16(float value) {
   __builtin_frexpf(size, &exponent);  // size = m 2^exponent with m in [0.5, 1)
   const float scaled = __builtin_rintf(__builtin_ldexpf(size, 11 - exponent));  // in [1024, 2048]
   return sign | static_cast<uint16_t>(((exponent + 13) << 10) + static_cast<int>(scaled));
+}
+
+inline uint32_t pack_bfloat16(float first, float second) {
+  return float_to_bfloat16(first) | static_cast<uint32_t>(float_to_bfloat16(second)) << 16;
+}
+inline uint32_t pack_float16(float first, float second) {
+  return float_to_float16(first) | static_cast<uint32_t>(float_to_float16(second)) << 16;
 }
 
 inline float round_tf32(float value) {
