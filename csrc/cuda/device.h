@@ -48,6 +48,8 @@ __device__ __forceinline__ float fast_reciprocal(float x) {  // to an ulp
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Not contracted to a fused multiply-add with what follows: the same value wherever it is computed.
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {

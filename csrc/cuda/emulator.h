@@ -81,6 +81,7 @@ inline float fast_exp2(float x) { return __builtin_exp2f(x); }
 inline float fast_log2(float x) { return __builtin_log2f(x); }
 inline float reciprocal_sqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
+inline float rounded_product(float x, float y) { return x * y; }
 
 template <class T>
 T read(const emulated::Slot& slot) {

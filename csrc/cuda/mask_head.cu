@@ -1,0 +1,646 @@
+// The mask head: cosines of patches and classes, LayerNorm over the classes, (batch, classes, patches) masks.
+//
+// Forward: a block owns 64 patches and up to 160 classes. Products and row norms come from one pass over the
+// width; the rest follows in registers. More classes go tile by tile, twice: statistics first, then the
+// masks.
+//
+// Backward, three kernels and no atomics: mask_backward recomputes the cosines and leaves the gradient of the
+// products x q^T with per-block sums for the classes' side; mask_products multiplies that with q and, split
+// along the patches, with x; mask_finish adds up what was split.
+#include "mask_head.h"
+#include "product.h"
+
+namespace depict::cuda {
+namespace {
+
+static_assert(kRows == kMaskHeadRows);
+constexpr int kWarps = kThreads / 32, kSmallTile = 1, kLargeTile = 5;  // tiles are of 32 classes
+
+__device__ __host__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ int at_most(int64_t value, int limit) {
+  return value < limit ? static_cast<int>(value) : limit;
+}
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+__device__ __forceinline__ int64_t padded(int64_t classes) {
+  return divide_up(classes, kMaskHeadAlign) * kMaskHeadAlign;
+}
+
+template <class T>
+struct Element {
+  using type = T;
+};
+
+template <int NT>
+constexpr int kClasses = 32 * NT;
+template <class T>
+constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // per multiprocessor, as far as registers go
+
+struct RowArguments {
+  MaskHeadShape shape;
+  Tokens x, q;
+  int x_unit, q_unit;
+  const void *weight, *bias, *grad;
+  float eps;
+  void* logits;
+  MaskHeadStatistics<float> out;       // of the forward
+  MaskHeadStatistics<const float> in;  // of the backward
+  MaskHeadScratch scratch;
+};
+
+template <class T>
+__device__ __forceinline__ Source<T> rows_of(const Tokens& tokens, int64_t batch, int64_t first, int64_t rows,
+                                             int64_t columns, int unit) {
+  const T* data =
+      static_cast<const T*>(tokens.data) + batch * tokens.batch_stride + first * tokens.row_stride;
+  return {data, tokens.row_stride, rows - first, columns, unit};
+}
+
+__device__ __forceinline__ float load_as(Type type, const void* data, int64_t i) {
+  if (type == Type::f32) return static_cast<const float*>(data)[i];
+  if (type == Type::f16) return to_float(static_cast<const Float16*>(data)[i]);
+  return to_float(static_cast<const Bfloat16*>(data)[i]);
+}
+
+template <int N>
+__device__ __forceinline__ void store_as(Type type, void* data, int64_t i, const float* values, int64_t count,
+                                         bool vector) {
+  if (type == Type::f32)
+    store_vector<float, N>(static_cast<float*>(data) + i, values, count, vector);
+  else if (type == Type::f16)
+    store_vector<Float16, N>(static_cast<Float16*>(data) + i, values, count, vector);
+  else
+    store_vector<Bfloat16, N>(static_cast<Bfloat16*>(data) + i, values, count, vector);
+}
+
+// 1 / norm, and 0 for a zero vector: zero vectors give zeros, not NaN.
+__device__ __forceinline__ float inverse_norm(float squares) {
+  return squares > 0 ? 1 / sqrtf(squares) : 0.0f;
+}
+
+// The same bits in forward and backward: where the cosines of a patch hardly differ, LayerNorm magnifies what
+// does.
+__device__ __forceinline__ float cosine_of(float product, float inv_x, float inv_q) {
+  return rounded_product(rounded_product(product, inv_x), inv_q);
+}
+
+// A thread's four values, each a share of the sum over a row, to the sums of rows row0 + 8 j.
+struct RowSums {
+  float* shared;  // (4, kRows), not in use by anybody
+
+  __device__ __forceinline__ void operator()(float (&value)[4]) const {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const int row0 = warp / 4 * 32 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      value[j] += shuffle_xor(value[j], 1);
+      value[j] += shuffle_xor(value[j], 2);
+      if (lane % 4 == 0) shared[warp % 4 * kRows + row0 + 8 * j] = value[j];
+    }
+    barrier();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      value[j] = 0;
+      for (int w = 0; w < 4; ++w) value[j] += shared[w * kRows + row0 + 8 * j];
+    }
+  }
+};
+
+// Shared memory of a block behind the ring of tiles.
+template <int NT>
+struct Small {
+  float row_sums[3][4][kRows];
+  float class_sums[3][2][kClasses<NT>];
+  float inv_x[kRows], mean[kRows], rstd[kRows];
+  float inv_q[kClasses<NT>], weight[kClasses<NT>], bias[kClasses<NT>];
+  float typical[2][2][kWarps];
+};
+
+template <class T, int NT>
+constexpr int kRing = kStages * kStageBytes<T, NT, false, false>;
+
+template <class T, int NT>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_forward(RowArguments a) {
+  const MaskHeadShape& s = a.shape;
+  unsigned char* ring = shared_memory();
+  float* staged = reinterpret_cast<float*>(ring);
+  Small<NT>& small = *reinterpret_cast<Small<NT>*>(ring + kRing<T, NT>);
+  const int64_t blocks = divide_up(s.patches, kRows);
+  const int64_t batch = block_index() / blocks, first = block_index() % blocks * kRows;
+  const int rows_left = at_most(s.patches - first, kRows);
+  const int64_t tiles = divide_up(s.classes, kClasses<NT>);
+  const Source<T> x = rows_of<T>(a.x, batch, first, s.patches, s.dim, a.x_unit);
+  const Place<NT> place;
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+
+  float m[2][NT][4];
+  float mean[4] = {0, 0, 0, 0}, deviation[4] = {0, 0, 0, 0}, rstd[4];
+  for (int64_t step = 0; step < 2 * tiles; ++step) {  // statistics of all tiles, then the masks
+    const bool second = step >= tiles;
+    const int64_t first_class = (second ? step - tiles : step) * kClasses<NT>;
+    const int classes_left = at_most(s.classes - first_class, kClasses<NT>);
+
+    if (!second || tiles > 1) {
+      const Source<T> q = rows_of<T>(a.q, batch, first_class, s.classes, s.dim, a.q_unit);
+      Squares<NT> squares;
+      product<T, NT, false, false>(m, x, q, s.dim, s.precise, ring, &squares);
+      for (int c = thread_index(); c < kClasses<NT>; c += kThreads) {
+        small.weight[c] = c < classes_left ? load_as(s.parameter_type, a.weight, first_class + c) : 0.0f;
+        small.bias[c] = c < classes_left ? load_as(s.parameter_type, a.bias, first_class + c) : 0.0f;
+      }
+      RowSums{small.row_sums[0][0]}(squares.a);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        squares.b[n] += shuffle_xor(squares.b[n], 1);
+        squares.b[n] += shuffle_xor(squares.b[n], 2);
+        if (lane % 4 == 0) small.class_sums[0][warp / 4][warp % 4 * 8 * NT + 8 * n + lane / 4] = squares.b[n];
+      }
+      barrier();
+      for (int c = thread_index(); c < kClasses<NT>; c += kThreads) {
+        small.inv_q[c] = inverse_norm(small.class_sums[0][0][c] + small.class_sums[0][1][c]);
+        if (first == 0 && !second && c < classes_left)
+          a.out.inv_q[batch * s.classes + first_class + c] = small.inv_q[c];
+      }
+      barrier();
+      float inv_x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        inv_x[j] = inverse_norm(squares.a[j]);
+        const int row = place.row0 + 8 * j;
+        if (step == 0 && warp % 4 == 0 && lane % 4 == 0 && row < rows_left)
+          a.out.inv_x[batch * s.patches + first + row] = inv_x[j];
+      }
+      for_each<NT>([&](int i, int n, int k) {
+        m[i][n][k] = cosine_of(m[i][n][k], inv_x[2 * i + k / 2], small.inv_q[place.column(n, k)]);
+      });
+    }
+
+    if (!second) {
+      const float count = static_cast<float>(classes_left);
+      float tile_mean[4] = {0, 0, 0, 0}, squares[4] = {0, 0, 0, 0};
+      for_each<NT>([&](int i, int n, int k) { tile_mean[2 * i + k / 2] += m[i][n][k]; });  // 0 past the last
+      RowSums{small.row_sums[1][0]}(tile_mean);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) tile_mean[j] /= count;
+      for_each<NT>([&](int i, int n, int k) {
+        const float centred = m[i][n][k] - tile_mean[2 * i + k / 2];
+        squares[2 * i + k / 2] += place.column(n, k) < classes_left ? centred * centred : 0.0f;
+      });
+      RowSums{small.row_sums[2][0]}(squares);
+      // Chan's update of mean and squared deviations: exact for any split of the classes.
+      const float before = static_cast<float>(first_class), merged = before + count;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float difference = tile_mean[j] - mean[j];
+        deviation[j] += squares[j] + difference * difference * (before * (count / merged));
+        mean[j] += difference * (count / merged);
+        rstd[j] = 1 / sqrtf(deviation[j] / merged + a.eps);
+      }
+      continue;
+    }
+
+    for_each<NT>([&](int i, int n, int k) {
+      const int j = 2 * i + k / 2, c = place.column(n, k);
+      m[i][n][k] = (m[i][n][k] - mean[j]) * rstd[j] * small.weight[c] + small.bias[c];
+    });
+    stage_columns<NT>(m, staged);
+    barrier();
+    constexpr int kQuads = kRows / 4;
+    const int quads = (classes_left < kClasses<NT> ? classes_left : kClasses<NT>)*kQuads;
+    for (int i = thread_index(); i < quads; i += kThreads) {
+      const int c = i / kQuads, row = i % kQuads * 4;
+      const int64_t at = (batch * s.classes + first_class + c) * s.patches + first + row;
+      store_as<4>(s.parameter_type, a.logits, at, staged + c * kColumnPitch + row, rows_left - row,
+                  s.patches % 4 == 0);
+    }
+    barrier();
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = place.row0 + 8 * j;
+    if (warp % 4 == 0 && lane % 4 == 0 && row < rows_left) {
+      a.out.mean[batch * s.patches + first + row] = mean[j];
+      a.out.rstd[batch * s.patches + first + row] = rstd[j];
+    }
+  }
+}
+
+// The exponent of a power of two near the geometric mean of the positive values.
+__device__ int typical_exponent(const float* values, int64_t count, float (*shared)[kWarps]) {
+  float sum = 0, positive = 0;
+  for (int64_t i = thread_index(); i < count; i += kThreads) {
+    const bool counts = values[i] > 0 && values[i] < 1e30f;
+    sum += counts ? fast_log2(values[i]) : 0.0f;
+    positive += counts ? 1.0f : 0.0f;
+  }
+  sum = warp_sum(sum), positive = warp_sum(positive);
+  if (thread_index() % 32 == 0)
+    shared[0][thread_index() / 32] = sum, shared[1][thread_index() / 32] = positive;
+  barrier();
+  sum = positive = 0;
+  for (int w = 0; w < kWarps; ++w) sum += shared[0][w], positive += shared[1][w];
+  return positive > 0 ? static_cast<int>(rintf(sum / positive)) : 0;
+}
+
+template <class T>
+constexpr bool kScaled = std::is_same_v<T, Float16>;
+
+// (classes, patches) from global memory as float32 in columns of kColumnPitch; zeros where there is nothing.
+template <int NT, class P>
+__device__ __forceinline__ void load_columns(float* staged, const P* from, int64_t patches, int rows_left,
+                                             int classes_left) {
+  constexpr int kQuads = kRows / 4;
+#pragma unroll 5
+  for (int i = thread_index(); i < kClasses<NT> * kQuads; i += kThreads) {
+    const int c = i / kQuads, row = i % kQuads * 4;
+    const P* at = from + c * patches + row;
+    Vector<float, 4> values = {{0, 0, 0, 0}};
+    if (c < classes_left) {
+      if (patches % 4 == 0 && row + 4 <= rows_left) {
+        const auto in = *reinterpret_cast<const Vector<P, 4>*>(at);
+        for (int e = 0; e < 4; ++e) values.at[e] = to_float(in.at[e]);
+      } else {
+        for (int e = 0; e < 4; ++e) values.at[e] = row + e < rows_left ? to_float(at[e]) : 0.0f;
+      }
+    }
+    *reinterpret_cast<Vector<float, 4>*>(staged + c * kColumnPitch + row) = values;
+  }
+}
+
+// With t the gradient of x q^T: grad_patches = t q - x along. Rounded to 16 bits t keeps float16's range only
+// if it is about as large as grad, so it is scaled by a power of two that the norms give.
+template <class T, int NT>
+constexpr int kBackwardSpace =  // the ring, and in its place afterwards the upstream gradient and t
+    larger(kRing<T, NT>, kClasses<NT> * kColumnPitch * 4 + kRows * kRowPitch<NT> * int(sizeof(T)));
+
+template <class T, int NT>
+__global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) mask_backward(RowArguments a) {
+  const MaskHeadShape& s = a.shape;
+  unsigned char* ring = shared_memory();
+  float* grad = reinterpret_cast<float*>(ring);
+  T* staged = reinterpret_cast<T*>(grad + kClasses<NT> * kColumnPitch);
+  Small<NT>& small = *reinterpret_cast<Small<NT>*>(ring + kBackwardSpace<T, NT>);
+  const int64_t blocks = divide_up(s.patches, kRows);
+  const int64_t batch = block_index() / blocks, first = block_index() % blocks * kRows;
+  const int rows_left = at_most(s.patches - first, kRows);
+  const int64_t tiles = divide_up(s.classes, kClasses<NT>);
+  const int64_t pitch = padded(s.classes);
+  const Source<T> x = rows_of<T>(a.x, batch, first, s.patches, s.dim, a.x_unit);
+  const Place<NT> place;
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+
+  // In shared memory, as registers are scarce.
+  for (int row = thread_index(); row < kRows; row += kThreads) {
+    const int64_t at = batch * s.patches + first + row;
+    small.inv_x[row] = row < rows_left ? a.in.inv_x[at] : 0.0f;
+    small.mean[row] = row < rows_left ? a.in.mean[at] : 0.0f;
+    small.rstd[row] = row < rows_left ? a.in.rstd[at] : 0.0f;
+  }
+  float scale = 1;
+  if constexpr (kScaled<T>) {
+    const int exponent = typical_exponent(a.in.inv_x + batch * s.patches, s.patches, small.typical[0]) +
+                         typical_exponent(a.in.inv_q + batch * s.classes, s.classes, small.typical[1]);
+    scale = ldexpf(1.0f, -exponent);
+    if (first == 0 && thread_index() == 0) a.scratch.scale[batch] = ldexpf(1.0f, exponent);
+  }
+
+  float m[2][NT][4];
+  float mean_g[4] = {0, 0, 0, 0}, mean_gz[4] = {0, 0, 0, 0}, along[4] = {0, 0, 0, 0};
+  for (int64_t step = 0; step < 2 * tiles; ++step) {  // LayerNorm's means over all tiles, then the gradient
+    const bool second = step >= tiles;
+    const int64_t first_class = (second ? step - tiles : step) * kClasses<NT>;
+    const int classes_left = at_most(s.classes - first_class, kClasses<NT>);
+
+    if (!second || tiles > 1) {
+      for (int c = thread_index(); c < kClasses<NT>; c += kThreads) {
+        small.weight[c] = c < classes_left ? load_as(s.parameter_type, a.weight, first_class + c) : 0.0f;
+        small.inv_q[c] = c < classes_left ? a.in.inv_q[batch * s.classes + first_class + c] : 0.0f;
+      }
+      const Source<T> q = rows_of<T>(a.q, batch, first_class, s.classes, s.dim, a.q_unit);
+      product<T, NT, false, false>(m, x, q, s.dim, s.precise, ring, static_cast<Squares<NT>*>(nullptr));
+      const int64_t at = (batch * s.classes + first_class) * s.patches + first;
+      const auto load = [&](auto type) {
+        using P = typename decltype(type)::type;
+        load_columns<NT>(grad, static_cast<const P*>(a.grad) + at, s.patches, rows_left, classes_left);
+      };
+      if (s.parameter_type == Type::f32)
+        load(Element<float>{});
+      else if (s.parameter_type == Type::f16)
+        load(Element<Float16>{});
+      else
+        load(Element<Bfloat16>{});
+      barrier();
+      for_each<NT>([&](int i, int n, int k) {
+        m[i][n][k] = cosine_of(m[i][n][k], small.inv_x[place.row(i, k)], small.inv_q[place.column(n, k)]);
+      });
+    }
+    const auto grad_of = [&](int i, int n, int k) {
+      return grad[place.column(n, k) * kColumnPitch + place.row(i, k)];
+    };
+    if (!second) {
+      for_each<NT>([&](int i, int n, int k) {
+        const int j = 2 * i + k / 2, c = place.column(n, k);
+        const float g = grad_of(i, n, k) * small.weight[c];
+        const int row = place.row(i, k);
+        const float z = (m[i][n][k] - small.mean[row]) * small.rstd[row];
+        mean_g[j] += g, mean_gz[j] += c < classes_left ? g * z : 0.0f;
+      });
+      if (step + 1 == tiles) {
+        RowSums{small.row_sums[0][0]}(mean_g);
+        RowSums{small.row_sums[1][0]}(mean_gz);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mean_g[j] /= s.classes, mean_gz[j] /= s.classes;
+      } else {
+        barrier();  // weight and inv_q have been read
+      }
+      continue;
+    }
+
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int c = place.column(n, odd);
+        const bool class_exists = c < classes_left;
+        float sums[3] = {0, 0, 0};  // over the rows: grad z, grad, grad_m m
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = j / 2, k = j % 2 * 2 + odd;
+          const bool exists = class_exists && place.row(i, k) < rows_left;
+          const int row = place.row(i, k);
+          const float z = (m[i][n][k] - small.mean[row]) * small.rstd[row];
+          const float g = grad_of(i, n, k) * small.weight[c];
+          const float grad_m = exists ? small.rstd[row] * (g - mean_g[j] - z * mean_gz[j]) : 0.0f;
+          const float part = exists ? grad_m * m[i][n][k] : 0.0f;
+          along[j] += part;
+          sums[0] += exists ? grad_of(i, n, k) * z : 0.0f, sums[1] += grad_of(i, n, k), sums[2] += part;
+          m[i][n][k] = grad_m * small.inv_x[row] * (small.inv_q[c] * scale);
+        }
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          for (int mask = 4; mask < 32; mask *= 2) sums[k] += shuffle_xor(sums[k], mask);
+          if (lane / 4 == 0) small.class_sums[k][place.warp_row][c] = sums[k];
+        }
+      }
+    stage_rows<NT>(m, staged);
+    barrier();
+    const int64_t programs = block_count();
+    for (int i = thread_index(); i < 3 * kClasses<NT>; i += kThreads) {
+      const int k = i / kClasses<NT>, c = i % kClasses<NT>;
+      if (c < classes_left)
+        a.scratch.sums[(k * s.classes + first_class + c) * programs + block_index()] =
+            small.class_sums[k][0][c] + small.class_sums[k][1][c];
+    }
+    constexpr int kElements = 16 / sizeof(T), kVectors = kClasses<NT> / kElements;
+    T* t = static_cast<T*>(a.scratch.products_grad) + (batch * s.patches + first) * pitch + first_class;
+    for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
+      const int row = i / kVectors, c = i % kVectors * kElements;
+      if (row < rows_left && c < classes_left)
+        *reinterpret_cast<Vector<T, kElements>*>(t + row * pitch + c) =
+            *reinterpret_cast<const Vector<T, kElements>*>(staged + row * kRowPitch<NT> + c);
+    }
+    barrier();
+  }
+  RowSums{small.row_sums[2][0]}(along);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = place.row0 + 8 * j;
+    if (warp % 4 == 0 && lane % 4 == 0 && row < rows_left)
+      a.scratch.along[batch * s.patches + first + row] = along[j] * small.inv_x[row] * small.inv_x[row];
+  }
+}
+
+struct ProductArguments {
+  MaskHeadShape shape;
+  Tokens x, q;
+  int x_unit, q_unit;
+  MaskHeadScratch scratch;
+  void* grad_patches;
+  int64_t per_split, class_blocks;
+};
+
+constexpr int kWidthTile = 6;  // of the patches' gradient: 192 columns divide 192, 384 and 768
+template <class T, int NT>
+constexpr int kProductRing =
+    kStages * larger(kStageBytes<T, kWidthTile, false, true>, kStageBytes<T, NT, true, true>);
+
+// grad_patches = t q - x along; partial sums of t^T x over a split of the patches.
+template <class T, int NT>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_products(ProductArguments a) {
+  const MaskHeadShape& s = a.shape;
+  unsigned char* ring = shared_memory();
+  float* staged = reinterpret_cast<float*>(ring);
+  const int64_t pitch = padded(s.classes);
+  const T* t = static_cast<const T*>(a.scratch.products_grad);
+
+  if (block_index() < a.class_blocks) {
+    const int64_t width_tiles = divide_up(s.dim, kRows);
+    const int64_t class_tiles = divide_up(s.classes, kClasses<NT>);
+    int64_t rest = block_index();
+    const int64_t column = rest % width_tiles * kRows;
+    rest /= width_tiles;
+    const int64_t first_class = rest % class_tiles * kClasses<NT>;
+    rest /= class_tiles;
+    const int64_t batch = rest % s.batch, split = rest / s.batch;
+    const int64_t first = split * a.per_split;
+    const int64_t last = first + a.per_split < s.patches ? first + a.per_split : s.patches;
+    Source<T> x = rows_of<T>(a.x, batch, first, last, s.dim - column, a.x_unit);
+    x.data += column;
+    const Source<T> right{t + (batch * s.patches + first) * pitch + first_class, pitch, last - first,
+                          s.classes - first_class, 16};
+    float acc[2][NT][4];
+    product<T, NT, true, true>(acc, x, right, last - first, s.precise, ring,
+                               static_cast<Squares<NT>*>(nullptr));
+    stage_columns<NT>(acc, staged);
+    barrier();
+    constexpr int kQuads = kRows / 4;
+    const int classes_left = at_most(s.classes - first_class, kClasses<NT>);
+    const int quads = (classes_left < kClasses<NT> ? classes_left : kClasses<NT>)*kQuads;
+    for (int i = thread_index(); i < quads; i += kThreads) {
+      const int c = i / kQuads, d = i % kQuads * 4;
+      float* out = a.scratch.classes_grad +
+                   ((split * s.batch + batch) * s.classes + first_class + c) * s.dim + column + d;
+      store_vector<float, 4>(out, staged + c * kColumnPitch + d, s.dim - column - d, s.dim % 4 == 0);
+    }
+    return;
+  }
+
+  constexpr int kWidth = 32 * kWidthTile;
+  const int64_t width_tiles = divide_up(s.dim, kWidth), row_blocks = divide_up(s.patches, kRows);
+  const int64_t block = block_index() - a.class_blocks;
+  const int64_t column = block % width_tiles * kWidth, first = block / width_tiles % row_blocks * kRows;
+  const int64_t batch = block / width_tiles / row_blocks;
+  const int rows_left = at_most(s.patches - first, kRows);
+  const Source<T> left{t + (batch * s.patches + first) * pitch, pitch, rows_left, s.classes, 16};
+  Source<T> q = rows_of<T>(a.q, batch, 0, s.classes, s.dim - column, a.q_unit);
+  q.data += column;
+  float acc[2][kWidthTile][4];
+  product<T, kWidthTile, false, true>(acc, left, q, s.classes, s.precise, ring,
+                                      static_cast<Squares<kWidthTile>*>(nullptr));
+  stage_rows<kWidthTile>(acc, staged);
+  barrier();
+  float scale = 1;
+  if constexpr (kScaled<T>) scale = a.scratch.scale[batch];
+  constexpr int kElements = 16 / sizeof(T), kVectors = kWidth / kElements;
+  const Source<T> x = rows_of<T>(a.x, batch, first, s.patches, s.dim, a.x_unit);
+  const bool vector = a.x_unit == 16 && s.dim % kElements == 0;
+  T* out = static_cast<T*>(a.grad_patches) + (batch * s.patches + first) * s.dim;
+  for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
+    const int row = i / kVectors, d = i % kVectors * kElements;
+    const int64_t columns_left = s.dim - column - d;
+    if (row >= rows_left || columns_left <= 0) continue;
+    const float along = a.scratch.along[batch * s.patches + first + row];
+    const T* own = x.data + row * x.stride + column + d;
+    Vector<T, kElements> mine;
+    if (vector)
+      mine = *reinterpret_cast<const Vector<T, kElements>*>(own);
+    else
+      for (int e = 0; e < kElements; ++e) mine.at[e] = e < columns_left ? own[e] : from_float<T>(0.0f);
+    float values[kElements];
+#pragma unroll
+    for (int e = 0; e < kElements; ++e)
+      values[e] = staged[row * kRowPitch<kWidthTile> + d + e] * scale - to_float(mine.at[e]) * along;
+    store_vector<T, kElements>(out + row * s.dim + column + d, values, columns_left, vector);
+  }
+}
+
+struct FinishArguments {
+  MaskHeadShape shape;
+  Tokens q;
+  const float* inv_q;
+  MaskHeadScratch scratch;
+  void *grad_classes, *grad_weight, *grad_bias;
+};
+
+__device__ __forceinline__ float sum_of(const float* values, int64_t count) {
+  float sum = 0;
+  for (int64_t i = thread_index() % 32; i < count; i += 32) sum += values[i];
+  return warp_sum(sum);
+}
+
+// One warp per class of an image; the first image's add up the parameters' gradients.
+template <class T>
+__global__ void __launch_bounds__(kThreads) mask_finish(FinishArguments a) {
+  const MaskHeadShape& s = a.shape;
+  const int64_t row = block_index() * kWarps + thread_index() / 32;
+  if (row >= s.batch * s.classes) return;
+  const int lane = thread_index() % 32;
+  const int64_t batch = row / s.classes, c = row % s.classes;
+  const int64_t blocks = divide_up(s.patches, kRows), programs = s.batch * blocks;
+  const float* sums = a.scratch.sums + c * programs;
+  const float inv_q = a.inv_q[row];
+  const float along = sum_of(sums + 2 * s.classes * programs + batch * blocks, blocks) * inv_q * inv_q;
+  float scale = 1;
+  if constexpr (kScaled<T>) scale = a.scratch.scale[batch];
+  const T* q = static_cast<const T*>(a.q.data) + batch * a.q.batch_stride + c * a.q.row_stride;
+  const float* parts = a.scratch.classes_grad + row * s.dim;
+  T* out = static_cast<T*>(a.grad_classes) + row * s.dim;
+#pragma unroll 4
+  for (int64_t d = lane; d < s.dim; d += 32) {
+    float sum = 0;
+    for (int64_t split = 0; split < a.scratch.splits; ++split)
+      sum += parts[split * s.batch * s.classes * s.dim + d];
+    out[d] = from_float<T>(sum * scale - to_float(q[d]) * along);
+  }
+  if (batch == 0) {
+    const float weight = sum_of(sums, programs), bias = sum_of(sums + s.classes * programs, programs);
+    if (lane == 0) {
+      store_as<1>(s.parameter_type, a.grad_weight, c, &weight, 1, false);
+      store_as<1>(s.parameter_type, a.grad_bias, c, &bias, 1, false);
+    }
+  }
+}
+
+// --- host ---
+
+// The largest copy, up to 16 bytes, that starts at every multiple of 16 bytes of every row.
+int unit_of(const Tokens& tokens, int64_t batch, int64_t rows, int element) {
+  uint64_t all = reinterpret_cast<uintptr_t>(tokens.data) | 16;
+  if (batch > 1) all |= static_cast<uint64_t>(tokens.batch_stride * element);
+  if (rows > 1) all |= static_cast<uint64_t>(tokens.row_stride * element);
+  return static_cast<int>(all & -all);
+}
+
+template <class Run>
+const char* with_type(Type type, const Run& run) {
+  if (type == Type::f32) return run(Element<float>{});
+  if (type == Type::f16) return run(Element<Float16>{});
+  return run(Element<Bfloat16>{});
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+// Calls run(element type, tiles of 32 classes per block), both as types.
+template <class Run>
+const char* with_rows(const MaskHeadShape& s, const Run& run) {
+  return with_type(s.type, [&](auto type) {
+    return s.classes <= kClasses<kSmallTile> ? run(type, Count<kSmallTile>{})
+                                             : run(type, Count<kLargeTile>{});
+  });
+}
+
+int element_size(Type type) { return type == Type::f32 ? 4 : 2; }
+
+}  // namespace
+
+const char* mask_head_forward(const MaskHeadShape& s, const Tokens& patches, const Tokens& classes,
+                              const void* weight, const void* bias, float eps, void* logits,
+                              const MaskHeadStatistics<float>& out, void* stream) {
+  const int element = element_size(s.type);
+  const RowArguments a{s,
+                       patches,
+                       classes,
+                       unit_of(patches, s.batch, s.patches, element),
+                       unit_of(classes, s.batch, s.classes, element),
+                       weight,
+                       bias,
+                       nullptr,
+                       eps,
+                       logits,
+                       out,
+                       {},
+                       {}};
+  return with_rows(s, [&](auto type, auto tile) {
+    using T = typename decltype(type)::type;
+    constexpr int NT = decltype(tile)::value;
+    return launch(mask_forward<T, NT>, s.batch * divide_up(s.patches, kRows), kThreads,
+                  kRing<T, NT> + sizeof(Small<NT>), stream, a);
+  });
+}
+
+const char* mask_head_backward(const MaskHeadShape& s, const void* grad, const Tokens& patches,
+                               const Tokens& classes, const void* weight,
+                               const MaskHeadStatistics<const float>& in, const MaskHeadScratch& scratch,
+                               void* grad_patches, void* grad_classes, void* grad_weight, void* grad_bias,
+                               void* stream) {
+  const int element = element_size(s.type);
+  const int x_unit = unit_of(patches, s.batch, s.patches, element);
+  const int q_unit = unit_of(classes, s.batch, s.classes, element);
+  const int64_t blocks = s.batch * divide_up(s.patches, kRows);
+  const int64_t per_split = divide_up(divide_up(s.patches, scratch.splits), kRows) * kRows;
+  const RowArguments rows{s,    patches, classes, x_unit, q_unit, weight, nullptr,
+                          grad, 0,       nullptr, {},     in,     scratch};
+  const FinishArguments finish{s, classes, in.inv_q, scratch, grad_classes, grad_weight, grad_bias};
+  return with_rows(s, [&](auto type, auto tile) -> const char* {
+    using T = typename decltype(type)::type;
+    constexpr int NT = decltype(tile)::value;
+    const char* error = launch(mask_backward<T, NT>, blocks, kThreads,
+                               kBackwardSpace<T, NT> + sizeof(Small<NT>), stream, rows);
+    if (error) return error;
+    const int64_t class_tiles = divide_up(s.classes, kClasses<NT>);
+    const int64_t class_blocks = scratch.splits * s.batch * class_tiles * (divide_up(s.dim, kRows));
+    constexpr int kWidth = 32 * kWidthTile;
+    const int64_t patch_blocks = blocks * (divide_up(s.dim, kWidth));
+    const ProductArguments products{s,       patches,      classes,   x_unit,      q_unit,
+                                    scratch, grad_patches, per_split, class_blocks};
+    error = launch(mask_products<T, NT>, class_blocks + patch_blocks, kThreads, kProductRing<T, NT>, stream,
+                   products);
+    if (error) return error;
+    return launch(mask_finish<T>, divide_up(s.batch * s.classes, kWarps), kThreads, 0, stream, finish);
+  });
+}
+
+}  // namespace depict::cuda
