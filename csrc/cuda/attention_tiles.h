@@ -84,12 +84,11 @@ __device__ __forceinline__ void multiply_rows(const T* x, const T* grad_x, const
                                               bool precise, float (&s)[MT][NT][4],
                                               float (&by_grad_x)[MT][NT][4], float (&by_grad_y)[MT][NT][4]) {
   static_assert(D % 8 == 0 && NT % 2 == 0);
-  constexpr int kUnroll = 16;
   constexpr int L = kStride<T, D>;
   const int lane = thread_index() % 32;
   if constexpr (sizeof(T) == 2) {
     const int a_at = lane % 16 * L + lane / 16 * 8, b_at = (lane % 8 + lane / 16 * 8) * L + lane / 8 % 2 * 8;
-#pragma unroll kUnroll
+#pragma unroll
     for (int k = 0; k + 16 <= D; k += 16) {
       uint32_t a[MT][4], a_grad[MT][4];
 #pragma unroll
