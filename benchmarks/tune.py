@@ -16,7 +16,7 @@ import argparse
 import itertools
 import json
 import os
-import pprint
+import runpy
 import statistics
 import sys
 import time
@@ -119,13 +119,16 @@ def candidates(key: str, default: Config) -> list[Config]:
 
 
 def clock(run: Callable[[], object], device: str, flush: Tensor) -> float:
-    """Seconds of one run, with nothing of it left in the L2 cache."""
+    """Seconds of one run on the device, with nothing of it left in the L2 cache."""
     if device == "cpu":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
+    torch.cuda._sleep(
+        4_000_000
+    )  # about 2 ms in which the host queues the whole call: no gaps between its kernels
     start.record()
     run()
     end.record()
@@ -247,12 +250,17 @@ def tune(
 
 def write_table(path: Path, architecture: str, device: str, rows: list[dict]) -> None:
     """Merges the rows that beat the default into the table of ``path`` (tuned.py)."""
-    space: dict = {}
-    exec(path.read_text(), space)
-    table = space["TUNED"]
+    table = runpy.run_path(str(path))["TUNED"]
     found = {r["key"]: tuple(r["best"]) for r in rows if tuple(r["best"]) != tuple(r["default"])}
     table[architecture] = dict(sorted({**table.get(architecture, {}), **found}.items()))
-    text = pprint.pformat(table, width=100, sort_dicts=True)
+    lines = []
+    for name, entries in sorted(table.items()):
+        lines += [
+            f'    "{name}": {{',
+            *(f'        "{key}": {values},' for key, values in entries.items()),
+            "    },",
+        ]
+    text = "\n".join(["{", *lines, "}"])
     path.write_text(
         f'"""Measured launch configurations, written by ``benchmarks/tune.py --write``; last on {device}."""\n\n'
         "# architecture -> key (see tuning.py) -> rows, columns, warps, stages\n"

@@ -1,6 +1,7 @@
 """Launch tables and benchmarks/tune.py, run in Triton's interpreter at a tiny size."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -90,9 +91,8 @@ def test_tune_checks_measures_and_writes(tmp_path, monkeypatch, triton_device):
     assert "above the budget" in rows[key]["rejected"][str(tune.astuple(wrong))]
     architecture = record["architecture"]
     assert tuning.load(str(output)) == {(architecture, key): faster}
-    space: dict = {}
-    exec(table.read_text(), space)
-    assert tuning._parse(space["TUNED"], "tuned.py") == {(architecture, key): faster}
+    written = runpy.run_path(str(table))["TUNED"]
+    assert tuning._parse(written, "tuned.py") == {(architecture, key): faster}
 
 
 def test_every_tiny_call_is_tuned(triton_device):
