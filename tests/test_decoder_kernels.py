@@ -1,4 +1,4 @@
-"""The whole DEPICT decoder on the Triton backend: training steps compiled, captured, on streams, under autocast, DDP.
+"""The whole DEPICT decoder on every kernel backend: training steps compiled, captured, on streams, under autocast, DDP.
 
 The same bodies run in the interpreter, tiny, where a CUDA graph or a stream is plain execution.
 """
@@ -13,8 +13,6 @@ from depict_kernels import ops
 from depict_kernels.models import DepictDecoder
 from depict_kernels.testing import assert_within_budget
 
-pytest.importorskip("triton")
-
 # batch, grid, size, classes, width, heads, head_dim, cross_head_dim by device: several blocks of tokens on a GPU
 SHAPES = {"cpu": (1, (1, 2), (2, 3), 5, 24, 2, 20, 10), "cuda": (2, (9, 11), (131, 170), 19, 192, 3, 100, 50)}
 
@@ -24,11 +22,11 @@ def mode(request) -> str:
     return request.param
 
 
-def make(mode, device, dtype=torch.float32):
+def make(mode, backend, device, dtype=torch.float32):
     batch, grid, size, classes, width, heads, dim, cross_dim = SHAPES[torch.device(device).type]
     torch.manual_seed(0)
     decoder = DepictDecoder(
-        classes, width, mode, 1, heads, dim, 2, cross_dim, backend="triton", step_init=-0.3
+        classes, width, mode, 1, heads, dim, 2, cross_dim, backend=backend, step_init=-0.3
     )
     # The classes' small first values make them all alike, and the mask head ill-conditioned.
     torch.nn.init.normal_(decoder.class_embed)
@@ -46,9 +44,9 @@ def loss_of(decoder, patches, target):
     return ops.upsample_cross_entropy(masks(decoder, patches), target, backend=decoder.backend)
 
 
-def label_map(logits):
+def label_map(logits, backend):
     size = SHAPES[logits.device.type][2]
-    return ops.upsample_argmax(logits, size, torch.uint8, backend="triton")
+    return ops.upsample_argmax(logits, size, torch.uint8, backend=backend)
 
 
 def loss_and_gradients(decoder, patches, target, function=loss_of):
@@ -79,34 +77,34 @@ def check(values, peers, decoder, patches, target, dtype):
         assert_within_budget(value, peer, truth, factor=4, ulps=ulps, scale=scale, what=name)
 
 
-def test_against_float64(mode, triton_device, triton_dtype):
-    decoder, *batch = make(mode, triton_device, triton_dtype)
+def test_against_float64(mode, kernels):
+    decoder, *batch = make(mode, *kernels)
     values = loss_and_gradients(decoder, *batch)
-    peers = loss_and_gradients(on_torch(decoder, triton_dtype), *batch)
-    check(values, peers, decoder, *batch, triton_dtype)
+    peers = loss_and_gradients(on_torch(decoder, kernels.dtype), *batch)
+    check(values, peers, decoder, *batch, kernels.dtype)
 
 
-def test_repeats_are_bitwise_equal(mode, triton_device, triton_dtype):
-    decoder, *batch = make(mode, triton_device, triton_dtype)
+def test_repeats_are_bitwise_equal(mode, kernels):
+    decoder, *batch = make(mode, *kernels)
     first, second = (loss_and_gradients(decoder, *batch) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_compile_takes_training_and_inference_in_one_graph(mode, triton_device, triton_dtype):
-    decoder, patches, target = make(mode, triton_device, triton_dtype)
-    options = {"fullgraph": True, "backend": "inductor" if triton_device == "cuda" else "aot_eager"}
+def test_compile_takes_training_and_inference_in_one_graph(mode, kernels):
+    decoder, patches, target = make(mode, *kernels)
+    options = {"fullgraph": True, "backend": "inductor" if kernels.device == "cuda" else "aot_eager"}
     values = loss_and_gradients(decoder, patches, target, torch.compile(loss_of, **options))
-    check(values, loss_and_gradients(decoder, patches, target), decoder, patches, target, triton_dtype)
+    check(values, loss_and_gradients(decoder, patches, target), decoder, patches, target, kernels.dtype)
 
     def infer(patches):
         logits = masks(decoder, patches)
-        counts = ops.upsample_confusion(logits, target, backend="triton")
-        return logits, label_map(logits), counts
+        counts = ops.upsample_confusion(logits, target, backend=kernels.backend)
+        return logits, label_map(logits, kernels.backend), counts
 
     with torch.no_grad():
         logits, labels, counts = torch.compile(infer, **options)(patches)
-        assert torch.equal(labels, label_map(logits))
-        assert torch.equal(counts, ops.upsample_confusion(logits, target, backend="triton"))
+        assert torch.equal(labels, label_map(logits, kernels.backend))
+        assert torch.equal(counts, ops.upsample_confusion(logits, target, backend=kernels.backend))
         truth = masks(on_torch(decoder, torch.float64), patches.double())
         assert_within_budget(logits, masks(decoder, patches), truth, factor=4, what="logits")
 
@@ -133,23 +131,23 @@ def captured(step, device):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_cuda_graph_of_a_training_step(mode, optimizer, triton_device, triton_dtype):
+def test_cuda_graph_of_a_training_step(mode, optimizer, kernels):
     """Forward, loss, backward and optimizer, captured once: replays train as eager steps do, on new batches.
 
     16 bit is autocast's, as in training: an optimizer's state in float16 underflows.
     """
 
     def prepare():
-        decoder, patches, target = make(mode, triton_device)
+        decoder, patches, target = make(mode, *kernels[:2])
         if optimizer == "sgd":
             optim = torch.optim.SGD(decoder.parameters(), lr=0.01, momentum=0.9, foreach=True)
         else:
-            optim = torch.optim.AdamW(decoder.parameters(), lr=1e-3, capturable=triton_device == "cuda")
-        result = torch.zeros((), device=triton_device)
+            optim = torch.optim.AdamW(decoder.parameters(), lr=1e-3, capturable=kernels.device == "cuda")
+        result = torch.zeros((), device=kernels.device)
 
         def step():
             optim.zero_grad()
-            with torch.autocast(triton_device, triton_dtype, enabled=triton_dtype != torch.float32):
+            with torch.autocast(kernels.device, kernels.dtype, enabled=kernels.dtype != torch.float32):
                 loss = loss_of(decoder, patches, target)
             loss.backward()
             optim.step()
@@ -172,21 +170,21 @@ def test_cuda_graph_of_a_training_step(mode, optimizer, triton_device, triton_dt
         step()
     expected = train(*state, step)
     *state, step = prepare()
-    replayed = train(*state, captured(step, triton_device))
+    replayed = train(*state, captured(step, kernels.device))
     # the same kernels in the same order: equal, unless the library of matrix products takes another algorithm
     torch.testing.assert_close(replayed, expected)
     assert len({loss.item() for loss in replayed[0]}) == 2
 
 
-def test_cuda_graph_of_inference(mode, triton_device, triton_dtype):
-    decoder, patches, _ = make(mode, triton_device, triton_dtype)
-    labels = torch.zeros(len(patches), *SHAPES[triton_device][2], dtype=torch.uint8, device=triton_device)
+def test_cuda_graph_of_inference(mode, kernels):
+    decoder, patches, _ = make(mode, *kernels)
+    labels = torch.zeros(len(patches), *SHAPES[kernels.device][2], dtype=torch.uint8, device=kernels.device)
 
     @torch.no_grad()
     def infer():
-        labels.copy_(label_map(masks(decoder, patches)))
+        labels.copy_(label_map(masks(decoder, patches), kernels.backend))
 
-    replay = captured(infer, triton_device)
+    replay = captured(infer, kernels.device)
     for seed in (1, 2):
         patches.copy_(torch.randn(patches.shape, generator=torch.Generator().manual_seed(seed)))
         infer()
@@ -196,12 +194,12 @@ def test_cuda_graph_of_inference(mode, triton_device, triton_dtype):
         assert torch.equal(labels, expected) and labels.unique().numel() > 1
 
 
-def test_a_second_stream(mode, triton_device, triton_dtype):
+def test_a_second_stream(mode, kernels):
     """The inputs come late on a stream of their own: a kernel on another stream would read what was there before."""
-    decoder, patches, target = make(mode, triton_device, triton_dtype)
+    decoder, patches, target = make(mode, *kernels)
     expected = loss_and_gradients(decoder, patches, target)
     late = torch.full_like(patches, torch.nan)
-    stream = torch.cuda.Stream() if triton_device == "cuda" else None
+    stream = torch.cuda.Stream() if kernels.device == "cuda" else None
     if stream is not None:
         torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -215,10 +213,11 @@ def test_a_second_stream(mode, triton_device, triton_dtype):
 
 
 @pytest.mark.gpu
-def test_a_device_that_is_not_the_current_one(mode):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_device_that_is_not_the_current_one(mode, backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    decoder, *batch = make(mode, "cuda:0")
+    decoder, *batch = make(mode, backend, "cuda:0")
     expected = loss_and_gradients(decoder, *batch)
     for current in (0, 1):
         with torch.cuda.device(current):
@@ -228,18 +227,17 @@ def test_a_device_that_is_not_the_current_one(mode):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
-def test_autocast(mode, scaled, triton_device, triton_dtype):
+def test_autocast(mode, scaled, kernels):
     """float32 parameters and patches, 16-bit products; a loss scaler's factor goes through the kernels' backward."""
-    if triton_device == "cpu":
-        triton_dtype = torch.float16
-    scaler = torch.amp.GradScaler(triton_device, init_scale=2.0**10, enabled=scaled)
-    decoder, *batch = make(mode, triton_device)
+    dtype = torch.float16 if kernels.device == "cpu" else kernels.dtype
+    scaler = torch.amp.GradScaler(kernels.device, init_scale=2.0**10, enabled=scaled)
+    decoder, *batch = make(mode, *kernels[:2])
 
     def run(decoder, patches, target):
         twin = copy.deepcopy(decoder)
         patches = patches.detach().requires_grad_()
         optim = torch.optim.SGD([patches, *twin.parameters()], lr=1.0)
-        with torch.autocast(triton_device, triton_dtype, enabled=triton_dtype != torch.float32):
+        with torch.autocast(kernels.device, dtype, enabled=dtype != torch.float32):
             loss = loss_of(twin, patches, target)
         assert loss.dtype == torch.float32
         scaler.scale(loss).backward()
@@ -247,18 +245,18 @@ def test_autocast(mode, scaled, triton_device, triton_dtype):
         return [loss.detach(), patches.grad, *(p.grad for p in twin.parameters())]
 
     values, peers = run(decoder, *batch), run(on_torch(decoder, torch.float32), *batch)
-    check(values, peers, decoder, *batch, triton_dtype)
+    check(values, peers, decoder, *batch, dtype)
 
 
-def test_data_parallel(mode, triton_device, triton_dtype, tmp_path):
+def test_data_parallel(mode, kernels, tmp_path):
     """One process: DDP's hooks, buckets and its own streams around the kernels' backward."""
     dist = torch.distributed
-    decoder, patches, target = make(mode, triton_device, triton_dtype)
+    decoder, patches, target = make(mode, *kernels)
     expected = loss_and_gradients(decoder, patches, target)[2:]
-    backend = "nccl" if triton_device == "cuda" else "gloo"
+    backend = "nccl" if kernels.device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         parallel = torch.nn.parallel.DistributedDataParallel(decoder)
-        ops.upsample_cross_entropy(masks(parallel, patches), target, backend="triton").backward()
+        ops.upsample_cross_entropy(masks(parallel, patches), target, backend=kernels.backend).backward()
     torch.testing.assert_close([p.grad for p in decoder.parameters()], expected)
