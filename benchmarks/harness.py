@@ -96,7 +96,7 @@ class Harness:
             base = timing.timed(baseline, now)
             # Three runs, the middle one: a single interruption weighs more on a run this short.
             repeats = 3 if 3 * one < base else 1
-            rounds = timing.rounds_within(11.0, base + repeats * one, 3, self.rounds)
+            rounds = timing.rounds_within(8.0, base + repeats * one, 3, self.rounds)
         elif case.device == "cpu":
             rounds = timing.rounds_within(3.0, one, 1 if one > 2 else 3, self.rounds)
         else:

@@ -453,3 +453,12 @@ def test_slug_and_commit(monkeypatch):
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     monkeypatch.setenv("BENCH_COMMIT", "abc")
     assert machine.commit() == "abc"
+
+
+def test_same_code_has_one_time():
+    parts = {"decoder_ms": 10.0, "optimizer_ms": 1.0, "batch": 2, "model": "m"}
+    eager = parts | {"way": "eager", "backbone_ms": 100.0, "loss_ms": 50.0, "total_ms": 161.0}
+    ours = parts | {"way": "auto", "backbone_ms": 150.0, "loss_ms": 1.0, "total_ms": 162.0}
+    found = tables.same_code({"eager": eager, "auto": ours}, "training")
+    assert found["eager"]["total_ms"] == 161 and found["auto"]["total_ms"] == 112
+    assert found["auto"]["images_per_s"] == pytest.approx(2 / 0.112)
