@@ -305,6 +305,8 @@ def page(record: dict, stem: str) -> str:
     """All of a record as Markdown."""
     lines = [f"# {stem}", "", machine_line(record), ""]
     lines += [f"`{command}`" for command in record["environment"].get("commands", [])] + [""]
+    if note := record["environment"].get("note"):
+        lines += [f"Note: {note}.", ""]
     if machine := record.get("machine"):
         rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in machine["flop_per_s"].items())
         lines += [f"Measured here: copy {machine['copy_bytes_per_s'] / 1e9:.4g} GB/s; products {rates}.", ""]
