@@ -102,8 +102,8 @@ def _where_not(data: dict, device: str) -> list[str]:
     if device == "cpu":
         lines[0] += (
             " Nor do they help attention, mask head and decoder on a CPU, which have no kernel there: what they gain "
-            "over eager torch is SDPA's. Backbone and optimizer are counted with the smaller of their two times, since "
-            f"this machine is shared: the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "
+            "over eager torch is SDPA's. Backbone and optimizer are counted with the smaller of their two times: on "
+            f"this shared machine the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "
             "column than in the other."
         )
     return [*lines, ""]
