@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import implementations, timing
+from benchmarks.harness import first_line, leave_if_broken
 from depict_kernels import backends, ops
 from depict_kernels.models import create_model
 
@@ -180,6 +181,7 @@ def measure(harness, benchmark, model: Model) -> None:
     step, cuda = Step(model), model.device == "cuda"
     marks: dict[str, list] = {}
     peaks: dict[str, int | None] = {}
+    failures: list[str] = []
     slow = False  # where a step takes many seconds the first is as good as the others
 
     def first(name: str) -> None:
@@ -196,13 +198,21 @@ def measure(harness, benchmark, model: Model) -> None:
             if name != "auto" or not slow:
                 first(name)
                 slow = slow or (not cuda and step.seconds(marks[name][0])["total"] > SLOW)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            # The other ways are timed all the same; a failure of ours fails the benchmark in the end.
             marks.pop(name, None)
-            harness.add("models", _row(model, name) | {"skipped": str(error).splitlines()[0]})
+            memory = isinstance(error, torch.OutOfMemoryError)
+            word = "skipped" if memory else "failed"
+            harness.add("models", _row(model, name) | {word: first_line(error)})
             if cuda:
+                leave_if_broken(name)
                 torch.cuda.empty_cache()
-            if name == "auto":
-                pytest.skip("out of memory")
+            if not memory:
+                failures.append(f"{name}: {first_line(error)}")
+    if "auto" not in marks and not slow:
+        if not failures:
+            pytest.skip("out of memory")
+        pytest.fail("; ".join(failures))
     if slow:
         benchmark.pedantic(first, args=("auto",), rounds=1)
     else:
@@ -221,6 +231,8 @@ def measure(harness, benchmark, model: Model) -> None:
         row = _row(model, name) | {"rounds": len(runs), "peak_bytes": peaks[name]}
         row |= {f"{key}_ms": 1e3 * value for key, value in found.items()}
         harness.add("models", row | {"images_per_s": model.batch / found["total"]})
+    if failures:
+        pytest.fail("; ".join(failures))
 
 
 def _row(model: Model, name: str) -> dict:

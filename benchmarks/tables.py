@@ -317,7 +317,12 @@ def page(record: dict, stem: str) -> str:
         for mode in PARTS:
             lines += end_to_end(record, mode, device)
         lines += model_growth(record, device)
-    return "\n".join([*lines, *growth(record), *everything(record)]).rstrip() + "\n"
+    for row in record.get("models", []):
+        if reason := row.get("skipped") or row.get("failed"):
+            lines.append(
+                f"- {_label(row)}, {row['mode']}, {row['classes']} classes, `{row['way']}`: {reason}"
+            )
+    return "\n".join([*lines, "", *growth(record), *everything(record)]).rstrip() + "\n"
 
 
 def goal_table(record: dict) -> list[str]:
