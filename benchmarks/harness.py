@@ -66,20 +66,22 @@ class Harness:
         except Exception as error:
             # Stock kernels refuse what they cannot do with a plain RuntimeError; of ours that is a defect.
             if name in OURS or name == "auto":
-                self.add("operators", row | {"failed": _first_line(error)})
+                self.add("operators", row | {"failed": first_line(error)})
             if case.device == "cuda":
-                _leave_if_broken(name)
+                leave_if_broken(name)
             if name in OURS or name == "auto":
                 raise
-            self._skip(row, _first_line(error))
-        benchmark.extra_info.update({k: row[k] for k in ("ratio", "graph_ms", "peak_bytes") if k in row})
+            self._skip(row, first_line(error))
+        benchmark.extra_info.update(
+            {k: row[k] for k in ("ratio", "graph_median_ms", "peak_bytes") if k in row}
+        )
         self.add("operators", row)
 
     def _skip(self, row: dict, reason: str) -> None:
         if row["device"] == "cuda":
             torch.cuda.empty_cache()
-        self.add("operators", row | {"skipped": _first_line(reason)})
-        pytest.skip(_first_line(reason))
+        self.add("operators", row | {"skipped": first_line(reason)})
+        pytest.skip(first_line(reason))
 
     def _times(self, benchmark, case: Case, name: str, function, row: dict) -> dict:
         now, flush = timing.clock(case.device), self.flush(case.device)
@@ -96,7 +98,7 @@ class Harness:
             base = timing.timed(baseline, now)
             # Three runs, the middle one: a single interruption weighs more on a run this short.
             repeats = 3 if 3 * one < base else 1
-            rounds = timing.rounds_within(11.0, base + repeats * one, 3, self.rounds)
+            rounds = timing.rounds_within(8.0, base + repeats * one, 3, self.rounds)
         elif case.device == "cpu":
             rounds = timing.rounds_within(3.0, one, 1 if one > 2 else 3, self.rounds)
         else:
@@ -139,18 +141,18 @@ class Harness:
             graph = timing.spread(timing.graph_times(runner, flush, min(rounds, 20)))
         except Exception as error:  # whatever cannot be captured is still timed eagerly
             torch.cuda.synchronize()
-            return {"graph_refused": _first_line(error)}
+            return {"graph_refused": first_line(error)}
         return {f"graph_{key}": graph[key] for key in ("median_ms", "q1_ms", "q3_ms")}
 
 
-def _leave_if_broken(name: str) -> None:
+def leave_if_broken(name: str) -> None:
     """Ends the run where the GPU's context is lost: every later figure of this process would be an error."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        pytest.exit(f"{name} broke the GPU's context: {_first_line(error)}", returncode=1)
+        pytest.exit(f"{name} broke the GPU's context: {first_line(error)}", returncode=1)
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

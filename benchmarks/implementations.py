@@ -42,7 +42,7 @@ def names_for(case: Case, full: bool = False) -> list[str]:
     names = ["eager"] if case.device == "cuda" or case.growth else []
     if full or case.compiled:
         names.append("reference")
-    if full or attention or case.device == "cuda" or case.family in ("mask_head", "decoder"):
+    if full or attention or case.device == "cuda" or case.family == "mask_head":
         names.append("torch")
     if full or case.compiled:
         names += ["compile(eager)", "compile(torch)"]

@@ -55,6 +55,11 @@ def slug(device: str) -> str:
     return "cpu" if device == "cpu" else re.sub(r"\W+", "_", device_name(device).lower()).strip("_")
 
 
+def _program() -> str:
+    path = Path(sys.argv[0])
+    return f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
+
+
 def environment(device: str) -> dict:
     from depict_kernels import backends, extension
 
@@ -67,7 +72,7 @@ def environment(device: str) -> dict:
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "device": device_name(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

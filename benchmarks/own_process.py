@@ -17,7 +17,7 @@ KEEP = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 35),
 }  # glibc reads them at its start
-ROUNDS = 7
+ROUNDS = 5
 
 
 def peak(case, name: str) -> int | None:

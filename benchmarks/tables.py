@@ -141,7 +141,7 @@ def operators_without_kernel(record: dict) -> list[str]:
         if eager is None or stock is None:
             continue
         mine = f"{ours['ratio']:.2f} (`{ours['implementation']}`)" if ours else "no kernel: takes `torch`"
-        name = f"{short(found[0])}, {found[0]['passes']}"
+        name = f"{short(found[0]).removesuffix(' fwd')}, {found[0]['passes']}"
         rows.append([name, ms(eager["median_ms"]), f"{stock['ratio']:.2f} ({stock['implementation']})", mine])
     head = [
         "attention, mask head, decoder (float32)",
@@ -169,8 +169,8 @@ def _rank(row: dict) -> tuple:
     return (list(ORDER).index(size), list(KINDS).index(kind), row["size"], row["batch"], row["classes"])
 
 
-def end_to_end(record: dict, mode: str, device: str) -> list[str]:
-    """Eager torch against ``auto`` and, where measured, each backend: time, shares of the parts, memory."""
+def whole_models(record: dict, mode: str, device: str) -> list[dict[str, dict]]:
+    """Per model its rows by way, in the order of size and kind; on a CPU with one figure for what is the same code."""
     groups: dict[tuple, dict[str, dict]] = {}
     for row in record.get("models", []):
         if (
@@ -180,6 +180,36 @@ def end_to_end(record: dict, mode: str, device: str) -> list[str]:
             and row.get("backbone_ms")
         ):
             groups.setdefault(_rank(row), {})[row["way"]] = row
+    found = [ways for _, ways in sorted(groups.items()) if "eager" in ways and fastest(ways)]
+    return [same_code(ways, mode) for ways in found] if device == "cpu" else found
+
+
+def same_code(ways: dict[str, dict], mode: str) -> dict[str, dict]:
+    """Backbone and optimizer are one code in every way: the smallest of their times stands for all of them.
+
+    Where a step takes seconds and is run a few times on a shared machine, their noise would hide what differs.
+    """
+    shared = {f"{part}_ms" for part in PARTS[mode]} & {"backbone_ms", "optimizer_ms"}
+    least = {key: min(row[key] for row in ways.values()) for key in shared}
+    result = {}
+    for way, row in ways.items():
+        row = row | least
+        row["total_ms"] = sum(row[f"{part}_ms"] for part in PARTS[mode])
+        result[way] = row | {"images_per_s": 1e3 * row["batch"] / row["total_ms"]}
+    return result
+
+
+def unsteady(record: dict, device: str) -> float:
+    """How many times longer the same backbone took in one way than in another, at most."""
+    backbones: dict[tuple, list[float]] = {}
+    for row in record.get("models", []):
+        if row["device"] == device and row.get("backbone_ms"):
+            backbones.setdefault((row["mode"], *_rank(row)), []).append(row["backbone_ms"])
+    return max((max(times) / min(times) for times in backbones.values()), default=1.0)
+
+
+def end_to_end(record: dict, mode: str, device: str) -> list[str]:
+    """Eager torch against ``auto`` and, where measured, each backend: time, shares of the parts, memory."""
     head = [
         "training step" if mode == "training" else "evaluation",
         "eager torch",
@@ -187,21 +217,15 @@ def end_to_end(record: dict, mode: str, device: str) -> list[str]:
         "ratio",
         "images/s",
     ]
+    memory = device == "cuda" and mode == "training"
     rows = []
-    for _, ways in sorted(groups.items()):
-        ours = fastest(ways)
-        if "eager" not in ways or ours is None:
-            continue
-        eager = ways["eager"]
+    for ways in whole_models(record, mode, device):
+        eager, ours = ways["eager"], fastest(ways)
         row = [_label(eager), _with_shares(eager, mode), _with_shares(ours, mode)]
-        row += [
-            f"{eager['total_ms'] / ours['total_ms']:.2f}",
-            f"{eager['images_per_s']:.3g} to {ours['images_per_s']:.3g}",
-        ]
-        if mode == "training":
-            row.append(f"{mib(eager['peak_bytes'])} to {mib(ours['peak_bytes'])}")
-        rows.append(row)
-    return table([*head, *(["extra peak memory"] if mode == "training" else [])], rows)
+        row += [f"{eager['total_ms'] / ours['total_ms']:.2f}"]
+        row += [f"{eager['images_per_s']:.3g} to {ours['images_per_s']:.3g}"]
+        rows.append([*row, *([f"{mib(eager['peak_bytes'])} to {mib(ours['peak_bytes'])}"] if memory else [])])
+    return table([*head, *(["extra peak memory"] if memory else [])], rows)
 
 
 def fastest(ways: dict[str, dict]) -> dict | None:
@@ -281,6 +305,8 @@ def page(record: dict, stem: str) -> str:
     """All of a record as Markdown."""
     lines = [f"# {stem}", "", machine_line(record), ""]
     lines += [f"`{command}`" for command in record["environment"].get("commands", [])] + [""]
+    if note := record["environment"].get("note"):
+        lines += [f"Note: {note}.", ""]
     if machine := record.get("machine"):
         rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in machine["flop_per_s"].items())
         lines += [f"Measured here: copy {machine['copy_bytes_per_s'] / 1e9:.4g} GB/s; products {rates}.", ""]
@@ -291,7 +317,12 @@ def page(record: dict, stem: str) -> str:
         for mode in PARTS:
             lines += end_to_end(record, mode, device)
         lines += model_growth(record, device)
-    return "\n".join([*lines, *growth(record), *everything(record)]).rstrip() + "\n"
+    for row in record.get("models", []):
+        if reason := row.get("skipped") or row.get("failed"):
+            lines.append(
+                f"- {_label(row)}, {row['mode']}, {row['classes']} classes, `{row['way']}`: {reason}"
+            )
+    return "\n".join([*lines, "", *growth(record), *everything(record)]).rstrip() + "\n"
 
 
 def goal_table(record: dict) -> list[str]:

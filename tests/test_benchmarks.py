@@ -27,6 +27,7 @@ from benchmarks import (
     tables,
     timing,
 )
+from benchmarks.harness import Harness
 from depict_kernels import ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +197,49 @@ def test_quietest_rounds_decide():
     found = timing.quietest(pairs)
     assert found["ratio"] == pytest.approx(10) and found["median_ratio"] == pytest.approx(40)
     assert found["baseline_ms"] == pytest.approx(1050) and found["quiet_ms"] == pytest.approx(105)
+
+
+def test_device_marks_are_seconds(monkeypatch):
+    class Event:
+        clock = 10.0  # milliseconds, as CUDA's events count
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at, Event.clock = Event.clock, Event.clock + 4.0
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert timing.timed(lambda: None, timing.clock("cuda")) == pytest.approx(0.004)
+
+
+def test_a_failing_way_fails_after_the_others_were_timed(monkeypatch, tmp_path):
+    model = end_to_end.Model("depict_sa_vit_tiny", "evaluation").rehearsal()
+    step = end_to_end.Step.__call__
+
+    def broken(self, name):
+        if name == "eager":
+            raise RuntimeError("no such kernel")
+        return step(self, name)
+
+    class Benchmark:
+        def pedantic(self, target, setup, rounds):
+            for _ in range(rounds):
+                setup()
+                target()
+
+    monkeypatch.setattr(end_to_end.Step, "__call__", broken)
+    kept = Harness(record.Record(tmp_path / "r.json", "cpu"), rounds=2, threads=1, budget=None)
+    with pytest.raises(pytest.fail.Exception, match="eager: no such kernel"):
+        end_to_end.measure(kept, Benchmark(), model)
+    rows = {row["way"]: row for row in record.load(tmp_path / "r.json")["models"]}
+    assert rows["eager"]["failed"] == "no such kernel" and rows["auto"]["total_ms"] > 0
 
 
 def test_rounds_within():
@@ -513,3 +557,12 @@ def test_shipped_choice_names_records_that_exist():
         assert (record.RESULTS / name).exists()
     for choice in measured.AUTO.values():
         assert all(operator in backends.OPERATORS for operator in choice)
+
+
+def test_same_code_has_one_time():
+    parts = {"decoder_ms": 10.0, "optimizer_ms": 1.0, "batch": 2, "model": "m"}
+    eager = parts | {"way": "eager", "backbone_ms": 100.0, "loss_ms": 50.0, "total_ms": 161.0}
+    ours = parts | {"way": "auto", "backbone_ms": 150.0, "loss_ms": 1.0, "total_ms": 162.0}
+    found = tables.same_code({"eager": eager, "auto": ours}, "training")
+    assert found["eager"]["total_ms"] == 161 and found["auto"]["total_ms"] == 112
+    assert found["auto"]["images_per_s"] == pytest.approx(2 / 0.112)
