@@ -75,12 +75,12 @@ gpu-build:
 	$(HERE) $(PYTHON) -m depict_kernels
 
 # A process per file, here and in gpu-bench: a kernel that reads where it must not leaves no GPU to the rest of its process.
-GPU_TESTS = $(shell grep -lE 'mark\.gpu|def test.*device' tests/test_*.py)
+# Four files at a time: Triton's compiler takes most of the time. (pytest's status 5: no test of this file is for a GPU.)
+GPU_TESTS = $(shell grep -lE 'mark\.gpu|def test.*(device|kernels)' tests/test_*.py)
 
 gpu-test:
-	$(PART) test --record $(RESULTS) --limit 580 -- bash -c 'failed=; for file in $(GPU_TESTS); do \
-	    $(PYTHON) -m pytest $$file -m gpu -q -p no:cacheprovider || [ $$? = 5 ] || failed="$$failed $$file"; done; \
-	    echo "failed: $${failed:-none}"; [ -z "$$failed" ]'
+	$(PART) test --record $(RESULTS) --limit 580 -- bash -c 'echo $(GPU_TESTS) | xargs -n 1 -P 4 \
+	    bash -c "$(PYTHON) -m pytest \$$0 -m gpu -q -p no:cacheprovider || [ \$$? = 5 ]"'
 
 gpu-sanitize:
 	$(PART) sanitize --record $(RESULTS) --limit 590 -- $(PYTHON) benchmarks/sanitize.py --limit 130
