@@ -1,6 +1,8 @@
-"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time: no GPU needed.
+"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time, and of the CUDA C++ kernels
+in the compiled library: no GPU needed.
 
     python benchmarks/kernel_report.py [--core] [--targets sm_80 sm_90 gfx942] [--match TEXT] [--json FILE]
+    python benchmarks/kernel_report.py --cuda-only [--match TEXT] [--json FILE]
 
 NVIDIA: registers per thread, dynamic shared memory, bytes of stack per thread (spills) from
 ``cuobjdump --dump-resource-usage``. AMD: vector registers, shared memory, spilled vector registers. Exits with 1
@@ -18,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cuda_report
 
 
 def report(targets: tuple[str, ...], core: bool, match: str, workers: int) -> list[dict]:
@@ -60,10 +64,12 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--cuda-only", action="store_true", help="only the CUDA C++ kernels of the library")
     args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None) == "1":
         print("TRITON_INTERPRET is ignored here", file=sys.stderr)
-    rows = report(tuple(args.targets), args.core, args.match, args.workers)
+    rows = [] if args.cuda_only else report(tuple(args.targets), args.core, args.match, args.workers)
+    rows += cuda_report.report(args.match)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     spilled = [f"{r['name']} {r['target']}" for r in rows if r["spills"] and not r["may_spill"]]

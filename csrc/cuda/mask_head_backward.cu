@@ -1,230 +1,21 @@
-// The mask head: cosines of patches and classes, LayerNorm over the classes, (batch, classes, patches) masks.
+// The mask head's backward in three kernels, without atomics.
 //
-// Forward: a block owns 64 patches and up to 160 classes. Products and row norms come from one pass over the
-// width; the rest follows in registers. More classes go tile by tile, twice: statistics first, then the
-// masks.
-//
-// Backward, three kernels and no atomics: mask_backward recomputes the cosines and leaves the gradient of the
-// products x q^T with per-block sums for the classes' side; mask_products multiplies that with q and, split
-// along the patches, with x; mask_finish adds up what was split.
-#include "mask_head.h"
-#include "product.h"
+// mask_backward recomputes the cosines, block by block as the forward, and leaves t, the gradient of the
+// products x q^T, with the blocks' sums for the classes' side. mask_products multiplies t with q and, split
+// along the patches, with x. mask_finish adds up what was split.
+#include "mask_head_tiles.h"
 
 namespace depict::cuda {
 namespace {
-
-static_assert(kRows == kMaskHeadRows);
-constexpr int kWarps = kThreads / 32, kSmallTile = 1, kLargeTile = 5;  // tiles are of 32 classes
-
-__device__ __host__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-__device__ __forceinline__ int at_most(int64_t value, int limit) {
-  return value < limit ? static_cast<int>(value) : limit;
-}
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
-__device__ __forceinline__ int64_t padded(int64_t classes) {
-  return divide_up(classes, kMaskHeadAlign) * kMaskHeadAlign;
-}
-
-template <class T>
-struct Element {
-  using type = T;
-};
-
-template <int NT>
-constexpr int kClasses = 32 * NT;
-template <class T>
-constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // per multiprocessor, as far as registers go
 
 struct RowArguments {
   MaskHeadShape shape;
   Tokens x, q;
   int x_unit, q_unit;
-  const void *weight, *bias, *grad;
-  float eps;
-  void* logits;
-  MaskHeadStatistics<float> out;       // of the forward
-  MaskHeadStatistics<const float> in;  // of the backward
+  const void *grad, *weight;
+  MaskHeadStatistics<const float> in;
   MaskHeadScratch scratch;
 };
-
-template <class T>
-__device__ __forceinline__ Source<T> rows_of(const Tokens& tokens, int64_t batch, int64_t first, int64_t rows,
-                                             int64_t columns, int unit) {
-  const T* data =
-      static_cast<const T*>(tokens.data) + batch * tokens.batch_stride + first * tokens.row_stride;
-  return {data, tokens.row_stride, rows - first, columns, unit};
-}
-
-__device__ __forceinline__ float load_as(Type type, const void* data, int64_t i) {
-  if (type == Type::f32) return static_cast<const float*>(data)[i];
-  if (type == Type::f16) return to_float(static_cast<const Float16*>(data)[i]);
-  return to_float(static_cast<const Bfloat16*>(data)[i]);
-}
-
-template <int N>
-__device__ __forceinline__ void store_as(Type type, void* data, int64_t i, const float* values, int64_t count,
-                                         bool vector) {
-  if (type == Type::f32)
-    store_vector<float, N>(static_cast<float*>(data) + i, values, count, vector);
-  else if (type == Type::f16)
-    store_vector<Float16, N>(static_cast<Float16*>(data) + i, values, count, vector);
-  else
-    store_vector<Bfloat16, N>(static_cast<Bfloat16*>(data) + i, values, count, vector);
-}
-
-// 1 / norm, and 0 for a zero vector: zero vectors give zeros, not NaN.
-__device__ __forceinline__ float inverse_norm(float squares) {
-  return squares > 0 ? 1 / sqrtf(squares) : 0.0f;
-}
-
-// The same bits in forward and backward: where the cosines of a patch hardly differ, LayerNorm magnifies what
-// does.
-__device__ __forceinline__ float cosine_of(float product, float inv_x, float inv_q) {
-  return rounded_product(rounded_product(product, inv_x), inv_q);
-}
-
-// A thread's four values, each a share of the sum over a row, to the sums of rows row0 + 8 j.
-struct RowSums {
-  float* shared;  // (4, kRows), not in use by anybody
-
-  __device__ __forceinline__ void operator()(float (&value)[4]) const {
-    const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int row0 = warp / 4 * 32 + lane / 4;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      value[j] += shuffle_xor(value[j], 1);
-      value[j] += shuffle_xor(value[j], 2);
-      if (lane % 4 == 0) shared[warp % 4 * kRows + row0 + 8 * j] = value[j];
-    }
-    barrier();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      value[j] = 0;
-      for (int w = 0; w < 4; ++w) value[j] += shared[w * kRows + row0 + 8 * j];
-    }
-  }
-};
-
-// Shared memory of a block behind the ring of tiles.
-template <int NT>
-struct Small {
-  float row_sums[3][4][kRows];
-  float class_sums[3][2][kClasses<NT>];
-  float inv_x[kRows], mean[kRows], rstd[kRows];
-  float inv_q[kClasses<NT>], weight[kClasses<NT>], bias[kClasses<NT>];
-  float typical[2][2][kWarps];
-};
-
-template <class T, int NT>
-constexpr int kRing = kStages * kStageBytes<T, NT, false, false>;
-
-template <class T, int NT>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_forward(RowArguments a) {
-  const MaskHeadShape& s = a.shape;
-  unsigned char* ring = shared_memory();
-  float* staged = reinterpret_cast<float*>(ring);
-  Small<NT>& small = *reinterpret_cast<Small<NT>*>(ring + kRing<T, NT>);
-  const int64_t blocks = divide_up(s.patches, kRows);
-  const int64_t batch = block_index() / blocks, first = block_index() % blocks * kRows;
-  const int rows_left = at_most(s.patches - first, kRows);
-  const int64_t tiles = divide_up(s.classes, kClasses<NT>);
-  const Source<T> x = rows_of<T>(a.x, batch, first, s.patches, s.dim, a.x_unit);
-  const Place<NT> place;
-  const int lane = thread_index() % 32, warp = thread_index() / 32;
-
-  float m[2][NT][4];
-  float mean[4] = {0, 0, 0, 0}, deviation[4] = {0, 0, 0, 0}, rstd[4];
-  for (int64_t step = 0; step < 2 * tiles; ++step) {  // statistics of all tiles, then the masks
-    const bool second = step >= tiles;
-    const int64_t first_class = (second ? step - tiles : step) * kClasses<NT>;
-    const int classes_left = at_most(s.classes - first_class, kClasses<NT>);
-
-    if (!second || tiles > 1) {
-      const Source<T> q = rows_of<T>(a.q, batch, first_class, s.classes, s.dim, a.q_unit);
-      Squares<NT> squares;
-      product<T, NT, false, false>(m, x, q, s.dim, s.precise, ring, &squares);
-      for (int c = thread_index(); c < kClasses<NT>; c += kThreads) {
-        small.weight[c] = c < classes_left ? load_as(s.parameter_type, a.weight, first_class + c) : 0.0f;
-        small.bias[c] = c < classes_left ? load_as(s.parameter_type, a.bias, first_class + c) : 0.0f;
-      }
-      RowSums{small.row_sums[0][0]}(squares.a);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        squares.b[n] += shuffle_xor(squares.b[n], 1);
-        squares.b[n] += shuffle_xor(squares.b[n], 2);
-        if (lane % 4 == 0) small.class_sums[0][warp / 4][warp % 4 * 8 * NT + 8 * n + lane / 4] = squares.b[n];
-      }
-      barrier();
-      for (int c = thread_index(); c < kClasses<NT>; c += kThreads) {
-        small.inv_q[c] = inverse_norm(small.class_sums[0][0][c] + small.class_sums[0][1][c]);
-        if (first == 0 && !second && c < classes_left)
-          a.out.inv_q[batch * s.classes + first_class + c] = small.inv_q[c];
-      }
-      barrier();
-      float inv_x[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        inv_x[j] = inverse_norm(squares.a[j]);
-        const int row = place.row0 + 8 * j;
-        if (step == 0 && warp % 4 == 0 && lane % 4 == 0 && row < rows_left)
-          a.out.inv_x[batch * s.patches + first + row] = inv_x[j];
-      }
-      for_each<NT>([&](int i, int n, int k) {
-        m[i][n][k] = cosine_of(m[i][n][k], inv_x[2 * i + k / 2], small.inv_q[place.column(n, k)]);
-      });
-    }
-
-    if (!second) {
-      const float count = static_cast<float>(classes_left);
-      float tile_mean[4] = {0, 0, 0, 0}, squares[4] = {0, 0, 0, 0};
-      for_each<NT>([&](int i, int n, int k) { tile_mean[2 * i + k / 2] += m[i][n][k]; });  // 0 past the last
-      RowSums{small.row_sums[1][0]}(tile_mean);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) tile_mean[j] /= count;
-      for_each<NT>([&](int i, int n, int k) {
-        const float centred = m[i][n][k] - tile_mean[2 * i + k / 2];
-        squares[2 * i + k / 2] += place.column(n, k) < classes_left ? centred * centred : 0.0f;
-      });
-      RowSums{small.row_sums[2][0]}(squares);
-      // Chan's update of mean and squared deviations: exact for any split of the classes.
-      const float before = static_cast<float>(first_class), merged = before + count;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float difference = tile_mean[j] - mean[j];
-        deviation[j] += squares[j] + difference * difference * (before * (count / merged));
-        mean[j] += difference * (count / merged);
-        rstd[j] = 1 / sqrtf(deviation[j] / merged + a.eps);
-      }
-      continue;
-    }
-
-    for_each<NT>([&](int i, int n, int k) {
-      const int j = 2 * i + k / 2, c = place.column(n, k);
-      m[i][n][k] = (m[i][n][k] - mean[j]) * rstd[j] * small.weight[c] + small.bias[c];
-    });
-    stage_columns<NT>(m, staged);
-    barrier();
-    constexpr int kQuads = kRows / 4;
-    const int quads = (classes_left < kClasses<NT> ? classes_left : kClasses<NT>)*kQuads;
-    for (int i = thread_index(); i < quads; i += kThreads) {
-      const int c = i / kQuads, row = i % kQuads * 4;
-      const int64_t at = (batch * s.classes + first_class + c) * s.patches + first + row;
-      store_as<4>(s.parameter_type, a.logits, at, staged + c * kColumnPitch + row, rows_left - row,
-                  s.patches % 4 == 0);
-    }
-    barrier();
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int row = place.row0 + 8 * j;
-    if (warp % 4 == 0 && lane % 4 == 0 && row < rows_left) {
-      a.out.mean[batch * s.patches + first + row] = mean[j];
-      a.out.rstd[batch * s.patches + first + row] = rstd[j];
-    }
-  }
-}
 
 // The exponent of a power of two near the geometric mean of the positive values.
 __device__ int typical_exponent(const float* values, int64_t count, float (*shared)[kWarps]) {
@@ -320,16 +111,10 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
       const Source<T> q = rows_of<T>(a.q, batch, first_class, s.classes, s.dim, a.q_unit);
       product<T, NT, false, false>(m, x, q, s.dim, s.precise, ring, static_cast<Squares<NT>*>(nullptr));
       const int64_t at = (batch * s.classes + first_class) * s.patches + first;
-      const auto load = [&](auto type) {
+      with_type(s.parameter_type, [&](auto type) {
         using P = typename decltype(type)::type;
         load_columns<NT>(grad, static_cast<const P*>(a.grad) + at, s.patches, rows_left, classes_left);
-      };
-      if (s.parameter_type == Type::f32)
-        load(Element<float>{});
-      else if (s.parameter_type == Type::f16)
-        load(Element<Float16>{});
-      else
-        load(Element<Bfloat16>{});
+      });
       barrier();
       for_each<NT>([&](int i, int n, int k) {
         m[i][n][k] = cosine_of(m[i][n][k], small.inv_x[place.row(i, k)], small.inv_q[place.column(n, k)]);
@@ -552,64 +337,7 @@ __global__ void __launch_bounds__(kThreads) mask_finish(FinishArguments a) {
   }
 }
 
-// --- host ---
-
-// The largest copy, up to 16 bytes, that starts at every multiple of 16 bytes of every row.
-int unit_of(const Tokens& tokens, int64_t batch, int64_t rows, int element) {
-  uint64_t all = reinterpret_cast<uintptr_t>(tokens.data) | 16;
-  if (batch > 1) all |= static_cast<uint64_t>(tokens.batch_stride * element);
-  if (rows > 1) all |= static_cast<uint64_t>(tokens.row_stride * element);
-  return static_cast<int>(all & -all);
-}
-
-template <class Run>
-const char* with_type(Type type, const Run& run) {
-  if (type == Type::f32) return run(Element<float>{});
-  if (type == Type::f16) return run(Element<Float16>{});
-  return run(Element<Bfloat16>{});
-}
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-// Calls run(element type, tiles of 32 classes per block), both as types.
-template <class Run>
-const char* with_rows(const MaskHeadShape& s, const Run& run) {
-  return with_type(s.type, [&](auto type) {
-    return s.classes <= kClasses<kSmallTile> ? run(type, Count<kSmallTile>{})
-                                             : run(type, Count<kLargeTile>{});
-  });
-}
-
-int element_size(Type type) { return type == Type::f32 ? 4 : 2; }
-
 }  // namespace
-
-const char* mask_head_forward(const MaskHeadShape& s, const Tokens& patches, const Tokens& classes,
-                              const void* weight, const void* bias, float eps, void* logits,
-                              const MaskHeadStatistics<float>& out, void* stream) {
-  const int element = element_size(s.type);
-  const RowArguments a{s,
-                       patches,
-                       classes,
-                       unit_of(patches, s.batch, s.patches, element),
-                       unit_of(classes, s.batch, s.classes, element),
-                       weight,
-                       bias,
-                       nullptr,
-                       eps,
-                       logits,
-                       out,
-                       {},
-                       {}};
-  return with_rows(s, [&](auto type, auto tile) {
-    using T = typename decltype(type)::type;
-    constexpr int NT = decltype(tile)::value;
-    return launch(mask_forward<T, NT>, s.batch * divide_up(s.patches, kRows), kThreads,
-                  kRing<T, NT> + sizeof(Small<NT>), stream, a);
-  });
-}
 
 const char* mask_head_backward(const MaskHeadShape& s, const void* grad, const Tokens& patches,
                                const Tokens& classes, const void* weight,
@@ -621,8 +349,7 @@ const char* mask_head_backward(const MaskHeadShape& s, const void* grad, const T
   const int q_unit = unit_of(classes, s.batch, s.classes, element);
   const int64_t blocks = s.batch * divide_up(s.patches, kRows);
   const int64_t per_split = divide_up(divide_up(s.patches, scratch.splits), kRows) * kRows;
-  const RowArguments rows{s,    patches, classes, x_unit, q_unit, weight, nullptr,
-                          grad, 0,       nullptr, {},     in,     scratch};
+  const RowArguments rows{s, patches, classes, x_unit, q_unit, grad, weight, in, scratch};
   const FinishArguments finish{s, classes, in.inv_q, scratch, grad_classes, grad_weight, grad_bias};
   return with_rows(s, [&](auto type, auto tile) -> const char* {
     using T = typename decltype(type)::type;
