@@ -27,7 +27,7 @@ install: $(VENV)/.installed
 $(VENV)/.requirements: pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) setuptools wheel ninja torch torchvision timm
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) 'setuptools>=77' wheel ninja torch torchvision timm
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)

@@ -24,14 +24,10 @@ inline int vector_bytes(const Rows& tensor, const AttentionShape& s, int64_t row
   return 2;
 }
 
-// Calls run(element, padded dimension), both as types.
+// Calls run(dim), the padded head dimension in a Dim.
 template <int D>
 struct Dim {
   static constexpr int value = D;
-};
-template <class T>
-struct Element {
-  using type = T;
 };
 template <class Run>
 const char* with_dim(int dim, const Run& run) {
@@ -39,13 +35,6 @@ const char* with_dim(int dim, const Run& run) {
   if (dim <= 104) return run(Dim<104>{});
   return run(Dim<128>{});
 }
-template <class Run>
-const char* with_type(Type type, const Run& run) {
-  if (type == Type::f32) return run(Element<float>{});
-  if (type == Type::f16) return run(Element<Float16>{});
-  return run(Element<Bfloat16>{});
-}
-
 struct ForwardArguments {
   Rows q, w;
   void* out;

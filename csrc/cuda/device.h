@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "types.h"
+
 #ifdef DEPICT_EMULATE
 #include "emulator.h"
 #else
@@ -231,6 +233,18 @@ struct Bfloat16 {
   static constexpr bool kBfloat16 = true;
   uint16_t bits;
 };
+
+// Calls run(type), the element type in an Element.
+template <class T>
+struct Element {
+  using type = T;
+};
+template <class Run>
+__device__ __host__ __forceinline__ auto with_type(Type type, const Run& run) {
+  if (type == Type::f32) return run(Element<float>{});
+  if (type == Type::f16) return run(Element<Float16>{});
+  return run(Element<Bfloat16>{});
+}
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Float16 value) { return float16_to_float(value.bits); }

@@ -26,18 +26,6 @@ constexpr int kClasses = 32 * NT;
 template <class T>
 constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // per multiprocessor, as far as registers go
 
-// Calls run(type), the element type in an Element.
-template <class T>
-struct Element {
-  using type = T;
-};
-template <class Run>
-__device__ __host__ __forceinline__ auto with_type(Type type, const Run& run) {
-  if (type == Type::f32) return run(Element<float>{});
-  if (type == Type::f16) return run(Element<Float16>{});
-  return run(Element<Bfloat16>{});
-}
-
 template <class T>
 __device__ __forceinline__ Source<T> rows_of(const Tokens& tokens, int64_t batch, int64_t first, int64_t rows,
                                              int64_t columns, int unit) {
