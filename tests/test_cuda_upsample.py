@@ -389,6 +389,26 @@ def test_order_of_threads_does_not_matter(monkeypatch, cuda_device):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_the_training_step_and_nothing_synchronises():
+    logits, target = make((2, 19, (4, 4), (64, 64)), "cuda")
+    other = torch.randn_like(logits)
+    step = lambda x: kernel(x, target, smoothing=0.1)
+    expected = step(other)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(logits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step(logits)
+    logits.copy_(other)
+    graph.replay()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
 def test_launches(monkeypatch, cuda_device):
     """The kernels run, and only those that are needed."""
     names, original = [], _library.call
