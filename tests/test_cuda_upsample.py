@@ -276,6 +276,7 @@ def test_target_dtypes_and_strides(cuda_device):
 def test_bad_labels_are_reported_and_count_as_ignored(value, cuda_device):
     logits, target = make((2, 5, (3, 2), (40, 21)), cuda_device, ignored=0)
     target[1, 0, 1], target[0, 39, 2], target[0, 17, 20] = 77, -9, value
+    target[0, 19, 20] = 99  # seen by the same thread
     clean = torch.where((target < 0) | (target >= 5), IGNORE, target)
     upstream = torch.ones(target.shape, device=cuda_device)
     for reduction in ("mean", "none"):
