@@ -17,6 +17,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -191,6 +192,10 @@ void prepare(Fiber& fiber) {
   fiber.groups.clear();
   fiber.written = Written::unfenced;
   fiber.attachment.reset();
+#if defined(__SANITIZE_ADDRESS__)
+  // A finished fiber never returns: what its last frames marked as out of bounds still is.
+  __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);
+#endif
 #if defined(__x86_64__)
   auto address = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 64 * 64;
   void** top = reinterpret_cast<void**>(address);
