@@ -18,7 +18,7 @@ constexpr int kThreads = 256, kRows = kThreads / 2;
 // Columns are rounded up to the 16 of a product's reduction; the sums have only D.
 template <class T, int D>
 struct CoreMatrices {
-  static constexpr int kColumns = (D + 15) / 16 * 16;
+  static constexpr int kColumns = (D + 15) / 16 * 16, kPeriod = 8;
   // From one core matrix to the next along a row: 16 bytes more than its 128, so that threads which copy the
   // pieces of one row to consecutive core matrices write to different banks.
   static constexpr int kNext = 144;
@@ -38,11 +38,11 @@ template <class T, int D, int N>
 __device__ __forceinline__ void multiply_rows(float (&s)[N / 8][4], const T* x, const T* y) {
   using L = CoreMatrices<T, D>;
   const uint64_t a = describe_tile(x, L::kNext, L::kNextRows), b = describe_tile(y, L::kNext, L::kNextRows);
-  constexpr int kStep = 2 * L::kNext / 16;
+  constexpr int kStep = 2 * L::kNext;
   multiply_shared<T, N, false, false>(s, a, b);
 #pragma unroll
   for (int k = 1; k < L::kColumns / 16; ++k)
-    multiply_shared<T, N, false, true>(s, a + k * kStep, b + k * kStep);
+    multiply_shared<T, N, false, true>(s, step_tile(a, k * kStep), step_tile(b, k * kStep));
 }
 
 // sum += p y, p packed.
@@ -53,7 +53,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sum)[D / 8][4], const 
   const uint64_t b = describe_tile(y, L::kNextRows, L::kNext);
 #pragma unroll
   for (int j = 0; j < N / 16; ++j)
-    multiply_registers<T, D, true, true>(sum, p[j], b + j * (2 * L::kNextRows / 16));
+    multiply_registers<T, D, true, true>(sum, p[j], step_tile(b, j * 2 * L::kNextRows));
 }
 
 template <class T, int N>

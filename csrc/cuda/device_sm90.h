@@ -180,7 +180,11 @@ __device__ __forceinline__ void multiply_registers(float (&d)[N / 8][4], const u
 // Distances in bytes, multiples of 16.
 __device__ __forceinline__ uint64_t describe_tile(const void* tile, uint32_t leading, uint32_t stride) {
   const uint32_t start = (shared_address(tile) & 0x3ffff) >> 4;
-  return start | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
+  return static_cast<uint64_t>(stride >> 4) << 32 | (start | leading >> 4 << 16);
+}
+// The tile that starts `bytes` later. Never a carry: addresses are below 2^18.
+__device__ __forceinline__ uint64_t step_tile(uint64_t tile, uint32_t bytes) {
+  return (tile & 0xffffffff00000000u) | (static_cast<uint32_t>(tile) + (bytes >> 4));
 }
 
 #endif
