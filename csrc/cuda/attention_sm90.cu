@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward_wgmma_kernel(ForwardArgum
   const int64_t first = block * kRows;
   const int keys = static_cast<int>(a.keys), lane = thread_index() % 32, warp = thread_index() / 32;
   const int rows = static_cast<int>(a.queries - first < kRows ? a.queries - first : kRows);
-  const bool busy = warp / 4 * 64 < rows;  // this warpgroup has rows
+  const int group = shuffle(warp / 4, 0);  // which the compiler now knows to be the same in all lanes
+  const bool busy = group * 64 < rows;     // this warpgroup has rows
   T* q = reinterpret_cast<T*>(shared_memory());
   T* tiles = q + L::elements(kRows);  // two of w
   TileLoader<T, D, kThreads, L> load_q(a.q, batch, head, a.queries - first, a.dim, a.q_vector);
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_wgmma_kernel(ForwardArgum
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[0][c][i] = 0;
 
-  const T* my_q = q + warp / 4 * L::elements(64);
+  const T* my_q = q + group * L::elements(64);
 #pragma unroll 1
   for (int start = 0; start < keys; start += N) {
     const int now = start / N % 2;
@@ -218,7 +219,8 @@ __global__ void __launch_bounds__(kThreads, 1) self_backward_wgmma_kernel(Backwa
   const int64_t first = block * kRows, statistics = (batch * a.heads + head) * a.x_rows;
   const int all_rows = static_cast<int>(a.x_rows), lane = thread_index() % 32, warp = thread_index() / 32;
   const int rows = static_cast<int>(a.x_rows - first < kRows ? a.x_rows - first : kRows);
-  const bool busy = warp / 4 * 64 < rows;  // this warpgroup has rows
+  const int group = shuffle(warp / 4, 0);  // which the compiler now knows to be the same in all lanes
+  const bool busy = group * 64 < rows;     // this warpgroup has rows
 
   T* x = reinterpret_cast<T*>(shared_memory());
   T* grad_x = x + L::elements(kRows);
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1) self_backward_wgmma_kernel(Backwa
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[0][c][i] = 0;
 
-  const T *my_x = x + warp / 4 * L::elements(64), *my_grad = grad_x + warp / 4 * L::elements(64);
+  const T *my_x = x + group * L::elements(64), *my_grad = grad_x + group * L::elements(64);
   const float scale_log2 = a.scale * kLog2E;
 #pragma unroll 1
   for (int start = 0; start < all_rows; start += N) {
@@ -288,9 +290,9 @@ __global__ void __launch_bounds__(kThreads, 1) self_backward_wgmma_kernel(Backwa
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float score = s[n][i] * scale_log2;
-        s[n][i] = fast_exp2(score - lse_x[i / 2]);
-        weights[n][i] = fast_exp2(score - lse_y[n * 8 + lane % 4 * 2 + i % 2]);
+        const float lse = lse_y[n * 8 + lane % 4 * 2 + i % 2];
+        weights[n][i] = fast_exp2(fmaf(s[n][i], scale_log2, -lse));
+        s[n][i] = fast_exp2(fmaf(s[n][i], scale_log2, -lse_x[i / 2]));
       }
     if (start + N > all_rows) {
 #pragma unroll
