@@ -18,7 +18,8 @@ constexpr int kThreads = 256, kRows = kThreads / 2;
 // Columns are rounded up to the 16 of a product's reduction; the sums have only D.
 template <class T, int D>
 struct CoreMatrices {
-  static constexpr int kColumns = (D + 15) / 16 * 16, kPeriod = 8;
+  static constexpr int kColumns = (D + 15) / 16 * 16;
+  [[maybe_unused]] static constexpr int kPeriod = 8;
   // From one core matrix to the next along a row: 16 bytes more than its 128, so that threads which copy the
   // pieces of one row to consecutive core matrices write to different banks.
   static constexpr int kNext = 144;
@@ -219,8 +220,8 @@ __global__ void __launch_bounds__(kThreads, 1) self_backward_wgmma_kernel(Backwa
   const int64_t first = block * kRows, statistics = (batch * a.heads + head) * a.x_rows;
   const int all_rows = static_cast<int>(a.x_rows), lane = thread_index() % 32, warp = thread_index() / 32;
   const int rows = static_cast<int>(a.x_rows - first < kRows ? a.x_rows - first : kRows);
-  const int group = shuffle(warp / 4, 0);  // which the compiler now knows to be the same in all lanes
-  const bool busy = group * 64 < rows;     // this warpgroup has rows
+  const int group = warp / 4;
+  const bool busy = group * 64 < rows;  // this warpgroup has rows
 
   T* x = reinterpret_cast<T*>(shared_memory());
   T* grad_x = x + L::elements(kRows);
