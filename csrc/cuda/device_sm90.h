@@ -137,9 +137,8 @@ struct Product;
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
   "%22, %23, %24, %25, %26, %27"
 #define DEPICT_32 DEPICT_28 ", %28, %29, %30, %31"
-#define DEPICT_52 \
-  DEPICT_32       \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"
+#define DEPICT_42 DEPICT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41"
+#define DEPICT_52 DEPICT_42 ", %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"
 #define DEPICT_64 DEPICT_52 ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define DEPICT_PRODUCTS(T, type)                                                                  \
   DEPICT_PRODUCT(T, type, 56, DEPICT_28, "28", "29", "30", "31", "32", "33", "34", DEPICT_D4(0),  \
@@ -155,6 +154,7 @@ DEPICT_PRODUCTS(Float16, "f16")
 #undef DEPICT_PRODUCTS
 #undef DEPICT_64
 #undef DEPICT_52
+#undef DEPICT_42
 #undef DEPICT_32
 #undef DEPICT_28
 #undef DEPICT_D4
