@@ -297,7 +297,7 @@ if cuda_reason is None:
     extensions.append(extension("_cuda", cuda_bindings, [*CXX_FLAGS, f"-I{home / 'include'}"], link))
     host = shlex.split(compiler())[0]
     command = [str(nvcc()), *NVCC_FLAGS, f"-ccbin={shutil.which(host)}", *architecture_flags()]
-    if "9.0a" in architectures():  # host code cannot tell otherwise
+    if any(entry.startswith("9.0a") for entry in architectures()):  # host code cannot tell otherwise
         command.append("-DDEPICT_BUILT_FOR_SM90A")
     object_builds["depict_kernels._cuda"] = (command, cuda_sources)
 if emulate:

@@ -15,7 +15,7 @@ COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def emulated(tmp_path_factory):
     if not shutil.which(COMPILER[0]):
         pytest.skip("there is no C++ compiler")
     library = tmp_path_factory.mktemp("emulator") / "kernels.so"
@@ -26,33 +26,33 @@ def kernels(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def launch(kernels, name, *arguments) -> str | None:
+def launch(library, name, *arguments) -> str | None:
     """The emulator's error, or None."""
-    function = getattr(kernels, f"run_{name}")
+    function = getattr(library, f"run_{name}")
     function.restype = ctypes.c_char_p
     convert = lambda a: ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a
     error = function(*map(convert, arguments))
     return None if error is None else error.decode()
 
 
-def neighbours(kernels, monkeypatch, broken) -> list[torch.Tensor]:
+def neighbours(library, monkeypatch, broken) -> list[torch.Tensor]:
     results = []
     for seed in ("0", "1", "2", "7"):
         monkeypatch.setenv("DEPICT_EMULATE_SEED", seed)
         out = torch.zeros(64)
-        assert launch(kernels, "neighbours", out, ctypes.c_bool(broken)) is None
+        assert launch(library, "neighbours", out, ctypes.c_bool(broken)) is None
         results.append(out)
     return results
 
 
-def test_a_barrier_makes_results_independent_of_the_order(kernels, monkeypatch):
+def test_a_barrier_makes_results_independent_of_the_order(emulated, monkeypatch):
     expected = torch.arange(1, 65) % 64
-    assert all(torch.equal(out, expected.float()) for out in neighbours(kernels, monkeypatch, False))
+    assert all(torch.equal(out, expected.float()) for out in neighbours(emulated, monkeypatch, False))
 
 
-def test_a_missing_barrier_shows_under_some_seed(kernels, monkeypatch):
+def test_a_missing_barrier_shows_under_some_seed(emulated, monkeypatch):
     expected = (torch.arange(1, 65) % 64).float()
-    assert any(not torch.equal(out, expected) for out in neighbours(kernels, monkeypatch, True))
+    assert any(not torch.equal(out, expected) for out in neighbours(emulated, monkeypatch, True))
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
@@ -64,25 +64,25 @@ def test_a_missing_barrier_shows_under_some_seed(kernels, monkeypatch):
         ("half_a_barrier", "hangs"),
     ],
 )
-def test_divergence_is_an_error_and_not_a_hang(kernels, monkeypatch, name, words, seed):
+def test_divergence_is_an_error_and_not_a_hang(emulated, monkeypatch, name, words, seed):
     monkeypatch.setenv("DEPICT_EMULATE_SEED", seed)
-    assert words in launch(kernels, name, torch.zeros(64))
-    test_a_barrier_makes_results_independent_of_the_order(kernels, monkeypatch)  # and it works on
+    assert words in launch(emulated, name, torch.zeros(64))
+    test_a_barrier_makes_results_independent_of_the_order(emulated, monkeypatch)  # and it works on
 
 
-def test_copies_land_when_they_are_waited_for(kernels):
+def test_copies_land_when_they_are_waited_for(emulated):
     values, out = torch.randn(32), torch.zeros(32)
-    assert launch(kernels, "copy", values, out, ctypes.c_bool(True)) is None
+    assert launch(emulated, "copy", values, out, ctypes.c_bool(True)) is None
     assert torch.equal(out, values)
-    assert launch(kernels, "copy", values, out, ctypes.c_bool(False)) is None
+    assert launch(emulated, "copy", values, out, ctypes.c_bool(False)) is None
     assert out.isnan().all()  # the poison of shared memory
 
 
 @pytest.mark.parametrize(
     ("name", "words"), [("never_waited", "not waited for"), ("misaligned", "not aligned")]
 )
-def test_wrong_copies_are_errors(kernels, name, words):
-    assert words in launch(kernels, name, torch.zeros(64))
+def test_wrong_copies_are_errors(emulated, name, words):
+    assert words in launch(emulated, name, torch.zeros(64))
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_wrong_copies_are_errors(kernels, name, words):
     ],
     ids=str,
 )
-def test_fragments_give_the_product(kernels, dtype, transposed):
+def test_fragments_give_the_product(emulated, dtype, transposed):
     """Whole numbers, which every type holds exactly: the sums are exact too."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-9, 10, (n, 16), generator=generator).to(dtype) for n in (16, 8))
     out = torch.zeros(16, 8)
     given = b.mT.contiguous() if transposed else b
     kind = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
-    assert launch(kernels, "product", a, given, out, kind, ctypes.c_bool(transposed)) is None
+    assert launch(emulated, "product", a, given, out, kind, ctypes.c_bool(transposed)) is None
     assert torch.equal(out, a.float() @ b.float().mT)

@@ -19,6 +19,7 @@ constexpr int kThreads = 256, kRows = kThreads / 2;
 template <class T, int D>
 struct CoreMatrices {
   static constexpr int kColumns = (D + 15) / 16 * 16;
+  [[maybe_unused]] static constexpr int kPeriod = 8;
   // From one core matrix to the next along a row: 16 bytes more than its 128, so that threads which copy the
   // pieces of one row to consecutive core matrices write to different banks.
   static constexpr int kNext = 144;
@@ -38,11 +39,11 @@ template <class T, int D, int N>
 __device__ __forceinline__ void multiply_rows(float (&s)[N / 8][4], const T* x, const T* y) {
   using L = CoreMatrices<T, D>;
   const uint64_t a = describe_tile(x, L::kNext, L::kNextRows), b = describe_tile(y, L::kNext, L::kNextRows);
-  constexpr int kStep = 2 * L::kNext / 16;
+  constexpr int kStep = 2 * L::kNext;
   multiply_shared<T, N, false, false>(s, a, b);
 #pragma unroll
   for (int k = 1; k < L::kColumns / 16; ++k)
-    multiply_shared<T, N, false, true>(s, a + k * kStep, b + k * kStep);
+    multiply_shared<T, N, false, true>(s, step_tile(a, k * kStep), step_tile(b, k * kStep));
 }
 
 // sum += p y, p packed.
@@ -53,7 +54,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sum)[D / 8][4], const 
   const uint64_t b = describe_tile(y, L::kNextRows, L::kNext);
 #pragma unroll
   for (int j = 0; j < N / 16; ++j)
-    multiply_registers<T, D, true, true>(sum, p[j], b + j * (2 * L::kNextRows / 16));
+    multiply_registers<T, D, true, true>(sum, p[j], step_tile(b, j * 2 * L::kNextRows));
 }
 
 template <class T, int N>
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward_wgmma_kernel(ForwardArgum
   const int64_t first = block * kRows;
   const int keys = static_cast<int>(a.keys), lane = thread_index() % 32, warp = thread_index() / 32;
   const int rows = static_cast<int>(a.queries - first < kRows ? a.queries - first : kRows);
-  const bool busy = warp / 4 * 64 < rows;  // this warpgroup has rows
+  const int group = shuffle(warp / 4, 0);  // which the compiler now knows to be the same in all lanes
+  const bool busy = group * 64 < rows;     // this warpgroup has rows
   T* q = reinterpret_cast<T*>(shared_memory());
   T* tiles = q + L::elements(kRows);  // two of w
   TileLoader<T, D, kThreads, L> load_q(a.q, batch, head, a.queries - first, a.dim, a.q_vector);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_wgmma_kernel(ForwardArgum
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[0][c][i] = 0;
 
-  const T* my_q = q + warp / 4 * L::elements(64);
+  const T* my_q = q + group * L::elements(64);
 #pragma unroll 1
   for (int start = 0; start < keys; start += N) {
     const int now = start / N % 2;
@@ -218,7 +220,8 @@ __global__ void __launch_bounds__(kThreads, 1) self_backward_wgmma_kernel(Backwa
   const int64_t first = block * kRows, statistics = (batch * a.heads + head) * a.x_rows;
   const int all_rows = static_cast<int>(a.x_rows), lane = thread_index() % 32, warp = thread_index() / 32;
   const int rows = static_cast<int>(a.x_rows - first < kRows ? a.x_rows - first : kRows);
-  const bool busy = warp / 4 * 64 < rows;  // this warpgroup has rows
+  const int group = warp / 4;
+  const bool busy = group * 64 < rows;  // this warpgroup has rows
 
   T* x = reinterpret_cast<T*>(shared_memory());
   T* grad_x = x + L::elements(kRows);
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) self_backward_wgmma_kernel(Backwa
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[0][c][i] = 0;
 
-  const T *my_x = x + warp / 4 * L::elements(64), *my_grad = grad_x + warp / 4 * L::elements(64);
+  const T *my_x = x + group * L::elements(64), *my_grad = grad_x + group * L::elements(64);
   const float scale_log2 = a.scale * kLog2E;
 #pragma unroll 1
   for (int start = 0; start < all_rows; start += N) {
@@ -288,9 +291,9 @@ __global__ void __launch_bounds__(kThreads, 1) self_backward_wgmma_kernel(Backwa
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float score = s[n][i] * scale_log2;
-        s[n][i] = fast_exp2(score - lse_x[i / 2]);
-        weights[n][i] = fast_exp2(score - lse_y[n * 8 + lane % 4 * 2 + i % 2]);
+        const float lse = lse_y[n * 8 + lane % 4 * 2 + i % 2];
+        weights[n][i] = fast_exp2(fmaf(s[n][i], scale_log2, -lse));
+        s[n][i] = fast_exp2(fmaf(s[n][i], scale_log2, -lse_x[i / 2]));
       }
     if (start + N > all_rows) {
 #pragma unroll

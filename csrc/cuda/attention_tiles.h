@@ -17,7 +17,7 @@ constexpr int kStride = sizeof(T) == 2 ? 8 * (D / 8 | 1) : D + 4;
 
 template <class T, int D>
 struct PaddedRows {
-  static constexpr int kColumns = D;
+  static constexpr int kColumns = D, kPeriod = 1;  // at() is linear in multiples of kPeriod rows
   static __device__ __forceinline__ int at(int row, int column) { return row * kStride<T, D> + column; }
 };
 
@@ -62,16 +62,23 @@ struct TileLoader {
   }
 
  private:
+  // Everything but the rows' number and distance is known at compile time: this runs for every tile.
   template <int Count, int Bytes>
   __device__ __forceinline__ void copy(T* tile, int first) const {
-    constexpr int kElements = Bytes / sizeof(T);
-    const int vectors = dim / kElements;
-    const int lanes = vectors > 16 ? 32 : vectors > 8 ? 16 : 8;  // that share a row
-    for (int row = thread_index() / lanes; row < Count; row += Threads / lanes) {
-      const bool exists = first + row < rows;
-      const T* from = data + (exists ? first + row : 0) * row_stride;
-      for (int v = thread_index() % lanes; v < vectors; v += lanes)
-        copy_async(tile + Layout::at(row, v * kElements), from + v * kElements, exists ? Bytes : 0, Bytes);
+    constexpr int kElements = Bytes / sizeof(T), kVectors = D / kElements;
+    constexpr int kLanes = kVectors > 16 ? 32 : kVectors > 8 ? 16 : 8;  // that share a row
+    constexpr int kStep = Threads / kLanes;
+    static_assert(Count % kStep == 0 && kStep % Layout::kPeriod == 0);
+    [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? 32 : 4;  // float32 has no registers to spare
+    const int row = first + thread_index() / kLanes, lane = thread_index() % kLanes;
+#pragma unroll
+    for (int v = 0; v < kVectors; v += kLanes) {
+      if ((v + lane) * kElements >= dim) break;
+      T* to = tile + Layout::at(thread_index() / kLanes, (v + lane) * kElements);
+      const T* from = data + row * row_stride + (v + lane) * kElements;  // not read past the last row
+#pragma unroll kUnroll
+      for (int i = 0; i < Count; i += kStep, from += kStep * row_stride)
+        copy_async(to + Layout::at(i, 0), from, row + i < rows ? Bytes : 0, Bytes);
     }
   }
 };

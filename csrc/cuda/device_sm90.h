@@ -137,16 +137,14 @@ struct Product;
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
   "%22, %23, %24, %25, %26, %27"
 #define DEPICT_32 DEPICT_28 ", %28, %29, %30, %31"
-#define DEPICT_40 DEPICT_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define DEPICT_52 DEPICT_40 ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"
+#define DEPICT_42 DEPICT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41"
+#define DEPICT_52 DEPICT_42 ", %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"
 #define DEPICT_64 DEPICT_52 ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define DEPICT_PRODUCTS(T, type)                                                                  \
   DEPICT_PRODUCT(T, type, 56, DEPICT_28, "28", "29", "30", "31", "32", "33", "34", DEPICT_D4(0),  \
                  DEPICT_D(4), DEPICT_D(5), DEPICT_D(6))                                           \
   DEPICT_PRODUCT(T, type, 64, DEPICT_32, "32", "33", "34", "35", "36", "37", "38", DEPICT_D4(0),  \
                  DEPICT_D4(4))                                                                    \
-  DEPICT_PRODUCT(T, type, 80, DEPICT_40, "40", "41", "42", "43", "44", "45", "46", DEPICT_D4(0),  \
-                 DEPICT_D4(4), DEPICT_D(8), DEPICT_D(9))                                          \
   DEPICT_PRODUCT(T, type, 104, DEPICT_52, "52", "53", "54", "55", "56", "57", "58", DEPICT_D4(0), \
                  DEPICT_D4(4), DEPICT_D4(8), DEPICT_D(12))                                        \
   DEPICT_PRODUCT(T, type, 128, DEPICT_64, "64", "65", "66", "67", "68", "69", "70", DEPICT_D4(0), \
@@ -156,7 +154,7 @@ DEPICT_PRODUCTS(Float16, "f16")
 #undef DEPICT_PRODUCTS
 #undef DEPICT_64
 #undef DEPICT_52
-#undef DEPICT_40
+#undef DEPICT_42
 #undef DEPICT_32
 #undef DEPICT_28
 #undef DEPICT_D4
@@ -180,7 +178,11 @@ __device__ __forceinline__ void multiply_registers(float (&d)[N / 8][4], const u
 // Distances in bytes, multiples of 16.
 __device__ __forceinline__ uint64_t describe_tile(const void* tile, uint32_t leading, uint32_t stride) {
   const uint32_t start = (shared_address(tile) & 0x3ffff) >> 4;
-  return start | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
+  return static_cast<uint64_t>(stride >> 4) << 32 | (start | leading >> 4 << 16);
+}
+// The tile that starts `bytes` later. Never a carry: addresses are below 2^18.
+__device__ __forceinline__ uint64_t step_tile(uint64_t tile, uint32_t bytes) {
+  return (tile & 0xffffffff00000000u) | (static_cast<uint32_t>(tile) + (bytes >> 4));
 }
 
 #endif

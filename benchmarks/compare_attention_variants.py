@@ -1,0 +1,119 @@
+"""Times the variants of the CUDA attention kernels against each other on this GPU, at the models' sizes.
+
+    python benchmarks/compare_attention_variants.py [--repeats 50] [--tiny]
+
+Each result is first held to the float64 error budget. Times are medians of CUDA events, the variants interleaved, with
+L2 overwritten before every call. Prints a table, and for every direction the head dimensions at which wgmma was faster:
+``_WGMMA_FROM_HEAD_DIM`` in depict_kernels/ops/cuda_kernels/attention.py takes what holds for all sizes. ``--tiny`` is a
+run in the emulator, whose times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from depict_kernels import ops
+from depict_kernels.ops.cuda_kernels import attention
+from depict_kernels.testing import assert_within_budget, value_and_gradients
+
+VARIANTS = {"mma": attention.MMA, "wgmma": attention.WGMMA}
+# batch, patches, heads, head_dim: ViT at 512 and 640 pixels with the classes appended, and other head dimensions.
+SIZES = [
+    (8, 1174, 3, 100),
+    (8, 1750, 3, 100),
+    (1, 1750, 3, 100),
+    (8, 1174, 3, 50),
+    (8, 1174, 3, 64),
+    (8, 1174, 3, 128),
+]
+
+
+def calls(w: Tensor, grad: Tensor, scale: float) -> dict[str, tuple[Callable[[], object], int]]:
+    """Direction -> what to time, products of N x N x head_dim in it."""
+    out, lse = attention.self_attention_forward(w, scale)
+    return {
+        "forward": (lambda: attention.self_attention_forward(w, scale), 2),
+        "self_backward": (lambda: attention.self_attention_backward(grad, w, out, lse, scale), 5),
+    }
+
+
+def check(w: Tensor, grad: Tensor) -> None:
+    run = lambda backend: lambda w: ops.subspace_self_attention(w, backend=backend)
+    truth = value_and_gradients(run("torch"), [w.double()], grad.double())
+    peer = value_and_gradients(run("torch"), [w], grad)
+    actual = value_and_gradients(run("cuda"), [w], grad)
+    assert_within_budget(actual[0], peer[0], truth[0], what="output")
+    largest = grad.abs().max().item()
+    assert_within_budget(actual[1][0], peer[1][0], truth[1][0], scale=largest, what="gradient")
+
+
+def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
+    flush.zero_()
+    if flush.device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=50, metavar="N")
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    device = "cpu" if arguments.tiny else "cuda"
+    sizes = [(1, 70, 1, 100)] if arguments.tiny else SIZES
+    print("emulator" if arguments.tiny else torch.cuda.get_device_name(), "torch", torch.__version__)
+    flush = torch.empty(1 if arguments.tiny else 64 << 20, dtype=torch.int32, device=device)
+    faster: dict[str, dict[int, bool]] = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for size in sizes:
+            batch, length, heads, dim = size
+            w, grad = (torch.randn(size, device=device).to(dtype) for _ in range(2))
+            times: dict[tuple[str, str], list[float]] = {}
+            for variant in VARIANTS.values():
+                with attention.force_variant(variant):
+                    check(w[:1], grad[:1])
+            for repeat in range(arguments.repeats + 3):  # the first ones warm up
+                for name, variant in VARIANTS.items():
+                    with attention.force_variant(variant):
+                        for direction, (call, _) in calls(w, grad, dim**-0.5).items():
+                            spent = milliseconds(call, flush)
+                            if repeat >= 3:
+                                times.setdefault((direction, name), []).append(spent)
+            for direction, (_, products) in calls(w, grad, dim**-0.5).items():
+                medians = {name: statistics.median(times[direction, name]) for name in VARIANTS}
+                rate = 2 * products * batch * heads * length**2 * dim / 1e9
+                shown = ", ".join(
+                    f"{name} {ms:.4f} ms ({rate / ms:.0f} TFLOP/s)" for name, ms in medians.items()
+                )
+                print(f"{str(dtype)[6:]} {size} {direction}: {shown}", flush=True)
+                known = faster.setdefault(direction, {})
+                known[dim] = known.get(dim, True) and medians["wgmma"] < medians["mma"]
+    for direction, known in faster.items():
+        print(
+            direction,
+            "- wgmma was faster at head_dim",
+            sorted(d for d, won in known.items() if won) or "none",
+        )
+
+
+if __name__ == "__main__":
+    main()
