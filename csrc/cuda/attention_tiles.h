@@ -69,7 +69,7 @@ struct TileLoader {
     constexpr int kLanes = kVectors > 16 ? 32 : kVectors > 8 ? 16 : 8;  // that share a row
     constexpr int kStep = Threads / kLanes;
     static_assert(Count % kStep == 0 && kStep % Layout::kPeriod == 0);
-    [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? 32 : 4;  // float32 has no registers to spare
+    [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? 32 : 1;  // float32 has no registers to spare
     const int row = first + thread_index() / kLanes, lane = thread_index() % kLanes;
 #pragma unroll
     for (int v = 0; v < kVectors; v += kLanes) {
