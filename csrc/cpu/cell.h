@@ -32,6 +32,8 @@ struct Workspace {
   Corners* hits;         // [classes] bilinear weights of the pixels with this label
   int32_t* touched;      // [classes + 1] labels met in this cell
   uint8_t* met;          // [classes]
+  PackedRow<T> packed[2];  // of even and odd low-resolution rows
+  T* gradient[2];          // [w][lanes] likewise: their gradient
   // Sums over the rows of a cell row, one per pixel position in a chunk (so that the compiler vectorises).
   double log_sum[kMaxPixels];
   double upper[kMaxPixels], lower[kMaxPixels];  // of this block: coefficients times weight along y
@@ -40,8 +42,10 @@ struct Workspace {
 template <class T>
 int64_t cross_entropy_scratch(const CrossEntropyTask<T>& task) {
   const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
+  const int64_t w = task.packed.x.in;
   return lanes * (3 * kTileRows + 3 + 4 + kMaxPixels + 4 + 4 + 1) * static_cast<int64_t>(sizeof(T)) +
-         lanes * kMaxPixels * static_cast<int64_t>(sizeof(double)) +
+         2 * w * ((task.gradient ? 2 * lanes : lanes) + 1) * static_cast<int64_t>(sizeof(T)) +
+         (lanes * kMaxPixels + (task.smoothing != 0 ? 2 * w : 0)) * static_cast<int64_t>(sizeof(double)) +
          classes * static_cast<int64_t>(sizeof(Corners) + sizeof(int32_t) + 1) + 256;
 }
 
@@ -61,9 +65,19 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
   ws.exponential = take(kMaxPixels);
   for (T*& sum : ws.sum) sum = take(1);
   ws.left = take(2), ws.right = take(2), ws.start = take(1);
+  const int64_t w = task.packed.x.in;
+  for (PackedRow<T>& row : ws.packed) row.logits = take(w);
+  for (T*& row : ws.gradient) row = task.gradient ? take(w) : nullptr;
   ws.logit = reinterpret_cast<double*>(p);
   ws.hits = reinterpret_cast<Corners*>(ws.logit + kMaxPixels * lanes);
-  ws.touched = reinterpret_cast<int32_t*>(ws.hits + classes);
+  double* smooth = reinterpret_cast<double*>(ws.hits + classes);
+  for (PackedRow<T>& row : ws.packed) {
+    row.smooth = task.smoothing != 0 ? smooth : nullptr;
+    smooth += task.smoothing != 0 ? w : 0;
+  }
+  T* peak = reinterpret_cast<T*>(smooth);
+  for (PackedRow<T>& row : ws.packed) row.peak = peak, peak += w;
+  ws.touched = reinterpret_cast<int32_t*>(peak);
   ws.met = reinterpret_cast<uint8_t*>(ws.touched + classes + 1);
   for (int k = 0; k < kMaxPixels; ++k) ws.log_sum[k] = ws.upper[k] = ws.lower[k] = 0;
   return ws;

@@ -256,7 +256,7 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
           });
     }
   }
-  if (task.rows) gradient_tile<N>(lanes, row, use, last + 1, ws);
+  if (task.gradient) gradient_tile<N>(lanes, row, use, last + 1, ws);
 }
 
 // Calls f with the number of pixels that the geometric series of a chunk of n is unrolled for.

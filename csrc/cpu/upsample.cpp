@@ -1,6 +1,6 @@
-// Scheduling: packs the logits, deals cell rows to threads, adds what they found in a fixed order.
+// Scheduling: deals bands of cell rows to threads, adds what they found in a fixed order.
 //
-// Every (batch, cell row) writes to a place of its own and the order of additions does not depend on which
+// Every band writes to a place of its own and the order of additions does not depend on which
 // thread did what, so results are bitwise the same for any number of threads.
 #include "upsample.h"
 
@@ -114,6 +114,12 @@ constexpr int64_t kPrivateCounts = 1 << 17;  // entries of a thread's own confus
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Cell rows dealt out together: enough that the rows between bands weigh little, few enough to share among
+// many threads, and the same for any number of them.
+int64_t band_height(int64_t height) {
+  if (const char* e = std::getenv("BAND")) return std::atoi(e);
+  return std::clamp<int64_t>(height / 32, 1, 4); }
+
 // Owns the weight tables of one call.
 template <class T>
 struct Tables {
@@ -141,29 +147,6 @@ struct Tables {
   }
 };
 
-// Owns the packed logits of one call.
-template <class T>
-struct Prepared {
-  Packed<T> packed;
-  Buffer<T> logits, peak;
-  Buffer<double> smooth;
-
-  Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing) {
-    packed.batch = view.batch;
-    packed.classes = view.classes;
-    packed.lanes = round_up(view.classes, kLanePadding);
-    packed.y = {view.height, height};
-    packed.x = {view.width, width};
-    const int64_t samples = view.batch * view.height * view.width;
-    logits = allocate<T>(samples * packed.lanes);
-    peak = allocate<T>(samples);
-    if (smoothing) smooth = allocate<double>(samples);
-    packed.logits = logits.get();
-    packed.peak = peak.get();
-    packed.smooth = smooth.get();
-  }
-};
-
 struct alignas(64) Worker {
   Buffer<char> scratch;
   Buffer<int64_t> confusion;
@@ -184,13 +167,15 @@ std::vector<Worker> workers(const Executor& executor, int64_t scratch_bytes) {
 template <class T>
 CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Executor& executor) {
   const LogitsView<T>& view = problem.logits;
-  const bool smoothing = problem.label_smoothing != 0;
   const Kernels<T>& k = kernels<T>();
-  const Prepared<T> prepared(view, problem.height, problem.width, smoothing);
-  const Tables<T> tables(prepared.packed.y, prepared.packed.x);
-
   CrossEntropyTask<T> task{};
-  task.packed = prepared.packed;
+  task.logits = view;
+  task.packed = {view.batch,
+                 view.classes,
+                 round_up(view.classes, kLanePadding),
+                 {view.height, problem.height},
+                 {view.width, problem.width}};
+  const Tables<T> tables(task.packed.y, task.packed.x);
   task.pixel = tables.pixel;
   task.target = problem.target;
   task.load_labels = k.label_loader(problem.target.type);
@@ -208,19 +193,21 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   task.pixel_loss = problem.pixel_loss;
 
   const int64_t cell_rows = view.batch * (view.height + 1);
-  Buffer<T> rows;
-  if (problem.gradient) rows = allocate<T>(cell_rows * 2 * view.width * task.packed.lanes);
-  task.rows = rows.get();
+  task.band = band_height(view.height);
+  task.bands = (view.height + task.band) / task.band;  // of h + 1 cell rows
+  task.gradient = problem.gradient;
+  Buffer<T> edges;
+  if (problem.gradient)
+    edges = allocate<T>(view.batch * (task.bands - 1) * 2 * view.width * task.packed.lanes);
+  task.edges = edges.get();
 
   std::vector<CrossEntropyPartial> partial(static_cast<size_t>(cell_rows), CrossEntropyPartial{0, 0, -1});
   const std::vector<Worker> worker = workers(executor, k.cross_entropy_scratch(task));
 
   double loss = 0, scale = 1.0;
   int64_t bad = -1;
-  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, index); };
   const auto sweep = [&](int w, int64_t index) {
-    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(),
-                    partial[static_cast<size_t>(index)]);
+    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(), partial.data());
   };
   const auto add_up = [&](int, int64_t) {
     double weight = 0;
@@ -234,12 +221,9 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
     scale = weight == 0 ? 0.0 : 1.0 / weight;
     loss = weight == 0 ? 0.0 : loss / weight;
   };
-  const auto gather = [&](int, int64_t index) {
-    k.gather(task, index, static_cast<T>(scale), problem.gradient);
-  };
-  const int64_t rows_in = view.batch * view.height;
-  Phase phases[] = {Phase(rows_in, pack), Phase(cell_rows, sweep), Phase(1, add_up),
-                    Phase(problem.gradient ? rows_in : 0, gather)};
+  const auto finish = [&](int, int64_t index) { k.finish_gradient(task, index, static_cast<T>(scale)); };
+  Phase phases[] = {Phase(view.batch * task.bands, sweep), Phase(1, add_up),
+                    Phase(problem.gradient ? view.batch * view.height : 0, finish)};
   run(executor, phases);
   return {loss, bad};
 }
