@@ -26,7 +26,8 @@ struct Workspace {
   T *s, *dx, *dy, *dxy;  // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
   double* logit;         // [kMaxPixels][lanes] logits of a careful row
   T* exponential;        // [kMaxPixels][lanes] their exponentials
-  T* sum[4];             // [lanes] gradient of the cell's samples, over a block of rows
+  T* block[4];           // [lanes] gradient of the cell's samples, over a block of rows
+  T* sum[4];             // where the gradient is summed: `block`, or `left` and `right` directly
   T* start;              // [L] sums of exponentials start here: 0, or -1 where Cell::sole is
   T *left, *right;       // [2][lanes] gradient of the samples left and right of the cell, upper and lower
   Corners* hits;         // [classes] bilinear weights of the pixels with this label
@@ -63,7 +64,7 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
   ws.row_e = take(1), ws.row_r = take(1), ws.row_q = take(1);
   ws.s = take(1), ws.dx = take(1), ws.dy = take(1), ws.dxy = take(1);
   ws.exponential = take(kMaxPixels);
-  for (T*& sum : ws.sum) sum = take(1);
+  for (T*& block : ws.block) block = take(1);
   ws.left = take(2), ws.right = take(2), ws.start = take(1);
   const int64_t w = task.packed.x.in;
   for (PackedRow<T>& row : ws.packed) row.logits = take(w);

@@ -135,6 +135,7 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
       for (int64_t c = 0; c < task.packed.classes; ++c)
         ws.sum[q][c] -=
             static_cast<T>(task.smoothing * (task.weight ? task.weight[c] : 1.0) * cell.smooth_sum[q]);
+    if (ws.sum[q] != ws.block[q]) continue;
     const bool right = q % 2 && !task.packed.x.border(cell.cell_x);
     T* total = (right ? ws.right : ws.left) + q / 2 * lanes;
     for (int64_t c = 0; c < lanes; c += L) {
@@ -240,6 +241,10 @@ void cell_row(const CrossEntropyTask<T>& task, int64_t b, int64_t i, const Desti
       // Two pixels in a row are cheaper directly.
       if constexpr (sizeof(T) == 4)
         if (pixels > 2 * chunks && !cell.near_padding) shift_cell(lanes, cell, ws);
+      // Few rows are added up with the neighbouring cell's at once; the two samples of a border are one.
+      const bool direct = chunks == 1 && y1 - y0 <= kBlockRows / 2 && !p.x.border(j);
+      for (int q = 0; q < 4; ++q)
+        ws.sum[q] = direct ? (q % 2 ? ws.right : ws.left) + q / 2 * lanes : ws.block[q];
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         cell.x = x0 + pixels * chunk / chunks;
         cell.n = static_cast<int>(x0 + pixels * (chunk + 1) / chunks - cell.x);

@@ -89,8 +89,9 @@ struct Kernels {
   // between tasks.
   int64_t (*cross_entropy_scratch)(const CrossEntropyTask<T>&);
   void (*cross_entropy)(const CrossEntropyTask<T>&, int64_t task, void* scratch, CrossEntropyPartial*);
-  // Finishes the gradient of low-resolution row `task` of (batch, h).
-  void (*finish_gradient)(const CrossEntropyTask<T>&, int64_t task, T scale);
+  // Adds up the gradient at border `task` of (batch, bands - 1).
+  void (*gather)(const CrossEntropyTask<T>&, int64_t task);
+  void (*scale)(T* values, int64_t count, T factor);
   LoadLabels (*label_loader)(IntType);
   int64_t (*label_scratch)(const LabelTask<T>&);
   void (*labels)(const LabelTask<T>&, int64_t task, void* scratch, int64_t* confusion, int64_t& bad);

@@ -19,8 +19,8 @@ void pack_row(const Packed& packed, const LogitsView<T>& view, const double* wei
       if (c0 + L <= classes && columns == L && stride_x == 1) {
         const T* at = from + c0 * stride + x0;
         // Every class lies on a page of its own, where no hardware prefetch reaches.
-        if (c0 + 2 * L <= classes)
-          for (int k = 0; k < L; ++k) __builtin_prefetch(at + (L + k) * stride);
+        if (x0 + 2 * L <= w)
+          for (int k = 0; k < L; ++k) __builtin_prefetch(at + L + k * stride);
         DEPICT_UNROLL
         for (int k = 0; k < L; ++k) v[k] = load_anywhere<T>(at + k * stride);
       } else {
@@ -91,21 +91,20 @@ DEPICT_INLINE void unpack_row(const Packed& packed, const Read& read, T* out) {
   }
 }
 
-// At a border of two bands adds what they found, in a fixed order whichever thread computed it.
+// Adds what two bands found at their border, in a fixed order whichever thread computed it.
 template <class T>
-void finish_gradient_row(const CrossEntropyTask<T>& task, int64_t index, T scale) {
+void gather_border(const CrossEntropyTask<T>& task, int64_t index) {
   const Packed& p = task.packed;
-  const int64_t h = p.y.in, w = p.x.in, row = w * p.lanes;
-  const int64_t b = index / h, y = index % h;
-  T* out = task.gradient + (b * p.classes * h + y) * w;
-  if ((y + 1) % task.band == 0) {  // cell row y, the (y + 1)th, begins a band
-    const T* above = task.edges + (b * (task.bands - 1) + (y + 1) / task.band - 1) * 2 * row;
-    const T* own = above + row;
-    unpack_row<T>(p, [&](int64_t at) { return (load<T>(own + at) + load<T>(above + at)) * scale; }, out);
-  } else if (scale != T(1)) {
-    for (int64_t c = 0; c < p.classes; ++c)
-      for (int64_t x = 0; x < w; ++x) out[c * h * w + x] *= scale;
-  }
+  const int64_t b = index / (task.bands - 1), y = (index % (task.bands - 1) + 1) * task.band - 1;
+  const T* above = task.edges + index * 2 * p.x.in * p.lanes;
+  const T* own = above + p.x.in * p.lanes;
+  unpack_row<T>(p, [&](int64_t at) { return load<T>(own + at) + load<T>(above + at); },
+                task.gradient + (b * p.classes * p.y.in + y) * p.x.in);
+}
+
+template <class T>
+void scale(T* values, int64_t count, T factor) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
 template <class I>

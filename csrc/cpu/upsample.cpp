@@ -110,6 +110,7 @@ void run(const Executor& executor, Phase (&phases)[N]) {
       &shared);
 }
 
+constexpr int64_t kScaled = 1 << 15;  // elements of the gradient that a task scales
 constexpr int64_t kPrivateCounts = 1 << 17;  // entries of a thread's own confusion matrix, 1 MiB
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -118,7 +119,7 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 // many threads, and the same for any number of them.
 int64_t band_height(int64_t height) {
   if (const char* e = std::getenv("BAND")) return std::atoi(e);
-  return std::clamp<int64_t>(height / 32, 1, 4); }
+  return std::clamp<int64_t>(height / 16, 1, 4); }
 
 // Owns the weight tables of one call.
 template <class T>
@@ -221,9 +222,16 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
     scale = weight == 0 ? 0.0 : 1.0 / weight;
     loss = weight == 0 ? 0.0 : loss / weight;
   };
-  const auto finish = [&](int, int64_t index) { k.finish_gradient(task, index, static_cast<T>(scale)); };
-  Phase phases[] = {Phase(view.batch * task.bands, sweep), Phase(1, add_up),
-                    Phase(problem.gradient ? view.batch * view.height : 0, finish)};
+  const auto gather = [&](int, int64_t index) { k.gather(task, index); };
+  const int64_t elements = view.batch * view.classes * view.height * view.width;
+  const auto rescale = [&](int, int64_t index) {
+    const int64_t first = index * kScaled;
+    if (scale != 1.0)
+      k.scale(problem.gradient + first, std::min(kScaled, elements - first), static_cast<T>(scale));
+  };
+  Phase phases[] = {Phase(view.batch * task.bands, sweep),
+                    Phase(problem.gradient ? view.batch * (task.bands - 1) : 0, gather), Phase(1, add_up),
+                    Phase(problem.gradient && problem.mean ? (elements + kScaled - 1) / kScaled : 0, rescale)};
   run(executor, phases);
   return {loss, bad};
 }
