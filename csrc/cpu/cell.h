@@ -23,16 +23,16 @@ template <class T>
 struct Workspace {
   T *e, *r, *q;  // [kTileRows][lanes] exponential of the middle pixel, ratio to the next and the last one
   T *row_e, *row_r, *row_q;  // [lanes] ratio of e, relative changes of r and q, from row to row
-  T *s, *dx, *dy, *dxy;  // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
-  double* logit;         // [kMaxPixels][lanes] logits of a careful row
-  T* exponential;        // [kMaxPixels][lanes] their exponentials
-  T* block[4];           // [lanes] gradient of the cell's samples, over a block of rows
-  T* sum[4];             // where the gradient is summed: `block`, or `left` and `right` directly
-  T* start;              // [L] sums of exponentials start here: 0, or -1 where Cell::sole is
-  T *left, *right;       // [2][lanes] gradient of the samples left and right of the cell, upper and lower
-  Corners* hits;         // [classes] bilinear weights of the pixels with this label
-  int32_t* touched;      // [classes + 1] labels met in this cell
-  uint8_t* met;          // [classes]
+  T *s, *dx, *dy, *dxy;    // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
+  double* logit;           // [kMaxPixels][lanes] logits of a careful row
+  T* exponential;          // [kMaxPixels][lanes] their exponentials
+  T* block[4];             // [lanes] gradient of the cell's samples, over a block of rows
+  T* sum[4];               // where the gradient is summed: `block`, or `left` and `right` directly
+  T* start;                // [L] sums of exponentials start here: 0, or -1 where Cell::sole is
+  T *left, *right;         // [2][lanes] gradient of the samples left and right of the cell, upper and lower
+  Corners* hits;           // [classes] bilinear weights of the pixels with this label
+  int32_t* touched;        // [classes + 1] labels met in this cell
+  uint8_t* met;            // [classes]
   PackedRow<T> packed[2];  // of even and odd low-resolution rows
   T* gradient[2];          // [w][lanes] likewise: their gradient
   // Sums over the rows of a cell row, one per pixel position in a chunk (so that the compiler vectorises).
@@ -40,12 +40,14 @@ struct Workspace {
   double upper[kMaxPixels], lower[kMaxPixels];  // of this block: coefficients times weight along y
 };
 
+inline int64_t padded_width(int64_t w) { return (w + kLanePadding - 1) / kLanePadding * kLanePadding; }
+
 template <class T>
 int64_t cross_entropy_scratch(const CrossEntropyTask<T>& task) {
   const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
   const int64_t w = task.packed.x.in;
   return lanes * (3 * kTileRows + 3 + 4 + kMaxPixels + 4 + 4 + 1) * static_cast<int64_t>(sizeof(T)) +
-         2 * w * ((task.gradient ? 2 * lanes : lanes) + 1) * static_cast<int64_t>(sizeof(T)) +
+         2 * (w * (task.gradient ? 2 * lanes : lanes) + padded_width(w)) * static_cast<int64_t>(sizeof(T)) +
          (lanes * kMaxPixels + (task.smoothing != 0 ? 2 * w : 0)) * static_cast<int64_t>(sizeof(double)) +
          classes * static_cast<int64_t>(sizeof(Corners) + sizeof(int32_t) + 1) + 256;
 }
@@ -77,7 +79,7 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
     smooth += task.smoothing != 0 ? w : 0;
   }
   T* peak = reinterpret_cast<T*>(smooth);
-  for (PackedRow<T>& row : ws.packed) row.peak = peak, peak += w;
+  for (PackedRow<T>& row : ws.packed) row.peak = peak, peak += padded_width(w);
   ws.touched = reinterpret_cast<int32_t*>(peak);
   ws.met = reinterpret_cast<uint8_t*>(ws.touched + classes + 1);
   for (int k = 0; k < kMaxPixels; ++k) ws.log_sum[k] = ws.upper[k] = ws.lower[k] = 0;

@@ -149,7 +149,7 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
 template <class T>
 struct Destination {
   T* upper;
-  T* lower;      // null at the border, where there are none
+  T* lower;          // null at the border, where there are none
   bool add = false;  // to what is there, for the upper ones
 };
 
@@ -221,8 +221,10 @@ void cell_row(const CrossEntropyTask<T>& task, int64_t b, int64_t i, const Desti
   for (double& value : ws.log_sum) value = 0;
   const PackedRow<T>& upper = ws.packed[p.y.lower(i) % 2];
   const PackedRow<T>& lower = ws.packed[p.y.upper(i) % 2];
-  for (int64_t j = -1; j < w; ++j) {
-    const int64_t x0 = p.x.begin(j), pixels = p.x.begin(j + 1) - x0;
+  for (int64_t j = -1, x1 = 0; j < w; ++j) {
+    const int64_t x0 = x1;
+    x1 = p.x.begin(j + 1);
+    const int64_t pixels = x1 - x0;
     if (pixels > 0) {
       const int64_t chunks = (pixels + DEPICT_PIXELS - 1) / DEPICT_PIXELS;
       Cell<T> cell;
@@ -246,8 +248,8 @@ void cell_row(const CrossEntropyTask<T>& task, int64_t b, int64_t i, const Desti
       for (int q = 0; q < 4; ++q)
         ws.sum[q] = direct ? (q % 2 ? ws.right : ws.left) + q / 2 * lanes : ws.block[q];
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        cell.x = x0 + pixels * chunk / chunks;
-        cell.n = static_cast<int>(x0 + pixels * (chunk + 1) / chunks - cell.x);
+        cell.x = chunk == 0 ? x0 : cell.x + cell.n;
+        cell.n = static_cast<int>((chunk + 1 == chunks ? x1 : x0 + pixels * (chunk + 1) / chunks) - cell.x);
         cell.t_x = p.x.weight(j, cell.x);
         sweep_chunk(task, cell, b, y0, y1, ws, loss, partial);
       }
@@ -267,12 +269,13 @@ void cross_entropy_band(const CrossEntropyTask<T>& task, int64_t index, void* sc
   const int64_t h = p.y.in, w = p.x.in, row = w * p.lanes;
   const int64_t b = index / task.bands, number = index % task.bands;
   const int64_t begin = number * task.band - 1, end = begin + task.band < h ? begin + task.band : h;
-  // The borders of this band with the ones above and below.
-  T* first = task.edges ? task.edges + (b * (task.bands - 1) + number - 1) * 2 * row + row : nullptr;
-  T* last = first ? first + row : nullptr;
+  // What this band adds at its borders with the ones above and below.
+  const int64_t border = b * (task.bands - 1) + number;
+  T* first = number > 0 ? task.edges + (2 * border - 1) * row : nullptr;
+  T* last = number < task.bands - 1 ? task.edges + 2 * border * row : nullptr;
   Workspace<T> ws = carve(task, scratch);
-  int64_t at_hand[2] = {-1, -1};  // packed rows
-  for (int64_t i = begin; i < end; ++i) {
+  int64_t at_hand[2] = {-1, -1};           // packed rows
+  for (int64_t i = begin; i < end; ++i) {  // -1 is the border above the first row
     const bool any = p.y.begin(i) < p.y.begin(i + 1);
     if (any)
       for (int64_t y = p.y.lower(i); y <= p.y.upper(i); ++y)
@@ -299,8 +302,8 @@ void cross_entropy_band(const CrossEntropyTask<T>& task, int64_t index, void* sc
     if (any) cell_row(task, b, i, to, ws, partial[b * (h + 1) + i + 1]);
     if (to.add) {
       const T* done = to.upper;
-      unpack_row<T>(p, [&](int64_t at) { return load<T>(done + at); },
-                    task.gradient + (b * p.classes * h + i) * w);
+      unpack_row<T>(
+          p, [&](int64_t at) { return load<T>(done + at); }, task.gradient + (b * p.classes * h + i) * w);
     }
   }
 }

@@ -25,7 +25,7 @@ struct Packed {                   // sizes of low-resolution logits whose classe
 template <class T>
 struct PackedRow {  // one low-resolution row
   T* logits;        // (w, lanes)
-  T* peak;          // (w): max over classes
+  T* peak;          // (w, padded to kLanePadding): max over classes
   double* smooth;   // (w): sum over classes of weight * logit; null without label smoothing
 };
 

@@ -11,42 +11,35 @@ void pack_row(const Packed& packed, const LogitsView<T>& view, const double* wei
   const int64_t w = packed.x.in, lanes = packed.lanes, classes = packed.classes;
   const int64_t stride = view.stride[1], stride_x = view.stride[3];
   const T* from = view.data + b * view.stride[0] + y * view.stride[2];
-  for (int64_t x = 0; x < w; ++x) to.peak[x] = -__builtin_inf();  // skips NaN, which the sweep meets again
   for (int64_t c0 = 0; c0 < lanes; c0 += L) {
     for (int64_t x0 = 0; x0 < w; x0 += L) {
+      const T* at = from + c0 * stride + x0 * stride_x;
       const int64_t columns = x0 + L < w ? L : w - x0;
       Vec<T> v[L];
-      if (c0 + L <= classes && columns == L && stride_x == 1) {
-        const T* at = from + c0 * stride + x0;
+      if (columns == L && stride_x == 1) {
         // Every class lies on a page of its own, where no hardware prefetch reaches.
         if (x0 + 2 * L <= w)
-          for (int k = 0; k < L; ++k) __builtin_prefetch(at + L + k * stride);
+          for (int64_t k = 0; k < L && c0 + k < classes; ++k) __builtin_prefetch(at + L + k * stride);
         DEPICT_UNROLL
-        for (int k = 0; k < L; ++k) v[k] = load_anywhere<T>(at + k * stride);
-      } else {
-        alignas(64) T block[L][L];
         for (int k = 0; k < L; ++k)
-          for (int64_t x = 0; x < L; ++x)
-            block[k][x] = c0 + k >= classes ? kPadLogit<T>
-                          : x < columns     ? from[(c0 + k) * stride + (x0 + x) * stride_x]
-                                            : T(0);
+          v[k] = c0 + k < classes ? load_anywhere<T>(at + k * stride) : splat<T>(kPadLogit<T>);
+      } else {
+        alignas(64) T block[L][L] = {};
+        for (int64_t k = 0; k < L; ++k)
+          for (int64_t x = 0; x < columns; ++x)
+            block[k][x] = c0 + k < classes ? at[k * stride + x * stride_x] : kPadLogit<T>;
         for (int k = 0; k < L; ++k) v[k] = load<T>(block[k]);
       }
-      alignas(64) T peak[L];
-      for (int64_t x = 0; x < columns; ++x) peak[x] = to.peak[x0 + x];
-      Vec<T> best = load<T>(peak);
+      // Skips NaN, which the sweep meets again.
+      Vec<T> best = c0 > 0 ? load_anywhere<T>(to.peak + x0) : splat<T>(-__builtin_inf());
       DEPICT_UNROLL
       for (int k = 0; k < L; ++k) best = Max::of(best, v[k]);
-      store<T>(peak, best);
-      for (int64_t x = 0; x < columns; ++x) to.peak[x0 + x] = peak[x];
+      store_anywhere<T>(to.peak + x0, best);
       transpose<T>(v);
       T* pixel = to.logits + x0 * lanes + c0;
-      if (columns == L) {
-        DEPICT_UNROLL
-        for (int k = 0; k < L; ++k) store<T>(pixel + k * lanes, v[k]);
-      } else {
-        for (int64_t k = 0; k < columns; ++k) store<T>(pixel + k * lanes, v[k]);
-      }
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k)
+        if (k < columns) store<T>(pixel + k * lanes, v[k]);
     }
   }
   if (!to.smooth) return;
@@ -70,16 +63,13 @@ DEPICT_INLINE void unpack_row(const Packed& packed, const Read& read, T* out) {
       const int64_t columns = x0 + L < w ? L : w - x0;
       T* to = out + c0 * stride + x0;
       Vec<T> v[L];
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k) v[k] = read((x0 + (k < columns ? k : 0)) * lanes + c0);
+      transpose<T>(v);
       if (columns == L) {
         DEPICT_UNROLL
-        for (int k = 0; k < L; ++k) v[k] = read((x0 + k) * lanes + c0);
-      } else {
-        for (int64_t k = 0; k < L; ++k) v[k] = read((k < columns ? x0 + k : x0) * lanes + c0);
-      }
-      transpose<T>(v);
-      if (columns == L && classes == L) {
-        DEPICT_UNROLL
-        for (int k = 0; k < L; ++k) store_anywhere<T>(to + k * stride, v[k]);
+        for (int k = 0; k < L; ++k)
+          if (k < classes) store_anywhere<T>(to + k * stride, v[k]);
       } else {
         for (int64_t k = 0; k < classes; ++k) {
           alignas(64) T row[L];
@@ -98,8 +88,9 @@ void gather_border(const CrossEntropyTask<T>& task, int64_t index) {
   const int64_t b = index / (task.bands - 1), y = (index % (task.bands - 1) + 1) * task.band - 1;
   const T* above = task.edges + index * 2 * p.x.in * p.lanes;
   const T* own = above + p.x.in * p.lanes;
-  unpack_row<T>(p, [&](int64_t at) { return load<T>(own + at) + load<T>(above + at); },
-                task.gradient + (b * p.classes * p.y.in + y) * p.x.in);
+  unpack_row<T>(
+      p, [&](int64_t at) { return load<T>(own + at) + load<T>(above + at); },
+      task.gradient + (b * p.classes * p.y.in + y) * p.x.in);
 }
 
 template <class T>

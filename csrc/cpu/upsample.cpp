@@ -110,16 +110,14 @@ void run(const Executor& executor, Phase (&phases)[N]) {
       &shared);
 }
 
-constexpr int64_t kScaled = 1 << 15;  // elements of the gradient that a task scales
+constexpr int64_t kScaled = 1 << 15;         // elements of the gradient that a task scales
 constexpr int64_t kPrivateCounts = 1 << 17;  // entries of a thread's own confusion matrix, 1 MiB
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Cell rows dealt out together: enough that the rows between bands weigh little, few enough to share among
-// many threads, and the same for any number of them.
-int64_t band_height(int64_t height) {
-  if (const char* e = std::getenv("BAND")) return std::atoi(e);
-  return std::clamp<int64_t>(height / 16, 1, 4); }
+// Cell rows dealt out together: enough that the rows between bands weigh little, few enough that there is
+// work for many threads, and the same for any number of them.
+int64_t band_height(int64_t height) { return std::clamp<int64_t>(height / 16, 1, 8); }
 
 // Owns the weight tables of one call.
 template <class T>
@@ -150,15 +148,22 @@ struct Tables {
 
 struct alignas(64) Worker {
   Buffer<char> scratch;
+  int64_t unset = 0;  // bytes of it still to be zeroed, by the thread that uses them
   Buffer<int64_t> confusion;
   int64_t bad = -1;
+
+  void* zeroed() {
+    std::memset(scratch.get(), 0, static_cast<size_t>(unset));
+    unset = 0;
+    return scratch.get();
+  }
 };
 
 std::vector<Worker> workers(const Executor& executor, int64_t scratch_bytes) {
   std::vector<Worker> all(static_cast<size_t>(executor.workers));
   for (Worker& worker : all) {
     worker.scratch = allocate<char>(scratch_bytes);
-    std::memset(worker.scratch.get(), 0, static_cast<size_t>(scratch_bytes));
+    worker.unset = scratch_bytes;
   }
   return all;
 }
@@ -203,12 +208,12 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   task.edges = edges.get();
 
   std::vector<CrossEntropyPartial> partial(static_cast<size_t>(cell_rows), CrossEntropyPartial{0, 0, -1});
-  const std::vector<Worker> worker = workers(executor, k.cross_entropy_scratch(task));
+  std::vector<Worker> worker = workers(executor, k.cross_entropy_scratch(task));
 
   double loss = 0, scale = 1.0;
   int64_t bad = -1;
   const auto sweep = [&](int w, int64_t index) {
-    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(), partial.data());
+    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].zeroed(), partial.data());
   };
   const auto add_up = [&](int, int64_t) {
     double weight = 0;
@@ -229,9 +234,10 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
     if (scale != 1.0)
       k.scale(problem.gradient + first, std::min(kScaled, elements - first), static_cast<T>(scale));
   };
-  Phase phases[] = {Phase(view.batch * task.bands, sweep),
-                    Phase(problem.gradient ? view.batch * (task.bands - 1) : 0, gather), Phase(1, add_up),
-                    Phase(problem.gradient && problem.mean ? (elements + kScaled - 1) / kScaled : 0, rescale)};
+  Phase phases[] = {
+      Phase(view.batch * task.bands, sweep),
+      Phase(problem.gradient ? view.batch * (task.bands - 1) : 0, gather), Phase(1, add_up),
+      Phase(problem.gradient && problem.mean ? (elements + kScaled - 1) / kScaled : 0, rescale)};
   run(executor, phases);
   return {loss, bad};
 }
@@ -284,7 +290,7 @@ int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
   const auto sweep = [&](int w, int64_t index) {
     Worker& own = worker[static_cast<size_t>(w)];
     if (any_bad.load(std::memory_order_relaxed)) return;  // set in the phase before, if at all
-    k.labels(task, index, own.scratch.get(), task.shared ? problem.confusion : own.confusion.get(), own.bad);
+    k.labels(task, index, own.zeroed(), task.shared ? problem.confusion : own.confusion.get(), own.bad);
   };
   Phase phases[] = {Phase(task.shared ? view.batch * problem.height : 0, look),
                     Phase(view.batch * (view.height + 1), sweep)};
