@@ -1,7 +1,7 @@
 // Scheduling: deals bands of cell rows to threads, adds what they found in a fixed order.
 //
-// Every band writes to a place of its own and the order of additions does not depend on which
-// thread did what, so results are bitwise the same for any number of threads.
+// Every band writes to a place of its own and the order of additions does not depend on which thread did
+// what, so results are bitwise the same for any number of threads.
 #include "upsample.h"
 
 #include <algorithm>
