@@ -407,12 +407,32 @@ def test_ties_go_to_the_lowest_class(instruction_set):
     assert (kernels.argmax(torch.zeros(1, 37, 3, 3), (50, 50), torch.int64) == 0).all()
 
 
+@pytest.mark.parametrize("reduction, smoothing", [("mean", 0.0), ("sum", 0.1), ("none", 0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(  # scales whose source coordinates torch's float64 has exactly
+    "low, high",
+    [((33, 35), (132, 70)), ((47, 18), (188, 72)), ((70, 5), (35, 20)), ((150, 16), (300, 64))],
+    ids=str,
+)
+def test_bands_of_several_cell_rows(low, high, dtype, reduction, smoothing, instruction_set):
+    """From 32 rows on consecutive cell rows go together; the last band is short, and some cell rows have no pixel."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 37, *low, generator=generator, dtype=dtype)
+    logits[1] *= 30
+    target = torch.randint(0, 37, (2, *high), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = IGNORE
+    weight = torch.rand(37, generator=generator) + 0.1 if smoothing else None
+    upstream = torch.randn(target.shape, generator=generator)
+    _check_problem(logits, target, weight, smoothing, reduction, upstream)
+
+
 # --- determinism ---
 
 
-def test_bitwise_equal_over_threads(threads):
+@pytest.mark.parametrize("low", [9, 75])  # one cell row in a band, and four
+def test_bitwise_equal_over_threads(low, threads):
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(2, 70, 9, 11, generator=generator) * torch.tensor([1.0, 30.0])[:, None, None, None]
+    logits = torch.randn(2, 70, low, 11, generator=generator) * torch.tensor([1.0, 30.0])[:, None, None, None]
     target = torch.randint(0, 70, (2, 130, 121), generator=generator)
     upstream = torch.randn(target.shape, generator=generator)
     results = []
@@ -442,7 +462,16 @@ def test_bitwise_equal_over_threads(threads):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
-    "low, high", [((1, 1), (7, 5)), ((5, 7), (3, 2)), ((4, 4), (1, 9)), ((6, 1), (6, 1))], ids=str
+    "low, high",
+    [
+        ((1, 1), (7, 5)),
+        ((5, 7), (3, 2)),
+        ((4, 4), (1, 9)),
+        ((6, 1), (6, 1)),
+        ((40, 3), (17, 8)),
+        ((140, 2), (50, 9)),
+    ],
+    ids=str,
 )
 def test_every_output_element_is_written(low, high):
     logits = torch.randn(2, 6, *low)

@@ -81,7 +81,7 @@ void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<
   }
   if (task.pixel_loss)
     write_pixel_losses(task, cell, row, pixel, [&](int k) { return peak[k]; }, label_logit);
-  if (task.rows) {
+  if (task.gradient) {
     for (int64_t c = 0; c < lanes; c += Simd<T>::lanes) {
       Vec<T> a{}, b{};
       DEPICT_UNROLL

@@ -23,25 +23,32 @@ template <class T>
 struct Workspace {
   T *e, *r, *q;  // [kTileRows][lanes] exponential of the middle pixel, ratio to the next and the last one
   T *row_e, *row_r, *row_q;  // [lanes] ratio of e, relative changes of r and q, from row to row
-  T *s, *dx, *dy, *dxy;  // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
-  double* logit;         // [kMaxPixels][lanes] logits of a careful row
-  T* exponential;        // [kMaxPixels][lanes] their exponentials
-  T* sum[4];             // [lanes] gradient of the cell's samples, over a block of rows
-  T* start;              // [L] sums of exponentials start here: 0, or -1 where Cell::sole is
-  T *left, *right;       // [2][lanes] gradient of the samples left and right of the cell, upper and lower
-  Corners* hits;         // [classes] bilinear weights of the pixels with this label
-  int32_t* touched;      // [classes + 1] labels met in this cell
-  uint8_t* met;          // [classes]
+  T *s, *dx, *dy, *dxy;    // [lanes] shifted logit of the upper left sample, differences along x and y, mixed
+  double* logit;           // [kMaxPixels][lanes] logits of a careful row
+  T* exponential;          // [kMaxPixels][lanes] their exponentials
+  T* block[4];             // [lanes] gradient of the cell's samples, over a block of rows
+  T* sum[4];               // where the gradient is summed: `block`, or `left` and `right` directly
+  T* start;                // [L] sums of exponentials start here: 0, or -1 where Cell::sole is
+  T *left, *right;         // [2][lanes] gradient of the samples left and right of the cell, upper and lower
+  Corners* hits;           // [classes] bilinear weights of the pixels with this label
+  int32_t* touched;        // [classes + 1] labels met in this cell
+  uint8_t* met;            // [classes]
+  PackedRow<T> packed[2];  // of even and odd low-resolution rows
+  T* gradient[2];          // [w][lanes] likewise: their gradient
   // Sums over the rows of a cell row, one per pixel position in a chunk (so that the compiler vectorises).
   double log_sum[kMaxPixels];
   double upper[kMaxPixels], lower[kMaxPixels];  // of this block: coefficients times weight along y
 };
 
+inline int64_t padded_width(int64_t w) { return (w + kLanePadding - 1) / kLanePadding * kLanePadding; }
+
 template <class T>
 int64_t cross_entropy_scratch(const CrossEntropyTask<T>& task) {
   const int64_t lanes = task.packed.lanes, classes = task.packed.classes;
+  const int64_t w = task.packed.x.in;
   return lanes * (3 * kTileRows + 3 + 4 + kMaxPixels + 4 + 4 + 1) * static_cast<int64_t>(sizeof(T)) +
-         lanes * kMaxPixels * static_cast<int64_t>(sizeof(double)) +
+         2 * (w * (task.gradient ? 2 * lanes : lanes) + padded_width(w)) * static_cast<int64_t>(sizeof(T)) +
+         (lanes * kMaxPixels + (task.smoothing != 0 ? 2 * w : 0)) * static_cast<int64_t>(sizeof(double)) +
          classes * static_cast<int64_t>(sizeof(Corners) + sizeof(int32_t) + 1) + 256;
 }
 
@@ -59,11 +66,21 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
   ws.row_e = take(1), ws.row_r = take(1), ws.row_q = take(1);
   ws.s = take(1), ws.dx = take(1), ws.dy = take(1), ws.dxy = take(1);
   ws.exponential = take(kMaxPixels);
-  for (T*& sum : ws.sum) sum = take(1);
+  for (T*& block : ws.block) block = take(1);
   ws.left = take(2), ws.right = take(2), ws.start = take(1);
+  const int64_t w = task.packed.x.in;
+  for (PackedRow<T>& row : ws.packed) row.logits = take(w);
+  for (T*& row : ws.gradient) row = task.gradient ? take(w) : nullptr;
   ws.logit = reinterpret_cast<double*>(p);
   ws.hits = reinterpret_cast<Corners*>(ws.logit + kMaxPixels * lanes);
-  ws.touched = reinterpret_cast<int32_t*>(ws.hits + classes);
+  double* smooth = reinterpret_cast<double*>(ws.hits + classes);
+  for (PackedRow<T>& row : ws.packed) {
+    row.smooth = task.smoothing != 0 ? smooth : nullptr;
+    smooth += task.smoothing != 0 ? w : 0;
+  }
+  T* peak = reinterpret_cast<T*>(smooth);
+  for (PackedRow<T>& row : ws.packed) row.peak = peak, peak += padded_width(w);
+  ws.touched = reinterpret_cast<int32_t*>(peak);
   ws.met = reinterpret_cast<uint8_t*>(ws.touched + classes + 1);
   for (int k = 0; k < kMaxPixels; ++k) ws.log_sum[k] = ws.upper[k] = ws.lower[k] = 0;
   return ws;

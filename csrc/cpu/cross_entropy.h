@@ -110,7 +110,7 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
           static_cast<double>(cell.corner[2][label]), static_cast<double>(cell.corner[3][label])};
       label_logits += hits == 0.0 ? Corners{} : hits * logits;  // 0 times an infinite logit is none
     }
-    if (task.rows)
+    if (task.gradient)
       for (int q = 0; q < 4; ++q) ws.sum[q][label] -= static_cast<T>(hits[q]);
     ws.hits[label] = Corners{};
     ws.met[label] = 0;
@@ -129,12 +129,13 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
       if (cell.smooth_sum[q] != 0) loss -= task.smoothing * cell.smooth_sum[q] * cell.smooth[q];
     }
   }
-  if (!task.rows) return;
+  if (!task.gradient) return;
   for (int q = 0; q < 4; ++q) {
     if (task.smoothing != 0)
       for (int64_t c = 0; c < task.packed.classes; ++c)
         ws.sum[q][c] -=
             static_cast<T>(task.smoothing * (task.weight ? task.weight[c] : 1.0) * cell.smooth_sum[q]);
+    if (ws.sum[q] != ws.block[q]) continue;
     const bool right = q % 2 && !task.packed.x.border(cell.cell_x);
     T* total = (right ? ws.right : ws.left) + q / 2 * lanes;
     for (int64_t c = 0; c < lanes; c += L) {
@@ -144,15 +145,23 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
   }
 }
 
-// The sample left of the cell is complete: writes its gradient out. The right one is the next cell's left
-// one.
+// Where a cell row leaves the gradient of its upper and lower samples.
 template <class T>
-void finish_sample(int64_t lanes, T* upper, T* lower, Workspace<T>& ws) {
+struct Destination {
+  T* upper;
+  T* lower;          // null at the border, where there are none
+  bool add = false;  // to what is there, for the upper ones
+};
+
+// The sample left of the cell is complete: moves its gradient out. The right one is the next cell's left one.
+template <class T>
+void finish_sample(int64_t lanes, const Destination<T>& to, int64_t at, Workspace<T>& ws) {
   constexpr int L = Simd<T>::lanes;
   T* done = ws.left;
   for (int64_t c = 0; c < lanes; c += L) {
-    store<T>(upper + c, load<T>(done + c));
-    store<T>(lower + c, load<T>(done + lanes + c));
+    const Vec<T> upper = load<T>(done + c);
+    store<T>(to.upper + at + c, to.add ? load<T>(to.upper + at + c) + upper : upper);
+    if (to.lower) store<T>(to.lower + at + c, load<T>(done + lanes + c));
     store<T>(done + c, Vec<T>{});
     store<T>(done + lanes + c, Vec<T>{});
   }
@@ -163,7 +172,7 @@ void finish_sample(int64_t lanes, T* upper, T* lower, Workspace<T>& ws) {
 template <class T>
 void sweep_chunk(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int64_t y0, int64_t y1,
                  Workspace<T>& ws, double& loss, CrossEntropyPartial& partial) {
-  const Packed<T>& p = task.packed;
+  const Packed& p = task.packed;
   bool along_y = y1 - y0 > 2;
   if constexpr (sizeof(T) == 4)
     if (!cell.careful && along_y) {
@@ -203,33 +212,29 @@ void sweep_chunk(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t b, int6
 }
 
 template <class T>
-void cross_entropy_cell_row(const CrossEntropyTask<T>& task, int64_t index, void* scratch,
-                            CrossEntropyPartial& partial) {
-  const Packed<T>& p = task.packed;
+void cell_row(const CrossEntropyTask<T>& task, int64_t b, int64_t i, const Destination<T>& to,
+              Workspace<T>& ws, CrossEntropyPartial& partial) {
+  const Packed& p = task.packed;
   const int64_t w = p.x.in, lanes = p.lanes;
-  const int64_t b = index / (p.y.in + 1), i = index % (p.y.in + 1) - 1;
   const int64_t y0 = p.y.begin(i), y1 = p.y.begin(i + 1);
-  T* rows = task.rows ? task.rows + index * 2 * w * lanes : nullptr;
-  if (y0 == y1) {
-    if (rows) __builtin_memset(rows, 0, static_cast<size_t>(2 * w * lanes) * sizeof(T));
-    return;
-  }
-
-  Workspace<T> ws = carve(task, scratch);
   double loss = 0;
-  const int64_t upper = (b * p.y.in + p.y.lower(i)) * w, lower = (b * p.y.in + p.y.upper(i)) * w;
-  for (int64_t j = -1; j < w; ++j) {
-    const int64_t x0 = p.x.begin(j), pixels = p.x.begin(j + 1) - x0;
+  for (double& value : ws.log_sum) value = 0;
+  const PackedRow<T>& upper = ws.packed[p.y.lower(i) % 2];
+  const PackedRow<T>& lower = ws.packed[p.y.upper(i) % 2];
+  for (int64_t j = -1, x1 = 0; j < w; ++j) {
+    const int64_t x0 = x1;
+    x1 = p.x.begin(j + 1);
+    const int64_t pixels = x1 - x0;
     if (pixels > 0) {
       const int64_t chunks = (pixels + DEPICT_PIXELS - 1) / DEPICT_PIXELS;
-      const int64_t at[4] = {upper + p.x.lower(j), upper + p.x.upper(j), lower + p.x.lower(j),
-                             lower + p.x.upper(j)};
       Cell<T> cell;
       for (int q = 0; q < 4; ++q) {
-        cell.corner[q] = p.logits + at[q] * lanes;
-        cell.peak[q] = static_cast<double>(p.peak[at[q]]);
-        cell.near_padding |= p.peak[at[q]] < -kHuge<T>;
-        cell.smooth[q] = p.smooth ? p.smooth[at[q]] : 0;
+        const PackedRow<T>& row = q < 2 ? upper : lower;
+        const int64_t x = q % 2 ? p.x.upper(j) : p.x.lower(j);
+        cell.corner[q] = row.logits + x * lanes;
+        cell.peak[q] = static_cast<double>(row.peak[x]);
+        cell.near_padding |= row.peak[x] < -kHuge<T>;
+        cell.smooth[q] = row.smooth ? row.smooth[x] : 0;
       }
       cell.cell_x = j;
       cell.cell_y = i;
@@ -238,17 +243,69 @@ void cross_entropy_cell_row(const CrossEntropyTask<T>& task, int64_t index, void
       // Two pixels in a row are cheaper directly.
       if constexpr (sizeof(T) == 4)
         if (pixels > 2 * chunks && !cell.near_padding) shift_cell(lanes, cell, ws);
+      // Few rows are added up with the neighbouring cell's at once; the two samples of a border are one.
+      const bool direct = chunks == 1 && y1 - y0 <= kBlockRows / 2 && !p.x.border(j);
+      for (int q = 0; q < 4; ++q)
+        ws.sum[q] = direct ? (q % 2 ? ws.right : ws.left) + q / 2 * lanes : ws.block[q];
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        cell.x = x0 + pixels * chunk / chunks;
-        cell.n = static_cast<int>(x0 + pixels * (chunk + 1) / chunks - cell.x);
+        cell.x = chunk == 0 ? x0 : cell.x + cell.n;
+        cell.n = static_cast<int>((chunk + 1 == chunks ? x1 : x0 + pixels * (chunk + 1) / chunks) - cell.x);
         cell.t_x = p.x.weight(j, cell.x);
         sweep_chunk(task, cell, b, y0, y1, ws, loss, partial);
       }
     }
-    if (rows && j >= 0) finish_sample(lanes, rows + j * lanes, rows + (w + j) * lanes, ws);
+    if (task.gradient && j >= 0) finish_sample(lanes, to, j * lanes, ws);
   }
   for (const double value : ws.log_sum) loss += value;
   partial.loss += loss;
+}
+
+// Two cell rows add to the gradient of a low-resolution row, y - 1 and y. What lies within the band stays in
+// the cache and is written out as soon as it is complete.
+template <class T>
+void cross_entropy_band(const CrossEntropyTask<T>& task, int64_t index, void* scratch,
+                        CrossEntropyPartial* partial) {
+  const Packed& p = task.packed;
+  const int64_t h = p.y.in, w = p.x.in, row = w * p.lanes;
+  const int64_t b = index / task.bands, number = index % task.bands;
+  const int64_t begin = number * task.band - 1, end = begin + task.band < h ? begin + task.band : h;
+  // What this band adds at its borders with the ones above and below.
+  const int64_t border = b * (task.bands - 1) + number;
+  T* first = number > 0 ? task.edges + (2 * border - 1) * row : nullptr;
+  T* last = number < task.bands - 1 ? task.edges + 2 * border * row : nullptr;
+  Workspace<T> ws = carve(task, scratch);
+  int64_t at_hand[2] = {-1, -1};           // packed rows
+  for (int64_t i = begin; i < end; ++i) {  // -1 is the border above the first row
+    const bool any = p.y.begin(i) < p.y.begin(i + 1);
+    if (any)
+      for (int64_t y = p.y.lower(i); y <= p.y.upper(i); ++y)
+        if (at_hand[y % 2] != y) {
+          pack_row(p, task.logits, task.weight, b, y, ws.packed[y % 2]);
+          at_hand[y % 2] = y;
+        }
+    Destination<T> to{};
+    if (task.gradient) {
+      T* below = i + 1 >= h ? nullptr : i + 1 < end ? ws.gradient[(i + 1) % 2] : last;
+      if (i < 0) {
+        to.upper = below;  // both samples are those of row 0
+      } else {
+        to.upper = i > begin ? ws.gradient[i % 2] : first;
+        to.lower = below;
+        to.add = i > begin;
+      }
+      if (!any) {
+        const size_t bytes = static_cast<size_t>(row) * sizeof(T);
+        if (!to.add) __builtin_memset(to.upper, 0, bytes);
+        if (to.lower) __builtin_memset(to.lower, 0, bytes);
+      }
+    }
+    if (any) cell_row(task, b, i, to, ws, partial[b * (h + 1) + i + 1]);
+    if (to.add) {
+      const T* done = to.upper;
+      unpack_row<T>(
+          p, [&](int64_t at) { return load<T>(done + at); }, task.gradient + (b * p.classes * h + i) * w);
+    }
+  }
 }
 
 }  // namespace depict::cpu::DEPICT_ISA

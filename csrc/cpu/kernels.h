@@ -17,13 +17,16 @@ constexpr int kMaxPixels = 16;                        // pixels of a cell treate
 constexpr int kTileRows = 4;                          // rows between two evaluations of true exponentials
 constexpr int kIntSize[] = {1, 1, 2, 2, 4, 4, 8, 8};  // bytes of an IntType
 
-template <class T>
-struct Packed {                   // low-resolution logits, classes innermost
+struct Packed {                   // sizes of low-resolution logits whose classes are innermost
   int64_t batch, classes, lanes;  // lanes: classes padded
   Axis y, x;
-  T* logits;       // (batch, h, w, lanes)
-  T* peak;         // (batch, h, w): max over classes
-  double* smooth;  // (batch, h, w): sum over classes of weight * logit; null without label smoothing
+};
+
+template <class T>
+struct PackedRow {  // one low-resolution row
+  T* logits;        // (w, lanes)
+  T* peak;          // (w, padded to kLanePadding): max over classes
+  double* smooth;   // (w): sum over classes of weight * logit; null without label smoothing
 };
 
 // Weights of the upper sample along x, one per pixel, followed by kMaxPixels copies of the last.
@@ -40,7 +43,10 @@ typedef int64_t (*LoadLabels)(const void* row, int64_t stride, int64_t n, int64_
 
 template <class T>
 struct CrossEntropyTask {
-  Packed<T> packed;
+  LogitsView<T> logits;
+  Packed packed;
+  // Cell rows are dealt out in bands, since consecutive ones share what is packed and where they add.
+  int64_t band, bands;  // cell rows of a band, bands of an image
   PixelWeights<T> pixel;
   LabelView target;
   LoadLabels load_labels;  // ignored labels become -1; returns the first bad position or -1
@@ -52,7 +58,10 @@ struct CrossEntropyTask {
   const T* pixel_gradient;
   bool want_loss;
   T* pixel_loss;
-  T* rows;  // (batch, h + 1, 2, w, lanes): gradient of the upper and lower samples of each cell row, or null
+  T* gradient;  // (batch, classes, h, w), or null
+  // (batch, bands - 1, 2, w, lanes): what the cell rows above and below the border of two bands add to the
+  // gradient of the low-resolution row between them.
+  T* edges;
 };
 
 struct CrossEntropyPartial {
@@ -75,14 +84,14 @@ struct LabelTask {
 
 template <class T>
 struct Kernels {
-  // Packs low-resolution row `task` of (batch, h).
-  void (*pack)(const Packed<T>&, const LogitsView<T>&, const double* weight, int64_t task);
-  // Does cell row `task` of (batch, h + 1). Scratch is 64-byte aligned, zero at first and kept between tasks.
+  // Does band `task` of (batch, bands), all of the gradient but its scale and the bands' borders, with one
+  // partial result for each of (batch, h + 1) cell rows. Scratch is 64-byte aligned, zero at first and kept
+  // between tasks.
   int64_t (*cross_entropy_scratch)(const CrossEntropyTask<T>&);
-  void (*cross_entropy)(const CrossEntropyTask<T>&, int64_t task, void* scratch, CrossEntropyPartial&);
-  // Adds the gradient rows of low-resolution row `task` of (batch, h) into the contiguous (batch, classes, h,
-  // w).
-  void (*gather)(const CrossEntropyTask<T>&, int64_t task, T scale, T* gradient);
+  void (*cross_entropy)(const CrossEntropyTask<T>&, int64_t task, void* scratch, CrossEntropyPartial*);
+  // Adds up the gradient at border `task` of (batch, bands - 1).
+  void (*gather)(const CrossEntropyTask<T>&, int64_t task);
+  void (*scale)(T* values, int64_t count, T factor);
   LoadLabels (*label_loader)(IntType);
   int64_t (*label_scratch)(const LabelTask<T>&);
   void (*labels)(const LabelTask<T>&, int64_t task, void* scratch, int64_t* confusion, int64_t& bad);

@@ -19,8 +19,8 @@ namespace depict::cpu::DEPICT_ISA {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {pack_row<T>,  cross_entropy_scratch<T>, cross_entropy_cell_row<T>, gather_row<T>,
-          label_loader, label_scratch<T>,         label_cell_row<T>};
+  return {cross_entropy_scratch<T>, cross_entropy_band<T>, gather_border<T>, scale<T>, label_loader,
+          label_scratch<T>,         label_cell_row<T>};
 }
 
 }  // namespace depict::cpu::DEPICT_ISA

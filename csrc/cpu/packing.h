@@ -3,67 +3,99 @@
 
 namespace depict::cpu::DEPICT_ISA {
 
+// Packs low-resolution row y of image b.
 template <class T>
-void pack_row(const Packed<T>& packed, const LogitsView<T>& view, const double* weight, int64_t task) {
+void pack_row(const Packed& packed, const LogitsView<T>& view, const double* weight, int64_t b, int64_t y,
+              const PackedRow<T>& to) {
   constexpr int L = Simd<T>::lanes;
-  const int64_t h = packed.y.in, w = packed.x.in, lanes = packed.lanes;
-  const T* from = view.data + task / h * view.stride[0] + task % h * view.stride[2];
-  T* to = packed.logits + task * w * lanes;
-  constexpr int64_t kBlock = 128;  // the cache lines being written stay in the first-level cache
-  constexpr int64_t kAhead = 8, kLine = 64 / sizeof(T);
-  for (int64_t x0 = 0; x0 < w; x0 += kBlock) {
-    const int64_t x1 = x0 + kBlock < w ? x0 + kBlock : w;
-    for (int64_t c = 0; c < packed.classes; ++c) {
-      // Every class lies on a page of its own, where no hardware prefetch reaches.
-      if (c + kAhead < packed.classes)
-        for (int64_t x = x0; x < x1; x += kLine)
-          __builtin_prefetch(from + (c + kAhead) * view.stride[1] + x * view.stride[3]);
-      for (int64_t x = x0; x < x1; ++x) to[x * lanes + c] = from[c * view.stride[1] + x * view.stride[3]];
+  const int64_t w = packed.x.in, lanes = packed.lanes, classes = packed.classes;
+  const int64_t stride = view.stride[1], stride_x = view.stride[3];
+  const T* from = view.data + b * view.stride[0] + y * view.stride[2];
+  for (int64_t c0 = 0; c0 < lanes; c0 += L) {
+    for (int64_t x0 = 0; x0 < w; x0 += L) {
+      const T* at = from + c0 * stride + x0 * stride_x;
+      const int64_t columns = x0 + L < w ? L : w - x0;
+      Vec<T> v[L];
+      if (columns == L && stride_x == 1) {
+        // Every class lies on a page of its own, where no hardware prefetch reaches.
+        if (x0 + 2 * L <= w)
+          for (int64_t k = 0; k < L && c0 + k < classes; ++k) __builtin_prefetch(at + L + k * stride);
+        DEPICT_UNROLL
+        for (int k = 0; k < L; ++k)
+          v[k] = c0 + k < classes ? load_anywhere<T>(at + k * stride) : splat<T>(kPadLogit<T>);
+      } else {
+        alignas(64) T block[L][L] = {};
+        for (int64_t k = 0; k < L; ++k)
+          for (int64_t x = 0; x < columns; ++x)
+            block[k][x] = c0 + k < classes ? at[k * stride + x * stride_x] : kPadLogit<T>;
+        for (int k = 0; k < L; ++k) v[k] = load<T>(block[k]);
+      }
+      // Skips NaN, which the sweep meets again.
+      Vec<T> best = c0 > 0 ? load_anywhere<T>(to.peak + x0) : splat<T>(-__builtin_inf());
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k) best = Max::of(best, v[k]);
+      store_anywhere<T>(to.peak + x0, best);
+      transpose<T>(v);
+      T* pixel = to.logits + x0 * lanes + c0;
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k)
+        if (k < columns) store<T>(pixel + k * lanes, v[k]);
     }
-    for (int64_t x = x0; x < x1; ++x) {
-      T* pixel = to + x * lanes;
-      for (int64_t c = packed.classes; c < lanes; ++c) pixel[c] = kPadLogit<T>;
-      Vec<T> best[1] = {splat<T>(-__builtin_inf())};  // skips NaN, which the sweep meets again
-      for (int64_t c = 0; c < lanes; c += L) best[0] = Max::of(best[0], load<T>(pixel + c));
-      alignas(64) T peak[L];
-      reduce_lanes<T, Max, 1>(best, peak);
-      packed.peak[task * w + x] = peak[0];
-      if (packed.smooth) {
-        double sum = 0;
-        for (int64_t c = 0; c < packed.classes; ++c)
-          sum += (weight ? weight[c] : 1.0) * static_cast<double>(pixel[c]);
-        packed.smooth[task * w + x] = sum;
+  }
+  if (!to.smooth) return;
+  for (int64_t x = 0; x < w; ++x) {
+    double sum = 0;
+    for (int64_t c = 0; c < classes; ++c)
+      sum += (weight ? weight[c] : 1.0) * static_cast<double>(to.logits[x * lanes + c]);
+    to.smooth[x] = sum;
+  }
+}
+
+// Writes (read(0), ..., read(w * lanes - 1)), classes innermost, to a row of (classes, h, w). `read` returns
+// the vector at a position.
+template <class T, class Read>
+DEPICT_INLINE void unpack_row(const Packed& packed, const Read& read, T* out) {
+  constexpr int L = Simd<T>::lanes;
+  const int64_t w = packed.x.in, lanes = packed.lanes, stride = packed.y.in * w;
+  for (int64_t c0 = 0; c0 < packed.classes; c0 += L) {
+    const int64_t classes = c0 + L < packed.classes ? L : packed.classes - c0;
+    for (int64_t x0 = 0; x0 < w; x0 += L) {
+      const int64_t columns = x0 + L < w ? L : w - x0;
+      T* to = out + c0 * stride + x0;
+      Vec<T> v[L];
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k) v[k] = read((x0 + (k < columns ? k : 0)) * lanes + c0);
+      transpose<T>(v);
+      if (columns == L) {
+        DEPICT_UNROLL
+        for (int k = 0; k < L; ++k)
+          if (k < classes) store_anywhere<T>(to + k * stride, v[k]);
+      } else {
+        for (int64_t k = 0; k < classes; ++k) {
+          alignas(64) T row[L];
+          store<T>(row, v[k]);
+          for (int64_t x = 0; x < columns; ++x) to[k * stride + x] = row[x];
+        }
       }
     }
   }
 }
 
-// Adds what the two cell rows beside a low-resolution row found. The order is fixed, whichever thread
-// computed it.
+// Adds what two bands found at their border, in a fixed order whichever thread computed it.
 template <class T>
-void gather_row(const CrossEntropyTask<T>& task, int64_t index, T scale, T* gradient) {
-  constexpr int L = Simd<T>::lanes;
-  constexpr int64_t kBlock = 128;
-  const Packed<T>& p = task.packed;
-  const int64_t h = p.y.in, w = p.x.in, lanes = p.lanes, row = w * lanes;
-  const int64_t b = index / h, y = index % h;
-  const T* cells = task.rows + b * (h + 1) * 2 * row;  // cell row i is stored at i + 1
-  const T* own = cells + (y + 1) * 2 * row;
-  const T* above = cells + y * 2 * row + (y > 0 ? row : 0);  // of the border cell row: its upper samples
-  T* out = gradient + (b * p.classes * h + y) * w;
-  alignas(64) T block[kBlock][L];
-  for (int64_t x0 = 0; x0 < w; x0 += kBlock) {
-    const int64_t n = x0 + kBlock < w ? kBlock : w - x0;
-    for (int64_t c0 = 0; c0 < p.classes; c0 += L) {
-      for (int64_t x = 0; x < n; ++x) {
-        const int64_t at = (x0 + x) * lanes + c0;
-        store<T>(block[x], (load<T>(own + at) + load<T>(above + at)) * scale);
-      }
-      const int64_t classes = c0 + L < p.classes ? L : p.classes - c0;
-      for (int64_t c = 0; c < classes; ++c)
-        for (int64_t x = 0; x < n; ++x) out[(c0 + c) * h * w + x0 + x] = block[x][c];
-    }
-  }
+void gather_border(const CrossEntropyTask<T>& task, int64_t index) {
+  const Packed& p = task.packed;
+  const int64_t b = index / (task.bands - 1), y = (index % (task.bands - 1) + 1) * task.band - 1;
+  const T* above = task.edges + index * 2 * p.x.in * p.lanes;
+  const T* own = above + p.x.in * p.lanes;
+  unpack_row<T>(
+      p, [&](int64_t at) { return load<T>(own + at) + load<T>(above + at); },
+      task.gradient + (b * p.classes * p.y.in + y) * p.x.in);
+}
+
+template <class T>
+void scale(T* values, int64_t count, T factor) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
 template <class I>

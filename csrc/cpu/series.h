@@ -139,6 +139,25 @@ void gradient_tile(int64_t lanes, const PixelRow<float>* row, const bool* use, i
   }
 }
 
+// Logarithms of the sums of exponentials of `rows` rows, all at once, since a row of few pixels does not fill
+// a vector.
+template <int N>
+void loss_tile(const PixelRow<float>* row, const bool* use, int rows, Workspace<float>& ws) {
+  alignas(64) double z[kTileRows * N];
+  for (int i = 0; i < kTileRows; ++i)
+    for (int k = 0; k < N; ++k) z[i * N + k] = i < rows && use[i] ? row[i].z[k] : 1.0;
+  for (int k = 0; k < kTileRows * N; ++k) z[k] = pixel_log<float>(z[k]);
+  for (int i = 0; i < rows; ++i) {
+    if (!use[i]) continue;
+    for (int k = 0; k < N; ++k) {
+      const double scale = row[i].scale[k];
+      ws.log_sum[k] += scale * z[i * N + k];
+      ws.upper[k] += scale * row[i].upper;
+      ws.lower[k] += scale * row[i].lower;
+    }
+  }
+}
+
 template <int N>
 struct Pixels {
   static constexpr int count = N;
@@ -233,14 +252,6 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
       row[i].u_left[k] = u * left[k];
       row[i].u_right[k] = u * right[k];
     }
-    if (task.want_loss) {
-      for (int k = 0; k < N; ++k) {
-        const double scale = row[i].scale[k];
-        ws.log_sum[k] += scale * pixel_log<float>(row[i].z[k]);
-        ws.upper[k] += scale * row[i].upper;
-        ws.lower[k] += scale * row[i].lower;
-      }
-    }
     if (task.pixel_loss) {
       const PixelRow<float>& p = row[i];
       const auto bilinear = [&](int k, double q0, double q1, double q2, double q3) {
@@ -256,7 +267,8 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
           });
     }
   }
-  if (task.rows) gradient_tile<N>(lanes, row, use, last + 1, ws);
+  if (task.want_loss) loss_tile<N>(row, use, last + 1, ws);
+  if (task.gradient) gradient_tile<N>(lanes, row, use, last + 1, ws);
 }
 
 // Calls f with the number of pixels that the geometric series of a chunk of n is unrolled for.

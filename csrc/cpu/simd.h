@@ -49,6 +49,11 @@ DEPICT_INLINE Vec<T> load_anywhere(const T* p) {
   return *reinterpret_cast<const V*>(p);
 }
 template <class T>
+DEPICT_INLINE void store_anywhere(T* p, Vec<T> v) {
+  typedef T V __attribute__((vector_size(DEPICT_LANES * 4), aligned(sizeof(T)), may_alias));
+  *reinterpret_cast<V*>(p) = v;
+}
+template <class T>
 DEPICT_INLINE Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }
@@ -151,6 +156,25 @@ DEPICT_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b, int first, Sequence<I...>)
   return first ? __builtin_shuffle(a, b, IVec<T>{(2 * I + 1)...})
                : __builtin_shuffle(a, b, IVec<T>{(2 * I)...});
 #endif
+}
+
+// Transposes as many vectors as they have lanes. Every step moves the lowest bit of a row's number to the top
+// of the lane's and the lowest bit of a lane's to the top of the row's.
+template <class T, int Steps = Simd<T>::lanes>
+DEPICT_INLINE void transpose(Vec<T>* v) {
+  if constexpr (Steps > 1) {
+    constexpr int L = Simd<T>::lanes;
+    typedef typename Count<L>::type Lanes;
+    Vec<T> next[L];
+    DEPICT_UNROLL
+    for (int i = 0; i < L / 2; ++i) {
+      next[i] = every_second<T>(v[2 * i], v[2 * i + 1], 0, Lanes());
+      next[i + L / 2] = every_second<T>(v[2 * i], v[2 * i + 1], 1, Lanes());
+    }
+    DEPICT_UNROLL
+    for (int i = 0; i < L; ++i) v[i] = next[i];
+    transpose<T, Steps / 2>(v);
+  }
 }
 
 struct Add {

@@ -1,7 +1,7 @@
-// Scheduling: packs the logits, deals cell rows to threads, adds what they found in a fixed order.
+// Scheduling: deals bands of cell rows to threads, adds what they found in a fixed order.
 //
-// Every (batch, cell row) writes to a place of its own and the order of additions does not depend on which
-// thread did what, so results are bitwise the same for any number of threads.
+// Every band writes to a place of its own and the order of additions does not depend on which thread did
+// what, so results are bitwise the same for any number of threads.
 #include "upsample.h"
 
 #include <algorithm>
@@ -110,9 +110,14 @@ void run(const Executor& executor, Phase (&phases)[N]) {
       &shared);
 }
 
+constexpr int64_t kScaled = 1 << 15;         // elements of the gradient that a task scales
 constexpr int64_t kPrivateCounts = 1 << 17;  // entries of a thread's own confusion matrix, 1 MiB
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Cell rows dealt out together: enough that the rows between bands weigh little, few enough that there is
+// work for many threads, and the same for any number of them.
+int64_t band_height(int64_t height) { return std::clamp<int64_t>(height / 16, 1, 8); }
 
 // Owns the weight tables of one call.
 template <class T>
@@ -141,40 +146,24 @@ struct Tables {
   }
 };
 
-// Owns the packed logits of one call.
-template <class T>
-struct Prepared {
-  Packed<T> packed;
-  Buffer<T> logits, peak;
-  Buffer<double> smooth;
-
-  Prepared(const LogitsView<T>& view, int64_t height, int64_t width, bool smoothing) {
-    packed.batch = view.batch;
-    packed.classes = view.classes;
-    packed.lanes = round_up(view.classes, kLanePadding);
-    packed.y = {view.height, height};
-    packed.x = {view.width, width};
-    const int64_t samples = view.batch * view.height * view.width;
-    logits = allocate<T>(samples * packed.lanes);
-    peak = allocate<T>(samples);
-    if (smoothing) smooth = allocate<double>(samples);
-    packed.logits = logits.get();
-    packed.peak = peak.get();
-    packed.smooth = smooth.get();
-  }
-};
-
 struct alignas(64) Worker {
   Buffer<char> scratch;
+  int64_t unset = 0;  // bytes of it still to be zeroed, by the thread that uses them
   Buffer<int64_t> confusion;
   int64_t bad = -1;
+
+  void* zeroed() {
+    std::memset(scratch.get(), 0, static_cast<size_t>(unset));
+    unset = 0;
+    return scratch.get();
+  }
 };
 
 std::vector<Worker> workers(const Executor& executor, int64_t scratch_bytes) {
   std::vector<Worker> all(static_cast<size_t>(executor.workers));
   for (Worker& worker : all) {
     worker.scratch = allocate<char>(scratch_bytes);
-    std::memset(worker.scratch.get(), 0, static_cast<size_t>(scratch_bytes));
+    worker.unset = scratch_bytes;
   }
   return all;
 }
@@ -184,13 +173,15 @@ std::vector<Worker> workers(const Executor& executor, int64_t scratch_bytes) {
 template <class T>
 CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Executor& executor) {
   const LogitsView<T>& view = problem.logits;
-  const bool smoothing = problem.label_smoothing != 0;
   const Kernels<T>& k = kernels<T>();
-  const Prepared<T> prepared(view, problem.height, problem.width, smoothing);
-  const Tables<T> tables(prepared.packed.y, prepared.packed.x);
-
   CrossEntropyTask<T> task{};
-  task.packed = prepared.packed;
+  task.logits = view;
+  task.packed = {view.batch,
+                 view.classes,
+                 round_up(view.classes, kLanePadding),
+                 {view.height, problem.height},
+                 {view.width, problem.width}};
+  const Tables<T> tables(task.packed.y, task.packed.x);
   task.pixel = tables.pixel;
   task.target = problem.target;
   task.load_labels = k.label_loader(problem.target.type);
@@ -208,19 +199,21 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   task.pixel_loss = problem.pixel_loss;
 
   const int64_t cell_rows = view.batch * (view.height + 1);
-  Buffer<T> rows;
-  if (problem.gradient) rows = allocate<T>(cell_rows * 2 * view.width * task.packed.lanes);
-  task.rows = rows.get();
+  task.band = band_height(view.height);
+  task.bands = (view.height + task.band) / task.band;  // of h + 1 cell rows
+  task.gradient = problem.gradient;
+  Buffer<T> edges;
+  if (problem.gradient)
+    edges = allocate<T>(view.batch * (task.bands - 1) * 2 * view.width * task.packed.lanes);
+  task.edges = edges.get();
 
   std::vector<CrossEntropyPartial> partial(static_cast<size_t>(cell_rows), CrossEntropyPartial{0, 0, -1});
-  const std::vector<Worker> worker = workers(executor, k.cross_entropy_scratch(task));
+  std::vector<Worker> worker = workers(executor, k.cross_entropy_scratch(task));
 
   double loss = 0, scale = 1.0;
   int64_t bad = -1;
-  const auto pack = [&](int, int64_t index) { k.pack(task.packed, view, problem.weight, index); };
   const auto sweep = [&](int w, int64_t index) {
-    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].scratch.get(),
-                    partial[static_cast<size_t>(index)]);
+    k.cross_entropy(task, index, worker[static_cast<size_t>(w)].zeroed(), partial.data());
   };
   const auto add_up = [&](int, int64_t) {
     double weight = 0;
@@ -234,12 +227,17 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
     scale = weight == 0 ? 0.0 : 1.0 / weight;
     loss = weight == 0 ? 0.0 : loss / weight;
   };
-  const auto gather = [&](int, int64_t index) {
-    k.gather(task, index, static_cast<T>(scale), problem.gradient);
+  const auto gather = [&](int, int64_t index) { k.gather(task, index); };
+  const int64_t elements = view.batch * view.classes * view.height * view.width;
+  const auto rescale = [&](int, int64_t index) {
+    const int64_t first = index * kScaled;
+    if (scale != 1.0)
+      k.scale(problem.gradient + first, std::min(kScaled, elements - first), static_cast<T>(scale));
   };
-  const int64_t rows_in = view.batch * view.height;
-  Phase phases[] = {Phase(rows_in, pack), Phase(cell_rows, sweep), Phase(1, add_up),
-                    Phase(problem.gradient ? rows_in : 0, gather)};
+  Phase phases[] = {
+      Phase(view.batch * task.bands, sweep),
+      Phase(problem.gradient ? view.batch * (task.bands - 1) : 0, gather), Phase(1, add_up),
+      Phase(problem.gradient && problem.mean ? (elements + kScaled - 1) / kScaled : 0, rescale)};
   run(executor, phases);
   return {loss, bad};
 }
@@ -292,7 +290,7 @@ int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
   const auto sweep = [&](int w, int64_t index) {
     Worker& own = worker[static_cast<size_t>(w)];
     if (any_bad.load(std::memory_order_relaxed)) return;  // set in the phase before, if at all
-    k.labels(task, index, own.scratch.get(), task.shared ? problem.confusion : own.confusion.get(), own.bad);
+    k.labels(task, index, own.zeroed(), task.shared ? problem.confusion : own.confusion.get(), own.bad);
   };
   Phase phases[] = {Phase(task.shared ? view.batch * problem.height : 0, look),
                     Phase(view.batch * (view.height + 1), sweep)};
