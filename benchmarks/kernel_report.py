@@ -64,12 +64,12 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--cuda-only", action="store_true", help="only the CUDA C++ kernels of the library")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--cuda-only", action="store_true", help="only the CUDA C++ kernels of the library")
+    only.add_argument("--triton-only", action="store_true", help="only the Triton kernels")
     args = parser.parse_args()
-    if os.environ.pop("TRITON_INTERPRET", None) == "1":
-        print("TRITON_INTERPRET is ignored here", file=sys.stderr)
     rows = [] if args.cuda_only else report(tuple(args.targets), args.core, args.match, args.workers)
-    rows += cuda_report.report(args.match)
+    rows += [] if args.triton_only else cuda_report.report(args.match)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     spilled = [f"{r['name']} {r['target']}" for r in rows if r["spills"] and not r["may_spill"]]
@@ -78,4 +78,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if os.environ.pop("TRITON_INTERPRET", None) == "1":  # before the kernels are defined
+        print("TRITON_INTERPRET is ignored here", file=sys.stderr)
     sys.exit(main())

@@ -15,6 +15,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # What the extras bring. Where only the core and pytest are installed, as on some GPU machines, test modules that
 # need more skip; with the extras nothing is skipped, since their packages are found.
@@ -91,7 +92,9 @@ def pytest_generate_tests(metafunc):
 def _skip_unless_it_runs(backend: str, device: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.fail("another test changed TRITON_INTERPRET and left it so")
+        if device == "cpu" and not INTERPRETED:
             pytest.skip("Triton's interpreter is off (TRITON_INTERPRET is not 1)")
     else:
         from depict_kernels import extension

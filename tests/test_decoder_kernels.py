@@ -72,7 +72,8 @@ def check(values, peers, decoder, patches, target, dtype):
         # Parameters' gradients are sums over tokens that cancel: their terms have the size of the largest gradient.
         # Factor 4: both are chains of layers whose roundings differ in every one, and neither is the better one.
         scale = 0.0 if name == "loss" else largest
-        ulps = 4 * torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
+        # 16 ulp of them: float32 products may be three of TF32, whose roundings are a few times those of one.
+        ulps = 16 * torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
         peer = peer.to(value.dtype)
         assert_within_budget(value, peer, truth, factor=4, ulps=ulps, scale=scale, what=name)
 
@@ -189,9 +190,9 @@ def test_cuda_graph_of_inference(mode, kernels):
         patches.copy_(torch.randn(patches.shape, generator=torch.Generator().manual_seed(seed)))
         infer()
         expected = labels.clone()
-        labels.zero_()
+        labels.fill_(255)
         replay()
-        assert torch.equal(labels, expected) and labels.unique().numel() > 1
+        assert torch.equal(labels, expected)
 
 
 def test_a_second_stream(mode, kernels):

@@ -310,7 +310,7 @@ def refusal(capsys, keys: dict) -> str:
         ({"model.decoder_kwargs": {"num_heads": 0}}, ["model: num_heads must be at least 1, got 0"]),
         ({"model.decoder_kwargs": {"depth": -1}}, ["depth", "at least 0"]),
         ({"train.seed": 2**70}, ["train.seed", "at most 1e+18"]),
-        ({"model.backend": "cuda"}, ["model.backend", "'cuda'", "Available: auto"]),
+        ({"model.backend": "cpp"}, ["model.backend", "'cpp'", "Available: auto"]),
         ({"run.name": ".."}, ["run.name", "plain folder name"]),
         ({"train.device": "cuda:97"}, ["train.device", "cuda:97"]),
         ({"train.device": "gpu"}, ["train.device", "'gpu'"]),

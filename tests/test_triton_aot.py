@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """The rows of ``benchmarks/kernel_report.py --core``."""
+    """The rows of ``benchmarks/kernel_report.py --triton-only --core``."""
     out = tmp_path_factory.mktemp("aot") / "report.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "benchmarks/kernel_report.py", "--core", "--json", str(out)]
+    command = [sys.executable, "benchmarks/kernel_report.py", "--triton-only", "--core", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert out.exists(), done.stdout + done.stderr
     found = json.loads(out.read_text())
