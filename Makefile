@@ -97,6 +97,7 @@ gpu-bench:
 asan: install
 	bash csrc/asan.sh $(BIN)/python
 
+# What make itself made: a data set and the runs trained on it stay.
 clean:
-	rm -rf .venv .venv-floor build dist runs data .cache *.egg-info depict_kernels/*.so depict_kernels/_build*.json
+	rm -rf .venv .venv-floor build dist runs/demo data/generated .cache *.egg-info depict_kernels/*.so depict_kernels/_build*.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,7 @@ on and every Python from 3.10. What was built, with what, or why not, is written
 on stock torch.
 
 Environment variables:
+    CXX                             the C++ compiler, with options if need be; nvcc takes it for the host's part
     MAX_JOBS                        bounds the parallel compilations
     TORCH_CUDA_ARCH_LIST            GPU architectures, by default those of CUDA_ARCHITECTURES that nvcc knows
     DEPICT_KERNELS_NO_CUDA=1        no CUDA kernels; DEPICT_KERNELS_NO_EXTENSIONS=1: nothing compiled at all
@@ -35,6 +36,8 @@ RECORD = ROOT / "depict_kernels" / "_build.json"
 TORCH_TARGET = (2, 11)
 PYTHON_TARGET = (3, 10)
 MEMORY_PER_JOB = 2 << 30  # bytes that one compilation may need
+
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # may stand before the compiler in CXX
 
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
 CUDA_MINIMUM = (12, 0)  # the first that knows sm_90a
@@ -93,10 +96,18 @@ def switched_on(variable: str) -> bool:
 
 def compiler() -> str | None:
     """The C++ compiler's command, or None where there is none."""
-    command = os.environ.get("CXX", "c++")
-    if shutil.which(shlex.split(command)[0]):
-        return command
-    return None
+    command = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        first = shlex.split(command)[0]
+    except ValueError as error:
+        raise SystemExit(f"CXX: {command!r} is no command ({error})") from None
+    return command if shutil.which(first) else None
+
+
+def host_compiler() -> str | None:
+    """The compiler alone, which nvcc calls itself: without a cache in front of it and without options."""
+    words = shlex.split(compiler())
+    return shutil.which(words[len(words) > 1 and Path(words[0]).name in LAUNCHERS])
 
 
 def output_of(*command: str) -> str:
@@ -166,6 +177,8 @@ def why_not_cuda() -> str | None:
 
 def architectures() -> list[str]:
     """Compute capabilities to compile for, such as ["8.0", "9.0a", "12.0+PTX"]."""
+    known = output_of(str(nvcc()), "--list-gpu-code").split()
+    number = lambda entry: re.match(r"\d+\.\d", entry)[0].replace(".", "")
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
     if asked.strip(";"):
         chosen = [entry for entry in asked.split(";") if entry]
@@ -178,9 +191,11 @@ def architectures() -> list[str]:
                 raise SystemExit(
                     f"TORCH_CUDA_ARCH_LIST: {entry}: the CUDA kernels need compute capability 8.0"
                 )
+            if f"sm_{number(entry)}" not in known:
+                raise SystemExit(
+                    f"TORCH_CUDA_ARCH_LIST: {entry}: {nvcc()} compiles for {' '.join(known)} alone"
+                )
         return chosen
-    known = output_of(str(nvcc()), "--list-gpu-code").split()
-    number = lambda entry: re.match(r"\d+\.\d", entry)[0].replace(".", "")
     return [entry for entry in CUDA_ARCHITECTURES.split(";") if f"sm_{number(entry)}" in known]
 
 
@@ -200,7 +215,9 @@ def version_text(version: tuple[int, ...]) -> str:
 
 def bound_jobs() -> None:
     """At most one compilation per core and per MEMORY_PER_JOB of memory, unless MAX_JOBS says otherwise."""
-    if "MAX_JOBS" in os.environ:
+    if asked := os.environ.get("MAX_JOBS"):
+        if not re.fullmatch(r"[1-9]\d*", asked):  # ninja takes 0 for no bound at all
+            raise SystemExit(f"MAX_JOBS: {asked!r} is no number of compilations; write e.g. 2")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -295,8 +312,7 @@ if cuda_reason is None:
     link = [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     link.append("-Wl,--exclude-libs,ALL")
     extensions.append(extension("_cuda", cuda_bindings, [*CXX_FLAGS, f"-I{home / 'include'}"], link))
-    host = shlex.split(compiler())[0]
-    command = [str(nvcc()), *NVCC_FLAGS, f"-ccbin={shutil.which(host)}", *architecture_flags()]
+    command = [str(nvcc()), *NVCC_FLAGS, f"-ccbin={host_compiler()}", *architecture_flags()]
     if any(entry.startswith("9.0a") for entry in architectures()):  # host code cannot tell otherwise
         command.append("-DDEPICT_BUILT_FOR_SM90A")
     object_builds["depict_kernels._cuda"] = (command, cuda_sources)

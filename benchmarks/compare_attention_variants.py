@@ -5,7 +5,7 @@
 Each result is first held to the float64 error budget. Times are medians of CUDA events, the variants interleaved, with
 L2 overwritten before every call. Prints a table, and for every direction the head dimensions at which wgmma was faster:
 ``_WGMMA_FROM_HEAD_DIM`` in depict_kernels/ops/cuda_kernels/attention.py takes what holds for all sizes. ``--tiny`` is a
-run in the emulator, whose times mean nothing.
+run in the emulator (DEPICT_KERNELS_EMULATE_CUDA=1), whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from depict_kernels import ops
+from depict_kernels import backends, ops
 from depict_kernels.ops.cuda_kernels import attention
 from depict_kernels.testing import assert_within_budget, value_and_gradients
 
@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     device = "cpu" if arguments.tiny else "cuda"
+    if reason := backends.why_unavailable("cuda", "subspace_self_attention", device, torch.bfloat16):
+        parser.error(f"{reason}; DEPICT_KERNELS_EMULATE_CUDA=1 and --tiny run the emulator")
     sizes = [(1, 70, 1, 100)] if arguments.tiny else SIZES
     print("emulator" if arguments.tiny else torch.cuda.get_device_name(), "torch", torch.__version__)
     flush = torch.empty(1 if arguments.tiny else 64 << 20, dtype=torch.int32, device=device)

@@ -24,8 +24,11 @@ KEYS = {
 
 def load(path: str | Path) -> dict:
     """A record. Raises ValueError for a file that is none."""
-    data = json.loads(Path(path).read_text())
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+    try:
+        data = json.loads(Path(path).read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{path} is not JSON ({error}); was it cut off?") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "environment" not in data:
         raise ValueError(
             f"{path} is not a record of schema {SCHEMA}; pytest benchmarks --record FILE writes one"
         )

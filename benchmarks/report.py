@@ -20,12 +20,17 @@ from benchmarks import compare, record, tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LOADER = "loader_cpu.json"  # of bench_loader.py, which has a format of its own
+TUNING = "tuning_"  # begins the names of tune.py's files, which have another
 BEGIN, END = "<!-- speed: begin (benchmarks/report.py) -->", "<!-- speed: end -->"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.glob("*.json")) if p.name != LOADER and not p.name.startswith(TUNING)]
 
 
 def records(folder: Path = RESULTS) -> dict[str, dict]:
     """File stem -> record, oldest first."""
-    found = {path.stem: record.load(path) for path in folder.glob("*.json") if path.name != LOADER}
+    found = {path.stem: record.load(path) for path in _files(folder)}
     return dict(sorted(found.items(), key=lambda item: (item[1]["environment"]["date"], item[0])))
 
 
@@ -174,9 +179,8 @@ def main() -> int:
         same = before["environment"]["device"] == after["environment"]["device"]
         return 1 if slower and same else 0
     for place in args.records or [RESULTS]:
-        for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
-            if path.name != LOADER:
-                write(path)
+        for path in _files(place) if place.is_dir() else [place]:
+            write(path)
     if not args.no_readme:
         path = ROOT / "README.md"
         path.write_text(with_speed(path.read_text()))
@@ -184,4 +188,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:  # of a file that is no record
+        sys.exit(f"error: {error}")

@@ -183,7 +183,20 @@ def choose(requested: str, operator: str, tensor: torch.Tensor) -> str:
                 "forward-mode differentiation. Available: auto, torch"
             )
         return "torch"
-    return _resolve(requested, operator, tensor.device.type, tensor.dtype)
+    name = _resolve(requested, operator, tensor.device.type, tensor.dtype)
+    if requested == "auto":
+        largest = _largest_head_dim(name, operator)
+        if largest is not None and tensor.shape[-1] > largest:
+            return "torch"
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _largest_head_dim(backend: str, operator: str) -> int | None:
+    """A backend's attention module may say from which head_dim on it has no kernel, as MAX_HEAD_DIM."""
+    if OPERATORS[operator] != "attention":
+        return None
+    return getattr(implementation(backend, "attention"), "MAX_HEAD_DIM", None)
 
 
 def _in_transform(tensor: torch.Tensor) -> bool:

@@ -316,10 +316,42 @@ def test_record_of_another_commit_gets_a_letter(tmp_path):
     assert record.where(tmp_path / "x.json", "cpu") == tmp_path / "x.json"
 
 
-def test_file_that_is_no_record(tmp_path):
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a record"):
-        record.load(tmp_path / "a.json")
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"{}", "is not a record"),
+        (b'{"schema": 1}', "is not a record"),
+        (b"", "is not JSON"),
+        (b'{"schema": 1, "envir', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+    ],
+)
+def test_file_that_is_no_record(tmp_path, text, words):
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"a.json {words}"):
+        record.load(path)
+    with pytest.raises(ValueError, match=f"a.json {words}"):
+        report.records(tmp_path)
+
+
+def test_a_file_that_is_no_record_is_reported_without_a_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "benchmarks/report.py",
+        "--compare",
+        tmp_path / "no.json",
+        tmp_path / "no.json",
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: ") and "no.json" in ended.stderr
+
+
+def test_tuning_tables_beside_the_records_are_no_records(tmp_path):
+    """Both tune.py and the benchmarks write to benchmarks/results/."""
+    (tmp_path / "tuning_NVIDIA_H100.json").write_text(json.dumps({"device": "NVIDIA H100", "rows": []}))
+    (tmp_path / "a.json").write_text(json.dumps(made([])))
+    assert list(report.records(tmp_path)) == ["a"]
 
 
 # --- goals, comparison, Markdown ---

@@ -31,6 +31,24 @@ def test_every_head_dim(dim, dtype, cuda_device):
     )
 
 
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_auto_takes_torch_beyond_the_largest_head_dim(run, cuda_device, monkeypatch):
+    monkeypatch.setattr(backends, "_candidates", lambda *_: ("cuda",))
+    torch.compiler.reset()
+    chosen = lambda w: backends.choose("auto", "subspace_self_attention", w) == "cuda"
+    attend = lambda w: (ops.subspace_self_attention(w), ops.subspace_cross_attention(w, w), chosen(w))
+    if run == "compiled":
+        attend = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)
+    for dim, kernel in ((128, True), (129, False)):
+        w = torch.randn(1, 5, 2, dim, device=cuda_device)
+        expected = ops.subspace_self_attention(w, backend="torch")
+        own, cross, took_kernel = attend(w)
+        torch.testing.assert_close(own, expected)
+        torch.testing.assert_close(cross, expected)
+        assert took_kernel == kernel
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 def test_alignment_of_rows(offset, cuda_device):
     """The same numbers at addresses that allow copies of 2 to 16 bytes give the same bits."""

@@ -216,10 +216,11 @@ def test_builds_without_the_compiled_part(tmp_path, variables, words):
     [
         ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "'Hopper' is no architecture; write e.g. 8.0;9.0a;12.0+PTX"),
         ({"TORCH_CUDA_ARCH_LIST": "7.5"}, "7.5: the CUDA kernels need compute capability 8.0"),
+        ({"TORCH_CUDA_ARCH_LIST": "9.9"}, "9.9: "),
         ({"DEPICT_KERNELS_NO_CUDA": "1"}, "DEPICT_KERNELS_NO_CUDA was set"),
         ({"CUDA_HOME": "elsewhere", "CUDA_PATH": "", "PATH": "{tools}"}, "nvcc was not found"),
     ],
-    ids=["no architecture", "too old", "switched off", "no nvcc"],
+    ids=["no architecture", "too old", "unknown to nvcc", "switched off", "no nvcc"],
 )
 def test_what_keeps_the_cuda_part_from_being_built(tmp_path, variables, words):
     if "TORCH_CUDA_ARCH_LIST" in variables and shutil.which("nvcc") is None:
@@ -230,12 +231,39 @@ def test_what_keeps_the_cuda_part_from_being_built(tmp_path, variables, words):
         if shutil.which(name):
             (tools / name).symlink_to(shutil.which(name))
     environment = {**os.environ, **{k: v.format(tools=tools) for k, v in variables.items()}}
-    code = (
-        "import setuptools, runpy, json; setuptools.setup = lambda **k: None\n"
-        "module = runpy.run_path('setup.py')\n"
-        "print(json.dumps(module['build_record']()['cuda']))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    result = run_setup("print(json.dumps(module['build_record']()['cuda']))", environment)
     assert words in result.stdout + result.stderr
+
+
+def run_setup(code, environment):
+    """Runs setup.py up to its setup(), then ``code``, to which it is ``module``."""
+    begin = "import setuptools, runpy, json; setuptools.setup = lambda **k: None\n"
+    begin += "module = runpy.run_path('setup.py')\n"
+    return subprocess.run(
+        [sys.executable, "-c", begin + code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"MAX_JOBS": "0"}, "MAX_JOBS: '0' is no number of compilations"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS: 'many' is no number of compilations"),
+        ({"CXX": "c++ '-O"}, 'CXX: "c++ \'-O" is no command'),
+    ],
+    ids=["no bound", "no number", "quotes"],
+)
+def test_nonsense_in_build_variables_is_named(variables, words):
+    result = run_setup("", {**os.environ, "DEPICT_KERNELS_NO_CUDA": "1", **variables})
+    assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("command", ["", "c++ -g0", "{tools}/ccache c++"])
+def test_host_compiler_is_the_compiler_alone(tmp_path, command):
+    (tmp_path / "ccache").symlink_to(shutil.which("env"))  # runs what follows, as ccache does
+    variables = {"DEPICT_KERNELS_NO_CUDA": "1", "CXX": command.format(tools=tmp_path), "MAX_JOBS": ""}
+    result = run_setup("print(module['host_compiler']())", {**os.environ, **variables})
+    assert result.stdout.strip() == shutil.which("c++"), result.stderr

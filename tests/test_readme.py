@@ -1,6 +1,8 @@
 """What the README shows runs as it stands."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,15 @@ def test_speed_tables_are_the_records():
 
     text = (ROOT / "README.md").read_text()
     assert with_speed(text) == text, "run python benchmarks/report.py"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_clean_keeps_data_sets_and_runs(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = [tmp_path / "runs" / "ade20k" / "last.pt", tmp_path / "data" / "ADEChallengeData2016" / "x.jpg"]
+    gone = [tmp_path / "runs" / "demo" / "last.pt", tmp_path / "data" / "generated" / "x.jpg"]
+    for path in kept + gone:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert [path.exists() for path in kept + gone] == [True, True, False, False]

@@ -304,6 +304,11 @@ def test_gpu_records_a_bad_label_without_a_sync(name):
         (lambda x, t: ops.upsample_argmax(x, (4, 4), torch.int16), TypeError, "uint8, int32 or int64"),
         (lambda x, t: ops.upsample_argmax(torch.zeros(1, 300, 2, 2), (4, 4), torch.uint8), ValueError, "300"),
         (lambda x, t: ops.upsample_confusion(x, t, out=torch.zeros(5, 5)), ValueError, "int64"),
+        (
+            lambda x, t: ops.upsample_confusion(x, t, out=torch.zeros(1, 5, dtype=torch.int64).expand(5, 5)),
+            ValueError,
+            "expanded",
+        ),
     ],
 )
 def test_bad_input(call, error, words):

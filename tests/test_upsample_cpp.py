@@ -158,6 +158,16 @@ def test_samples_masked_with_the_lowest_number(instruction_set, dtype, masked):
             assert_within_budget(result, peer, exact)
 
 
+@pytest.mark.parametrize("size", [(31, 20), (4, 4)], ids=["series", "careful"])
+@pytest.mark.parametrize("value", [1e13, -3e38])
+def test_unreduced_loss_of_huge_equal_logits(instruction_set, value, size):
+    logits = torch.full((1, 4, 3, 3), value)
+    loss, _ = kernels.cross_entropy_forward(
+        logits, torch.ones(1, *size, dtype=torch.int64), None, IGNORE, 0.0, "none", False
+    )
+    torch.testing.assert_close(loss, torch.full((1, *size), 4.0).log(), rtol=1e-6, atol=0)  # a few ulp
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_error_is_at_most_torchs_and_loss_within_one_ulp(name, instruction_set):
     logits, target, (loss64, grad64), (_, grad32) = _reference(name)

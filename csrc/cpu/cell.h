@@ -123,8 +123,10 @@ void write_pixel_losses(const CrossEntropyTask<T>& task, const Cell<T>& cell, co
   for (int k = 0; k < cell.n; ++k) {
     double loss = 0;
     if (row.label[k] >= 0) {
-      loss = row.scale[k] * (pixel_log<T>(row.z[k]) + base(k)) - row.hit[k] * label_logit(k);
+      // base - label first: beside logits as large as masks have, the logarithm would round away.
+      loss = row.scale[k] * pixel_log<T>(row.z[k]) + row.hit[k] * (base(k) - label_logit(k));
       if (task.smoothing != 0) {
+        loss += (row.scale[k] - row.hit[k]) * base(k);
         const double *pair = task.pixel.pair + 2 * (cell.x + k), *s = cell.smooth;
         loss -= task.smoothing * (row.upper * (pair[0] * s[0] + pair[1] * s[1]) +
                                   row.lower * (pair[0] * s[2] + pair[1] * s[3]));

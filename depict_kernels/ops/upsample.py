@@ -156,6 +156,8 @@ def upsample_confusion(
         raise ValueError(
             f"out must be {shape} int64 on {logits.device}, got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
+    elif 0 in out.stride() and out.numel() > 1:
+        raise ValueError(f"out must hold every count once, got an expanded tensor of strides {out.stride()}")
     backend = backends.choose(backend, "upsample_confusion", logits)
     report = torch.ops.depict_kernels.upsample_confusion(logits.detach(), target, ignore_index, out, backend)
     if logits.device.type != "cpu":

@@ -32,6 +32,7 @@ from depict_kernels.ops.triton_kernels.tiles import (
 )
 
 DTYPES = _launch.DTYPES
+MAX_HEAD_DIM = tuning.MAX_HEAD_DIM
 
 
 @triton.jit

@@ -131,15 +131,19 @@ _BACKWARD_FLOAT32_GFX = {64: Config(32, 16, 4, 2), 128: Config(32, 16, 4, 2), 25
 # On tensor cores 16 rows per warp again. (AMD's float32 blocks serve both.)
 _ATTENTION_TF32 = {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(16, 16, 4, 1)}
 
+MAX_HEAD_DIM = 256
+
 
 def attention(kernel: str, architecture: str, dim: int, element_size: int, tf32: bool = False) -> Config:
     """Configuration of ``kernel``: "self_forward", "cross_forward", "self_backward", "query_backward", "key_backward".
 
-    Raises ValueError for a head_dim above 256.
+    Raises ValueError for a head_dim above MAX_HEAD_DIM.
     """
-    width = next((w for w in (64, 128, 256) if dim <= w), None)
+    width = next((w for w in (64, 128, MAX_HEAD_DIM) if dim <= w), None)
     if width is None:
-        raise ValueError(f"the triton backend takes a head_dim up to 256, got {dim}; use backend='torch'")
+        raise ValueError(
+            f"the triton backend takes a head_dim up to {MAX_HEAD_DIM}, got {dim}; use backend='torch'"
+        )
     kind = "tf32" if tf32 else str(8 * element_size)
     default = _attention_default(kernel, architecture, width, kind)
     return choose(architecture, f"attention {kernel} d{width} {kind}", default)
