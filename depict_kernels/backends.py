@@ -125,7 +125,11 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return "there is no CUDA GPU that this torch can use"
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs"
-    return extension.load("cuda") or extension.why_not_on_gpu(torch.cuda.get_device_capability(device))
+    return (
+        extension.load("cuda")
+        or extension.why_not_on_driver()
+        or extension.why_not_on_gpu(torch.cuda.get_device_capability(device))
+    )
 
 
 def _why_not_dtype(backend: str, operator: str, dtype: torch.dtype) -> str | None:
