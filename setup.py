@@ -356,11 +356,29 @@ if extensions:
 
     class BuildCpp(build_extension):
         def run(self) -> None:
-            write_record()
-            for module in self.extensions:
+            for module in list(self.extensions):
                 if module.name in object_builds:
                     folder = Path(self.build_temp) / module.name.rpartition(".")[2]
-                    module.extra_objects = compile_objects(folder, *object_builds[module.name])
+                    try:
+                        module.extra_objects = compile_objects(folder, *object_builds[module.name])
+                    except subprocess.CalledProcessError:
+                        if module.name != "depict_kernels._cuda":
+                            raise
+                        self.leave_out(module)
+            write_record()
+            super().run()
+
+        def leave_out(self, module) -> None:
+            """An nvcc that does not get along with the host's compiler must not cost the rest of the package."""
+            global cuda_reason
+            cuda_reason = "nvcc failed when the package was built; pip install -v shows what it said"
+            self.extensions.remove(module)
+            built = Path(self.build_lib) / "depict_kernels"  # build_py was there first
+            (built / "_cuda.abi3.so").unlink(missing_ok=True)
+            if (built / RECORD.name).exists():
+                write_record()
+                shutil.copy(RECORD, built)
+
             super().run()
 
     commands["build_ext"] = BuildCpp

@@ -15,6 +15,8 @@ Rows rows(const Tensor& tensor, const char* name, ScalarType type, std::initiali
 AttentionShape shape_of(const Tensor& q, const Tensor& w, double scale, bool precise) {
   STD_TORCH_CHECK(q.dim() == 4 && w.dim() == 4, "q and w must be (B, N, H, d)");
   STD_TORCH_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, "head_dim must be at most ", kMaxHeadDim);
+  STD_TORCH_CHECK(q.size(1) <= kMaxRows && w.size(1) <= kMaxRows, "q and w must have at most ", kMaxRows,
+                  " rows: the kernels count them with 32 bits");
   STD_TORCH_CHECK(w.size(1) >= 1 || q.numel() == 0, "w must hold at least one key");
   return {q.size(0),
           q.size(2),

@@ -80,8 +80,14 @@ def _has_stem(backend: str, stem: str) -> bool:
         return False
 
 
-def why_unavailable(backend: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None where ``backend`` can run ``operator`` on this device type and dtype, else the reason."""
+def why_unavailable(
+    backend: str, operator: str, device: str | torch.device, dtype: torch.dtype
+) -> str | None:
+    """None where ``backend`` can run ``operator`` on this device and dtype, else the reason.
+
+    "cuda" without an index is the current GPU.
+    """
+    device_type = torch.device(device).type
     if backend in ("reference", "torch"):
         return None
     if not _has_stem(backend, OPERATORS[operator]):
@@ -101,25 +107,29 @@ def why_unavailable(backend: str, operator: str, device_type: str, dtype: torch.
             return "Triton's interpreter gets bfloat16 products wrong; use float32 or float16 there"
         return _why_not_dtype(backend, operator, dtype)
     if backend == "cuda":
-        reason = _why_not_cuda(device_type)
+        reason = _why_not_cuda(torch.device(device))
         return reason if reason is not None else _why_not_dtype(backend, operator, dtype)
     if device_type != "cuda":
         return f"it runs on GPU tensors and these are on {device_type}"
     return _why_not_dtype(backend, operator, dtype)
 
 
-def _why_not_cuda(device_type: str) -> str | None:
+def _why_not_cuda(device: torch.device) -> str | None:
     from depict_kernels import extension
 
-    if device_type == "cpu" and extension.emulated():
+    if device.type == "cpu" and extension.emulated():
         return extension.load("cuda_emulated")
-    if device_type != "cuda":
-        return f"it runs on GPU tensors and these are on {device_type}"
+    if device.type != "cuda":
+        return f"it runs on GPU tensors and these are on {device.type}"
     if not torch.cuda.is_available():
         return "there is no CUDA GPU that this torch can use"
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs"
-    return extension.load("cuda") or extension.why_not_on_gpu(torch.cuda.get_device_capability())
+    return (
+        extension.load("cuda")
+        or extension.why_not_on_driver()
+        or extension.why_not_on_gpu(torch.cuda.get_device_capability(device))
+    )
 
 
 def _why_not_dtype(backend: str, operator: str, dtype: torch.dtype) -> str | None:
@@ -132,33 +142,34 @@ def _why_not_dtype(backend: str, operator: str, dtype: torch.dtype) -> str | Non
 
 
 def available_backends(
-    operator: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32
+    operator: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """The backends that can run ``operator`` here, in the order of :data:`BACKENDS`."""
-    return [name for name in BACKENDS if why_unavailable(name, operator, device_type, dtype) is None]
+    return [name for name in BACKENDS if why_unavailable(name, operator, device, dtype) is None]
 
 
-def _candidates(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
-    if device_type == "cpu":
+def _candidates(operator: str, device: str | torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    device = torch.device(device)
+    if device.type == "cpu":
         return _AUTO_CPU
-    if device_type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return ()
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     choice = measured.AUTO.get(f"sm_{major}{minor}", {}).get(operator, {})
     name = choice.get(str(dtype).removeprefix("torch."))
     return () if name is None else (name,)
 
 
 @torch.compiler.assume_constant_result
-def _resolve(requested: str, operator: str, device_type: str, dtype: torch.dtype) -> str:
+def _resolve(requested: str, operator: str, device: str | torch.device, dtype: torch.dtype) -> str:
     if requested == "auto":
-        for name in _candidates(operator, device_type, dtype):
-            if why_unavailable(name, operator, device_type, dtype) is None:
+        for name in _candidates(operator, device, dtype):
+            if why_unavailable(name, operator, device, dtype) is None:
                 return name
         return "torch"
-    reason = why_unavailable(requested, operator, device_type, dtype)
+    reason = why_unavailable(requested, operator, device, dtype)
     if reason is not None:
-        choice = ", ".join(available_backends(operator, device_type, dtype))
+        choice = ", ".join(available_backends(operator, device, dtype))
         raise BackendUnavailable(
             f"backend {requested!r} cannot run {operator} here: {reason}. Available: auto, {choice}"
         )
@@ -183,7 +194,7 @@ def choose(requested: str, operator: str, tensor: torch.Tensor) -> str:
                 "forward-mode differentiation. Available: auto, torch"
             )
         return "torch"
-    name = _resolve(requested, operator, tensor.device.type, tensor.dtype)
+    name = _resolve(requested, operator, tensor.device, tensor.dtype)
     if requested == "auto":
         largest = _largest_head_dim(name, operator)
         if largest is not None and tensor.shape[-1] > largest:

@@ -68,6 +68,11 @@ def load(part: str) -> str | None:
     return None
 
 
+def why_not_on_driver() -> str | None:
+    """None where the driver can run the CUDA kernels' runtime, else the reason. Needs ``load("cuda")``."""
+    return torch.ops.depict_kernels_cuda.why_no_runtime() or None
+
+
 def why_not_on_gpu(capability: tuple[int, int]) -> str | None:
     """None where the CUDA kernels were compiled for a GPU of this compute capability, else the reason."""
     built = build_record().get("cuda", {}).get("architectures", [])

@@ -575,9 +575,9 @@ def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, ca
     monkeypatch.setattr(measured, "AUTO", written["AUTO"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     taken = lambda *args: backends._candidates("upsample_cross_entropy", "cuda", *args)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert taken(torch.bfloat16) == ("triton",) and taken(torch.float32) == ()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert taken(torch.bfloat16) == ()
 
 

@@ -168,6 +168,18 @@ def test_strides(dtype, cuda_device):
         torch.testing.assert_close((out.detach(), grads), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("parameters", [F32, F16], ids=str)
+def test_upstream_gradient_may_start_anywhere(parameters, cuda_device):
+    """A contiguous view into a larger buffer: what a concatenation hands back."""
+    inputs = make(1, 4, (2, 4), 16, device=cuda_device)
+    inputs[2:] = [t.to(parameters) for t in inputs[2:]]
+    upstream = torch.randn(33, device=cuda_device).to(parameters)[1:].view(1, 4, 2, 4)
+    leaves = [t.requires_grad_() for t in inputs]
+    grads = torch.autograd.grad(run((2, 4))(*leaves), leaves, upstream)
+    expected = torch.autograd.grad(run((2, 4))(*leaves), leaves, upstream.clone())
+    torch.testing.assert_close(grads, expected, rtol=0, atol=0)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("batch", "grid", "dim"), [(0, (2, 2), 4), (2, (0, 3), 4), (2, (2, 2), 0)])
 def test_empty(batch, grid, dim, cuda_device):

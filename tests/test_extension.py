@@ -1,5 +1,6 @@
 """The compiled part: its build, its record, and the reasons it gives where it cannot be used."""
 
+import ctypes.util
 import json
 import os
 import shutil
@@ -94,6 +95,40 @@ def test_architectures_of_the_cuda_kernels(elsewhere, built, capability, fits):
     else:
         own = f"{capability[0]}.{capability[1]}"
         assert f"this GPU has {own}; TORCH_CUDA_ARCH_LIST={own} pip install" in reason
+
+
+def test_the_tensors_own_gpu_and_the_driver_decide(monkeypatch):
+    from depict_kernels import backends
+
+    capabilities = {0: (7, 0), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(extension, "load", lambda part: None)
+    monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"architectures": ["8.0", "9.0a"]}})
+    monkeypatch.setattr(extension, "why_not_on_driver", lambda: None)
+    why = lambda index: backends.why_unavailable(
+        "cuda", "mask_logits", torch.device("cuda", index), torch.half
+    )
+    assert why(1) is None and "this GPU has 7.0" in why(0)
+    monkeypatch.setattr(extension, "why_not_on_driver", lambda: "update the driver")
+    assert why(1) == "update the driver"
+
+
+@pytest.mark.skipif(extension.load("cuda") is not None, reason="the CUDA part is not built here")
+def test_driver_is_asked_for_its_version():
+    reason = extension.why_not_on_driver()
+    if ctypes.util.find_library("cuda") is None:
+        assert "the driver supports CUDA 0.0; update the driver" in reason
+    else:
+        assert reason is None or "update the driver" in reason
+
+
+def test_cuda_kernels_are_built_where_they_can_be():
+    """The package installs where nvcc fails; here that must not pass unnoticed."""
+    record = extension.build_record().get("cuda", {})
+    if record.get("reason") and "nvcc failed" not in record["reason"]:
+        pytest.skip(record["reason"])
+    assert extension.load("cuda") is None
 
 
 def test_cuda_kernels_not_built_gives_the_reason(elsewhere):

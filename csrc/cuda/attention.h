@@ -7,7 +7,7 @@
 
 namespace depict::cuda {
 
-constexpr int kMaxHeadDim = 128;
+constexpr int kMaxHeadDim = 128, kMaxRows = 1 << 30;
 
 struct Rows {  // (batch, rows, heads, dim) with unit stride along dim; strides in elements
   const void* data;

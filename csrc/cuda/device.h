@@ -16,6 +16,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdio>
+
 namespace depict::cuda {
 
 using Stream = void*;  // a cudaStream_t
@@ -196,6 +198,21 @@ struct Same {
   using type = T;
 };
 
+// Why a block cannot get this much shared memory, which the runtime only calls an invalid argument.
+inline const char* why_no_shared_memory(size_t bytes, cudaError_t error) {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+      bytes <= static_cast<size_t>(most))
+    return cudaGetErrorString(error);
+  static thread_local char reason[160];
+  std::snprintf(reason, sizeof(reason),
+                "a block needs %zu bytes of shared memory and this GPU allows %d; use a 16-bit dtype or "
+                "another backend",
+                bytes, most);
+  return reason;
+}
+
 // Null, or what went wrong. (Not <<< >>>, which formatters of C++ take apart.)
 template <class... P>
 const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
@@ -206,7 +223,7 @@ const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t sha
   if (shared_bytes > 48 << 10) {
     const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) return why_no_shared_memory(shared_bytes, error);
   }
   void* pointers[] = {&arguments...};
   const cudaError_t error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),

@@ -42,13 +42,15 @@ template <int NT, class P>
 __device__ __forceinline__ void load_columns(float* staged, const P* from, int64_t patches, int rows_left,
                                              int classes_left) {
   constexpr int kQuads = kRows / 4;
+  // The caller's gradient may be a view that starts anywhere in its storage.
+  const bool vector = patches % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Vector<P, 4>) == 0;
 #pragma unroll 5
   for (int i = thread_index(); i < kClasses<NT> * kQuads; i += kThreads) {
     const int c = i / kQuads, row = i % kQuads * 4;
     const P* at = from + c * patches + row;
     Vector<float, 4> values = {{0, 0, 0, 0}};
     if (c < classes_left) {
-      if (patches % 4 == 0 && row + 4 <= rows_left) {
+      if (vector && row + 4 <= rows_left) {
         const auto in = *reinterpret_cast<const Vector<P, 4>*>(at);
         for (int e = 0; e < 4; ++e) values.at[e] = to_float(in.at[e]);
       } else {
