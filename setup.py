@@ -356,29 +356,18 @@ if extensions:
 
     class BuildCpp(build_extension):
         def run(self) -> None:
-            for module in list(self.extensions):
-                if module.name in object_builds:
-                    folder = Path(self.build_temp) / module.name.rpartition(".")[2]
-                    try:
-                        module.extra_objects = compile_objects(folder, *object_builds[module.name])
-                    except subprocess.CalledProcessError:
-                        if module.name != "depict_kernels._cuda":
-                            raise
-                        self.leave_out(module)
             write_record()
-            super().run()
-
-        def leave_out(self, module) -> None:
-            """An nvcc that does not get along with the host's compiler must not cost the rest of the package."""
-            global cuda_reason
-            cuda_reason = "nvcc failed when the package was built; pip install -v shows what it said"
-            self.extensions.remove(module)
-            built = Path(self.build_lib) / "depict_kernels"  # build_py was there first
-            (built / "_cuda.abi3.so").unlink(missing_ok=True)
-            if (built / RECORD.name).exists():
-                write_record()
-                shutil.copy(RECORD, built)
-
+            for module in self.extensions:
+                if module.name not in object_builds:
+                    continue
+                folder = Path(self.build_temp) / module.name.rpartition(".")[2]
+                try:
+                    module.extra_objects = compile_objects(folder, *object_builds[module.name])
+                except subprocess.CalledProcessError:
+                    hint = "; DEPICT_KERNELS_NO_CUDA=1 installs without the CUDA kernels"
+                    raise SystemExit(
+                        f"{module.name} did not compile, see above{hint if module.name.endswith('_cuda') else ''}"
+                    ) from None
             super().run()
 
     commands["build_ext"] = BuildCpp
