@@ -15,3 +15,7 @@ def test_training(harness, benchmark, model):
 
 def test_evaluation(harness, benchmark, model):
     end_to_end.measure(harness, benchmark, model)
+
+
+def test_prediction(harness, benchmark, model):
+    end_to_end.measure_prediction(harness, benchmark, model)

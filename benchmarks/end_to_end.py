@@ -29,7 +29,7 @@ SLOW, PATIENCE = 3.0, 12.0  # seconds: of a step on a CPU that is run once, of a
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model at a batch of images; ``mode`` is "training" or "evaluation"."""
+    """A model at a batch of images; ``mode`` is "training", "evaluation" or "prediction" (one call, small batches)."""
 
     name: str
     mode: str
@@ -61,6 +61,10 @@ class Model:
 
 
 def _models() -> Iterator[Model]:
+    for kind in KINDS:
+        for size in ("tiny", "small"):
+            yield Model(f"{kind}_vit_{size}", "prediction", "cuda", batch=1)
+    yield Model("depict_sa_vit_small", "prediction", "cuda", batch=4)
     for mode in ("training", "evaluation"):
         for kind in KINDS:
             yield Model(f"{kind}_vit_tiny", mode)
@@ -120,7 +124,7 @@ class Step:
 
     def __call__(self, name: str) -> list:
         """The marks between the parts; :meth:`seconds` reads them later, so that no GPU is waited for in a step."""
-        with self._context(name):
+        with self.context(name):
             if self.setup.mode == "training":
                 return self._train()
             with torch.no_grad():
@@ -138,7 +142,7 @@ class Step:
         return result | {"total": sum(spans)}
 
     @contextlib.contextmanager
-    def _context(self, name: str) -> Iterator[None]:
+    def context(self, name: str) -> Iterator[None]:
         half = self.setup.device == "cuda"
         with implementations.way(name), torch.autocast(self.setup.device, torch.bfloat16, enabled=half):
             yield
@@ -231,6 +235,51 @@ def measure(harness, benchmark, model: Model) -> None:
         row = _row(model, name) | {"rounds": len(runs), "peak_bytes": peaks[name]}
         row |= {f"{key}_ms": 1e3 * value for key, value in found.items()}
         harness.add("models", row | {"images_per_s": model.batch / found["total"]})
+    if failures:
+        pytest.fail("; ".join(failures))
+
+
+GRAPH = " (CUDA graph)"
+
+
+def measure_prediction(harness, benchmark, model: Model) -> None:
+    """Times ``model.predict`` whole, kernel by kernel and as a CUDA graph, interleaved; the last way is ``auto``."""
+    if harness.spent():
+        pytest.skip("the run's time was spent (--budget)")
+    gc.collect()
+    step, cuda, now = Step(model), model.device == "cuda", timing.clock(model.device)
+    names = [n for n in ways(model) if n != "auto"] + ["auto"]
+    if cuda:
+        names = [n for name in names for n in ((name,) if name == "eager" else (name + GRAPH, name))]
+
+    def call(name: str) -> None:
+        with step.context(name.removesuffix(GRAPH)):
+            step.module.predict(step.images, torch.uint8, cuda_graph=name.endswith(GRAPH))
+
+    times: dict[str, list] = {}
+    failures: list[str] = []
+    for name in names:
+        try:
+            call(name)  # compiles, captures
+            times[name] = []
+        except Exception as error:
+            harness.add("models", _row(model, name) | {"failed": first_line(error)})
+            failures.append(f"{name}: {first_line(error)}")
+            if cuda:
+                leave_if_broken(name)
+
+    def others() -> None:
+        for name in times:
+            if name != "auto":
+                times[name].append(timing.timed(lambda name=name: call(name), now))
+
+    if "auto" in times:
+        timed = lambda: times["auto"].append(timing.timed(lambda: call("auto"), now))
+        benchmark.pedantic(timed, setup=others, rounds=20 if cuda else 2)
+        for name, seconds in times.items():
+            total = statistics.median(seconds)
+            row = _row(model, name) | {"rounds": len(seconds), "total_ms": 1e3 * total}
+            harness.add("models", row | {"images_per_s": model.batch / total})
     if failures:
         pytest.fail("; ".join(failures))
 

@@ -138,7 +138,12 @@ def _gpu(stem: str, data: dict) -> list[str]:
         "",
         *tables.goal_table(data),
     ]
-    return [*lines, *_end_to_end(data, "cuda"), *tables.model_growth(data, "cuda")]
+    return [
+        *lines,
+        *_end_to_end(data, "cuda"),
+        *tables.predictions(data, "cuda"),
+        *tables.model_growth(data, "cuda"),
+    ]
 
 
 def with_speed(readme: str, folder: Path = RESULTS) -> str:

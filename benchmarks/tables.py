@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import goals
+from benchmarks.end_to_end import GRAPH
 from benchmarks.implementations import OURS, STOCK
 from benchmarks.plots import _short as short
 
@@ -241,6 +242,30 @@ def _with_shares(row: dict, mode: str) -> str:
     return f"{ms(row['total_ms'])}{way}: {shares} %"
 
 
+def predictions(record: dict, device: str) -> list[str]:
+    """``model.predict`` of small batches: the fastest of our ways with and without a CUDA graph."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in record.get("models", []):
+        if row["mode"] == "prediction" and row["device"] == device and row.get("total_ms"):
+            groups.setdefault(_rank(row), {})[row["way"]] = row
+    rows = []
+    for _, ways in sorted(groups.items()):
+        eager, plain = ways.get("eager"), fastest(ways)
+        graph = min(
+            (row for way, row in ways.items() if way.endswith(GRAPH)),
+            key=lambda r: r["total_ms"],
+            default=None,
+        )
+        if not eager or not plain or not graph:
+            continue
+        cells = [ms(eager["total_ms"])]
+        cells += [f"{ms(r['total_ms'])} (`{r['way'].removesuffix(GRAPH)}`)" for r in (plain, graph)]
+        ratios = [f"{eager['total_ms'] / r['total_ms']:.2f}" for r in (plain, graph)]
+        rows.append([_label(eager), *cells, *ratios])
+    head = ["prediction", "eager torch", "ours", "ours as a CUDA graph", "ratio", "ratio as a graph"]
+    return table(head, rows)
+
+
 def model_growth(record: dict, device: str) -> list[str]:
     groups: dict[tuple, dict[str, dict]] = {}
     for row in record.get("models", []):
@@ -316,6 +341,7 @@ def page(record: dict, stem: str) -> str:
     for device in ("cpu", "cuda"):
         for mode in PARTS:
             lines += end_to_end(record, mode, device)
+        lines += predictions(record, device)
         lines += model_growth(record, device)
     for row in record.get("models", []):
         if reason := row.get("skipped") or row.get("failed"):

@@ -477,7 +477,12 @@ def test_rehearsal_writes_a_record(tmp_path):
     """What a GPU run does, on the CPU: parameters, gate, timing, record, report."""
     path = tmp_path / "rehearsal.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--rehearse", "--record", str(path), "-q", "-x"]
-    command += ["-p", "no:cacheprovider", "-k", "(mask_head and fwd+bwd) or (evaluation and sa_vit_large)"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "(mask_head and fwd+bwd) or ((evaluation and sa_vit_large) or (prediction and sa_vit_small))",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -487,6 +492,16 @@ def test_rehearsal_writes_a_record(tmp_path):
     assert any("interpreter" in r.get("skipped", "") for r in data["operators"])
     assert {"eager", "auto"} <= {r["way"] for r in data["models"]}
     assert "mask_logits" in tables.page(data, "rehearsal")
+
+
+def test_predictions_table_takes_the_fastest_of_ours():
+    times = {"eager": 8.0, "torch": 6.0, "torch (CUDA graph)": 3.0, "auto": 5.0, "auto (CUDA graph)": 2.0}
+    model = end_to_end.Model("depict_sa_vit_small", "prediction", "cuda", batch=1)
+    rows = [end_to_end._row(model, way) | {"total_ms": t} for way, t in times.items()]
+    failed = end_to_end._row(model, "cuda (CUDA graph)") | {"failed": "no"}
+    (_, _, line, _) = tables.predictions({"models": [*rows, failed]}, "cuda")
+    assert line.count("|") == 7 and "| 8.0 ms | 5.0 ms (`auto`) | 2.0 ms (`auto`) | 1.60 | 4.00 |" in line
+    assert tables.predictions({"models": rows[:2]}, "cuda") == []
 
 
 @pytest.mark.slow

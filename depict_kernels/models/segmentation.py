@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from depict_kernels import ops
 from depict_kernels.backends import BACKENDS
+from depict_kernels.models import graphs
 from depict_kernels.models.backbone import Backbone
 
 
@@ -120,12 +121,32 @@ class SegmentationModel(nn.Module):
         return loss[:, :height, :width] if reduction == "none" else loss
 
     @torch.no_grad()
-    def predict(self, images: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Label map (B, H, W) at the images' own size; gives no gradient and leaves train/eval mode as it is."""
+    def predict(self, images: Tensor, dtype: torch.dtype = torch.int64, cuda_graph: bool = False) -> Tensor:
+        """Label map (B, H, W) at the images' own size; gives no gradient and leaves train/eval mode as it is.
+
+        Args:
+            images: (B, 3, H, W), as for :meth:`forward`.
+            dtype: of the labels: uint8 (at most 256 classes), int32 or int64.
+            cuda_graph: replay the whole prediction as one CUDA graph, captured at the first call with images of a
+                shape and dtype, which takes as long as a few predictions. For small batches on a GPU, where launches
+                take longer than the kernels. The last 8 kinds are kept; weights may change in place, and where one
+                is replaced (``.half()``, ``.to(...)``) the graphs are captured anew. The model must be in evaluation
+                mode. Python code in the model (hooks) runs at the capture alone. Within a capture or
+                torch.compile, which has mode="reduce-overhead" for this, it does nothing.
+
+        Raises:
+            ValueError: ``cuda_graph`` with images on the CPU or a model in training mode.
+        """
+        if cuda_graph and not torch.compiler.is_compiling():
+            return graphs.predict(self, images, dtype)
         height, width = images.shape[-2:]
         padded = self.padded_size(height, width)
         labels = ops.upsample_argmax(self(images), padded, dtype, backend=self.backend)
         return labels[:, :height, :width]
+
+    def release_cuda_graphs(self) -> None:
+        """Frees the GPU memory that :meth:`predict` with ``cuda_graph=True`` keeps."""
+        graphs.release(self)
 
 
 def _pad(x: Tensor, height: int, width: int, value: float) -> Tensor:

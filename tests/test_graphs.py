@@ -1,0 +1,322 @@
+"""Prediction by CUDA graphs: what is captured anew and when, on the CPU with a recording that runs the model."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+from depict_kernels import use_backend
+from depict_kernels.models import create_model, graphs
+
+TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+
+
+def tiny(name="depict_sa_vit_tiny", device="cpu", **kwargs):
+    torch.manual_seed(0)
+    return create_model(name, 5, img_size=32, backbone_kwargs=TINY, **kwargs).to(device).eval()
+
+
+class Fake:
+    """In place of a recording: keeps where the weights were, as a graph does, and runs the model on replay."""
+
+    def __init__(self, run, images, pool):
+        self.run, self.shape, self.pool = run, images.shape, pool
+        Fake.captures.append(images.shape)
+        run(images)
+
+    def __call__(self, images):
+        assert images.shape == self.shape, "a graph replayed on another shape"
+        return self.run(images)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The shapes of the captures so far, in order, with the GPU's parts replaced by stand-ins."""
+
+    class Event:
+        record = synchronize = lambda self: None
+
+    class Stream:
+        wait_event = lambda self, event: None
+
+    Fake.captures = []
+    monkeypatch.setattr(graphs, "Recording", Fake)
+    monkeypatch.setattr(graphs, "check_device", lambda images: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return Fake.captures
+
+
+def test_a_shape_is_captured_once_and_labels_are_those_without_a_graph(captures):
+    model = tiny()
+    for size in ((32, 32), (30, 47), (32, 32), (30, 47)):
+        images = torch.randn(2, 3, *size)
+        labels = model.predict(images, torch.uint8, cuda_graph=True)
+        assert torch.equal(labels, model.predict(images, torch.uint8))
+    assert captures == [(2, 3, 32, 32), (2, 3, 30, 47)]
+
+
+def test_every_setting_has_its_own_graph(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    predict = lambda x=images, **kw: model.predict(x, cuda_graph=True, **kw)
+    kinds = [
+        lambda: predict(),
+        lambda: predict(dtype=torch.int32),
+        lambda: predict(images[:, :, :16]),
+        lambda: predict(images.expand(2, -1, -1, -1)),
+    ]
+    for _ in range(2):
+        for kind in kinds:
+            kind()
+        with use_backend("reference"):
+            predict()
+        model.backend = "torch"
+        predict()
+        model.backend = "auto"
+        torch.backends.cuda.matmul.fp32_precision, before = "tf32", torch.backends.cuda.matmul.fp32_precision
+        predict()
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(captures) == len(kinds) + 3
+    assert predict(dtype=torch.int32).dtype == torch.int32
+
+
+def test_autocast_is_a_setting(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            model.predict(images, cuda_graph=True)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    model.predict(images, cuda_graph=True)
+    assert len(captures) == 3
+
+
+def test_new_values_in_place_need_no_new_capture(captures):
+    model, other = tiny(), tiny()
+    images = torch.randn(1, 3, 32, 32)
+    model.predict(images, cuda_graph=True)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn_like(p))
+    model.load_state_dict(other.state_dict())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert torch.equal(model.predict(images, cuda_graph=True), other.predict(images))
+    assert len(captures) == 1
+
+
+def replace_parameter(model):
+    name, old = next(iter(model.decoder.named_parameters(recurse=False)), ("", None))
+    owner = model.decoder
+    if old is None:
+        owner = model.backbone.vit.norm
+        name, old = "weight", owner.weight
+    setattr(owner, name, torch.nn.Parameter(old.detach() + 1))
+
+
+def assign_state(model):
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def move_data(model):
+    model.decoder.requires_grad_(False)
+    p = next(model.decoder.parameters())
+    p.data = p.data.clone()
+
+
+def replace_module(model):
+    model.backbone.vit.norm = copy.deepcopy(model.backbone.vit.norm)
+
+
+def remove_module(model):
+    model.backbone.vit.norm = torch.nn.Identity().eval()
+
+
+CHANGES = [replace_parameter, assign_state, move_data, replace_module, remove_module, lambda m: m.double()]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("<>"))
+def test_what_moves_a_tensor_drops_all_graphs(captures, change):
+    model = tiny()
+    images = [torch.randn(1, 3, side, 32) for side in (32, 16)]
+    for x in images:
+        model.predict(x, cuda_graph=True)
+    change(model)
+    dtype = next(model.parameters()).dtype
+    for x in images * 2:
+        labels = model.predict(x.to(dtype), cuda_graph=True)
+        assert torch.equal(labels, model.predict(x.to(dtype)))
+    assert len(captures) == 4
+
+
+def test_the_least_recently_used_graph_goes(captures):
+    model = tiny()
+    shapes = [(1, 3, 16 * n, 16) for n in range(1, graphs.CAPACITY + 2)]
+    for shape in shapes[:-1]:
+        model.predict(torch.randn(shape), cuda_graph=True)
+    model.predict(torch.randn(shapes[0]), cuda_graph=True)
+    model.predict(torch.randn(shapes[-1]), cuda_graph=True)  # one too many: the second goes
+    assert len(graphs._caches[model].recordings) == graphs.CAPACITY
+    model.predict(torch.randn(shapes[0]), cuda_graph=True)
+    assert captures == shapes
+    model.predict(torch.randn(shapes[1]), cuda_graph=True)
+    assert captures == [*shapes, shapes[1]]
+
+
+def test_training_mode_is_refused_and_a_return_to_it_noticed(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    model.train()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        model.predict(images, cuda_graph=True)
+    model.eval().predict(images, cuda_graph=True)
+    model.backbone.vit.blocks[0].train()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        model.predict(images, cuda_graph=True)
+    model.eval().predict(images, cuda_graph=True)
+    assert model.train().training  # nothing of it is left over
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        model.predict(images, cuda_graph=True)
+
+
+def test_a_failed_capture_leaves_nothing(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    with pytest.raises(TypeError, match="dtype"):
+        model.predict(images, torch.float32, cuda_graph=True)
+    model.predict(images, cuda_graph=True)
+    assert len(graphs._caches[model].recordings) == 1
+
+
+def test_release_and_the_models_end_free_the_graphs(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    model.predict(images, cuda_graph=True)
+    cache = weakref.ref(graphs._caches[model])
+    model.release_cuda_graphs()
+    gc.collect()
+    assert cache() is None
+    model.predict(images, cuda_graph=True)
+    assert len(captures) == 2
+    cache, alive = weakref.ref(graphs._caches[model]), weakref.ref(model)
+    Fake.captures = []
+    for recording in graphs._caches[model].recordings.values():
+        recording.run = None  # a real recording keeps nothing of the model
+    del model, recording
+    gc.collect()
+    assert alive() is None and cache() is None
+
+
+def test_a_model_with_graphs_can_be_copied_and_saved(captures, tmp_path):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    expected = model.predict(images, cuda_graph=True)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(twin.predict(images, cuda_graph=True), expected)
+    torch.save(twin, tmp_path / "model.pt")
+    assert len(captures) == 2
+
+
+def test_threads_share_the_graphs(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    expected, found = model.predict(images), []
+    threads = [
+        threading.Thread(target=lambda: found.append(model.predict(images, cuda_graph=True)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(captures) == 1 and len(found) == 4 and all(torch.equal(x, expected) for x in found)
+
+
+def test_on_the_cpu_it_says_what_to_do():
+    with pytest.raises(ValueError, match="on a GPU, these images are on cpu"):
+        tiny().predict(torch.randn(1, 3, 32, 32), cuda_graph=True)
+
+
+def test_within_compile_the_flag_does_nothing():
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    compiled = torch.compile(lambda x: model.predict(x, cuda_graph=True), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images), model.predict(images))
+
+
+# ------------------------------------------------------------------------------------------ on a GPU
+
+BACKENDS = ["torch", "triton", "cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["depict_sa_vit_tiny", "depict_ca_vit_tiny", "segmenter_mask_vit_tiny"])
+def test_gpu_replays_are_predictions(name, backend):
+    model = tiny(name, "cuda")
+    model.backend = backend
+    sizes = [(2, 3, 32, 32), (1, 3, 45, 70)]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for size in sizes:
+            images = torch.randn(size, device="cuda")
+            labels = model.predict(images, torch.uint8, cuda_graph=True)
+            kept = labels.clone()
+            assert torch.equal(labels, model.predict(images, torch.uint8))
+            model.predict(torch.randn_like(images), torch.uint8, cuda_graph=True)
+            assert torch.equal(labels, kept), "a later replay wrote into labels that were given out"
+    assert len(graphs._caches[model].recordings) == len(sizes)
+
+
+@pytest.mark.gpu
+def test_gpu_weights_may_change_in_place_and_be_replaced():
+    model, images = tiny(device="cuda"), torch.randn(2, 3, 32, 32, device="cuda")
+    model.predict(images, cuda_graph=True)
+    first = graphs._caches[model].recordings
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    (recording,) = first.values()
+    assert torch.equal(model.predict(images, cuda_graph=True), model.predict(images))
+    assert next(iter(first.values())) is recording
+    half = model.half()
+    assert torch.equal(half.predict(images.half(), cuda_graph=True), half.predict(images.half()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_autocast_whose_casts_outlive_their_context(dtype):
+    model, images = tiny(device="cuda"), torch.randn(2, 3, 32, 32, device="cuda")
+    for _ in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        with torch.autocast("cuda", dtype):
+            model.predict(images)  # fills autocast's cache of weights
+            labels = model.predict(images, cuda_graph=True)
+            assert torch.equal(labels, model.predict(images))
+        torch.full((2**20,), torch.nan, device="cuda")  # takes over what the cache had
+
+
+@pytest.mark.gpu
+def test_gpu_inference_mode_streams_and_release():
+    model, images = tiny(device="cuda"), torch.randn(2, 3, 32, 32, device="cuda")
+    with torch.inference_mode():
+        expected = model.predict(images, cuda_graph=True)
+    other = torch.randn_like(images)
+    plain = model.predict(other)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    found = []
+    for turn in range(30):
+        with torch.cuda.stream(streams[turn % 3]):
+            found.append((turn % 2, model.predict(images if turn % 2 else other, cuda_graph=True)))
+    torch.cuda.synchronize()
+    for odd, labels in found:
+        assert torch.equal(labels, expected if odd else plain)
+    model.release_cuda_graphs()
+    assert torch.equal(model.predict(images, cuda_graph=True), expected)
