@@ -14,6 +14,10 @@ import torch
 from depict_kernels import extension
 
 ROOT = Path(__file__).resolve().parents[1]
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists() or not (ROOT / "depict_kernels").exists(),
+    reason="needs a source checkout",
+)
 
 needs_library = pytest.mark.skipif(
     not extension._library("cpu").exists(), reason="the C++ part is not built in this installation"
@@ -210,7 +214,7 @@ def test_private_operators_check_what_memory_safety_needs():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+@needs_sources
 @pytest.mark.parametrize(
     "variables, words",
     [
@@ -244,7 +248,7 @@ def test_builds_without_the_compiled_part(tmp_path, variables, words):
     assert (built / "extension.py").exists() and not list(built.glob("*.so"))
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+@needs_sources
 @pytest.mark.parametrize(
     "variables, words",
     [
@@ -278,7 +282,7 @@ def run_setup(code, environment):
     )
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+@needs_sources
 @pytest.mark.parametrize(
     "variables, words",
     [
@@ -293,7 +297,7 @@ def test_nonsense_in_build_variables_is_named(variables, words):
     assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+@needs_sources
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("command", ["", "c++ -g0", "{tools}/ccache c++"])
 def test_host_compiler_is_the_compiler_alone(tmp_path, command):

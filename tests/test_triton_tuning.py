@@ -11,10 +11,8 @@ pytest.importorskip("triton")
 
 from benchmarks import tune
 from depict_kernels import ops
-from depict_kernels.ops.triton_kernels import attention, launch, tuning
+from depict_kernels.ops.triton_kernels import attention, launch, tuned, tuning
 from depict_kernels.ops.triton_kernels.tuning import Config
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def launched(architecture="sm_90"):
@@ -67,7 +65,7 @@ def test_a_wrong_table_is_refused_by_name(text, words, tmp_path, monkeypatch):
 def test_tune_checks_measures_and_writes(tmp_path, monkeypatch, triton_device):
     """The command on one call with two candidates per key, one of which is made to give wrong results."""
     output, table = tmp_path / "tuning.json", tmp_path / "tuned.py"
-    table.write_text((ROOT / "depict_kernels/ops/triton_kernels/tuned.py").read_text())
+    table.write_text(Path(tuned.__file__).read_text())
     monkeypatch.setattr(tune, "TABLE", table)
     key = "attention self_backward d64 32"
     default = tuning.attention("self_backward", launch.architecture(torch.device(triton_device)), 16, 4)
