@@ -12,6 +12,7 @@ import math
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,6 +58,7 @@ class Resources:
     spills: int
 
 
+_launching = threading.RLock()
 # Of the process, not of a thread: autograd runs a GPU's backward kernels in a thread of its own.
 _recording: tuple[str, list[Launch]] | None = None
 
@@ -114,7 +116,9 @@ def launch(
         return
     # FP fusion is named because its default changes with Triton 3.10; the kernels count on fused multiply-adds.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    # One thread at a time: Triton puts a kernel into its cache before it has loaded it, and another thread that takes
+    # it from there in between starts nothing.
+    with _launching, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, **options)
 
 
