@@ -75,11 +75,12 @@ gpu-build:
 	$(HERE) $(PYTHON) -m depict_kernels
 
 # A process per file, here and in gpu-bench: a kernel that reads where it must not leaves no GPU to the rest of its process.
-# Four files at a time: Triton's compiler takes most of the time. (pytest's status 5: no test of this file is for a GPU.)
+# Eight files at a time: Triton's and torch's compilers take most of the time, and the longest file (test_decoder_kernels,
+# about half of the limit) must not wait for others. (pytest's status 5: no test of this file is for a GPU.)
 GPU_TESTS = $(shell grep -lE 'mark\.gpu|def test.*(device|kernels)' tests/test_*.py)
 
 gpu-test:
-	$(PART) test --record $(RESULTS) --limit 580 -- bash -c 'echo $(GPU_TESTS) | xargs -n 1 -P 4 \
+	$(PART) test --record $(RESULTS) --limit 580 -- bash -c 'echo $(GPU_TESTS) | xargs -n 1 -P 8 \
 	    bash -c "$(PYTHON) -m pytest \$$0 -m gpu -q -p no:cacheprovider || [ \$$? = 5 ]"'
 
 gpu-sanitize:

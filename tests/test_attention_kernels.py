@@ -97,6 +97,9 @@ def test_tf32(kernels32):
     if kernels32[:2] == ("cuda", "cpu"):
         pytest.skip("the emulator rounds to TF32 and the peer on a CPU does not")
     q, w = tensors((1, 130, 19, 2, 100), torch.float32, kernels32.device)
+    # On a GPU Triton's products cut operands to TF32 where the peer's may round them: twice the largest error, all of
+    # one sign. With both emulated on this test's inputs the errors' ratio is 2.3 to 4.1.
+    cut = kernels32[:2] == ("triton", "cuda")
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
@@ -104,7 +107,7 @@ def test_tf32(kernels32):
             lambda q, w: ops.subspace_cross_attention(q, w, backend=kernels32.backend),
             lambda q, w: ops.subspace_cross_attention(q, w, backend="reference"),
             [q, w],
-            factor=4,
+            factor=8 if cut else 4,
         )
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ def test_recording_launches_nothing_and_ends():
     arguments = launches[0].arguments
     assert arguments["WIDTHS"] == (64, 32, 16) and arguments["UNIT"] == 4
     assert launch.architecture(torch.device("cpu")) == "interpreter"
+
+
+def test_recording_sees_other_threads():
+    """Autograd runs a GPU's backward kernels in a thread of its own: launched there, they would run on garbage."""
+    w = torch.empty(1, 40, 2, 100, device="meta", dtype=torch.float16)
+    with launch.recording("sm_90") as launches:
+        thread = threading.Thread(target=attention.self_attention_forward, args=(w, 0.1))
+        thread.start()
+        thread.join()
+    assert [recorded.kernel.__name__ for recorded in launches] == ["attention_forward"]
 
 
 def test_launch_table_has_every_class():

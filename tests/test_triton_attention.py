@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def test_what_it_does_not_take(triton_device):
     if triton_device == "cpu":
         with pytest.raises(backends.BackendUnavailable, match="interpreter gets bfloat16"):
             ops.subspace_self_attention(w.bfloat16(), backend="triton")
+
+
+def test_several_threads(triton_device):
+    """A kernel's first launch, by all of them at once: none may take it half loaded, or share the interpreter."""
+    w = torch.randn(1, 40, 1, 23, device=triton_device)
+    with ThreadPoolExecutor(6) as pool:
+        outs = list(pool.map(lambda _: ops.subspace_self_attention(w, backend="triton"), range(6)))
+    for out in outs:
+        assert torch.equal(out, outs[0])
+    torch.testing.assert_close(outs[0], ops.subspace_self_attention(w, backend="reference"))
 
 
 def test_float32_products_follow_torchs_setting(monkeypatch):

@@ -90,6 +90,18 @@ def test_strides(triton_device, triton_dtype):
         torch.testing.assert_close((out.detach(), grads), expected, rtol=0, atol=0)
 
 
+def test_one_tensor_as_patches_and_classes(triton_device, triton_dtype):
+    patches, _, weight, bias = make(2, 6, (2, 3), 20, triton_dtype, triton_device)
+    one = patches.clone().requires_grad_()
+    out = ops.mask_logits(one, one, weight, bias, (2, 3), backend="triton")
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    (grad,) = torch.autograd.grad(out, one, upstream)
+    expected, grads = value_and_gradients(
+        lambda *t: ops.mask_logits(*t, weight, bias, (2, 3), backend="triton"), [patches, patches], upstream
+    )
+    torch.testing.assert_close((out.detach(), grad), (expected, grads[0] + grads[1]), rtol=0, atol=0)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 def test_empty_batch(triton_device, triton_dtype):
     inputs = make(0, 3, (2, 2), 4, triton_dtype, triton_device)

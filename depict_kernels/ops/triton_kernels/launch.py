@@ -8,11 +8,11 @@ functions run on meta tensors, launch nothing and leave a list of :class:`Launch
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,27 +58,30 @@ class Resources:
     spills: int
 
 
-_recording: contextvars.ContextVar[tuple[str, list[Launch]] | None] = contextvars.ContextVar(
-    "depict_kernels_triton_recording", default=None
-)
+_launching = threading.RLock()
+# Of the process, not of a thread: autograd runs a GPU's backward kernels in a thread of its own.
+_recording: tuple[str, list[Launch]] | None = None
 
 
 @contextlib.contextmanager
 def recording(architecture: str) -> Iterator[list[Launch]]:
-    """Within the context launches for ``architecture`` ("sm_90", "gfx942") are recorded instead of made."""
+    """Within the context launches for ``architecture`` ("sm_90", "gfx942") are recorded instead of made.
+
+    Of the whole process, those of backward passes too.
+    """
+    global _recording
     launches: list[Launch] = []
-    token = _recording.set((architecture, launches))
+    before, _recording = _recording, (architecture, launches)
     try:
         yield launches
     finally:
-        _recording.reset(token)
+        _recording = before
 
 
 def architecture(device: torch.device) -> str:
     """The key of the launch tables: "sm_90", "gfx942", or "interpreter" for CPU tensors."""
-    recorded = _recording.get()
-    if recorded is not None:
-        return recorded[0]
+    if _recording is not None:
+        return _recording[0]
     return "interpreter" if device.type == "cpu" else _architecture(device)
 
 
@@ -108,13 +111,14 @@ def launch(
     """Launches ``kernel`` on the current stream of ``device``; an empty grid launches nothing."""
     if 0 in grid:
         return
-    recorded = _recording.get()
-    if recorded is not None:
-        recorded[1].append(Launch(kernel, arguments, num_warps, num_stages))
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, arguments, num_warps, num_stages))
         return
     # FP fusion is named because its default changes with Triton 3.10; the kernels count on fused multiply-adds.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    # One thread at a time: Triton puts a kernel into its cache before it has loaded it, and another thread that takes
+    # it from there in between starts nothing.
+    with _launching, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, **options)
 
 

@@ -131,7 +131,8 @@ def mask_logits_backward(
     )
     unit = unit_of(x, q)
     config = tuning.mask_head("product", architecture, c, x.element_size())
-    for own, y, out in ((x, q, grad_x), (q, x, grad_q)):
+    # (Patches and classes may be one tensor: which side it is cannot be seen from the tensor.)
+    for patch_side, own, y, out in ((True, x, q, grad_x), (False, q, x, grad_q)):
         _launch.launch(
             mask_product,
             (triton.cdiv(own.shape[1], config.rows) * triton.cdiv(dim, config.columns) * batch,),
@@ -156,7 +157,7 @@ def mask_logits_backward(
             **strides("y", y, unit),
             **strides("own", own, unit),
             UNIT=unit,
-            PATCHES=own is x,
+            PATCHES=patch_side,
             PRECISION=_launch.dot_precision(x.dtype, x.device),
             BLOCK_R=config.rows,
             BLOCK_D=config.columns,

@@ -158,7 +158,7 @@ def _attention_default(kernel: str, architecture: str, width: int, kind: str) ->
             return _BACKWARD_FLOAT32_GFX[width]
         return _ATTENTION_FLOAT32["forward" if kernel == "forward" else "backward"][width]
     special = {}
-    if architecture.startswith("sm_8"):
+    if architecture.startswith(("sm_8", "sm_12")):  # the same tensor core instructions
         special = _ATTENTION_SM80
     elif architecture.startswith("gfx"):
         special = _ATTENTION_GFX
@@ -176,7 +176,7 @@ def _mask_head_default(kernel: str, architecture: str, element_size: int) -> Con
         return Config(32, 32, 4, 2) if element_size == 4 else Config(64, 64, 4, 3)
     if element_size == 4:
         return Config(16, 32, 4, 2) if architecture.startswith("gfx") else Config(32, 32, 8, 2)
-    if architecture.startswith("sm_8"):
+    if architecture.startswith(("sm_8", "sm_12")):  # the same tensor core instructions
         return Config(32, 64, 8, 2)
     if kernel == "forward":
         return Config(64, 64, 8, 2)
