@@ -67,6 +67,16 @@ def test_alignment_of_rows(offset, cuda_device):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_a_single_row_may_have_any_stride(cuda_device):
+    """Copies of rows that do not exist read nothing, but the address they name must be aligned all the same."""
+    w = torch.randn(1, 9, 2, 16, device=cuda_device).half()
+    expected = run_cross(w[:, :1].contiguous(), w)
+    memory = torch.empty(66, dtype=w.dtype, device=cuda_device)
+    q = memory.as_strided((1, 1, 2, 16), (66, 33, 16, 1)).copy_(w[:, :1])
+    assert q.stride(1) == 33
+    assert torch.equal(run_cross(q, w), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_order_of_threads_does_not_matter(dtype, monkeypatch, cuda_device):
     """A missing barrier would show: the emulator runs the threads in another order for every seed."""

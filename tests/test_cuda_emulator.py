@@ -105,3 +105,14 @@ def test_fragments_give_the_product(emulated, dtype, transposed):
     kind = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
     assert launch(emulated, "product", a, given, out, kind, ctypes.c_bool(transposed)) is None
     assert torch.equal(out, a.float() @ b.float().mT)
+
+
+def test_products_are_cut_off_as_tensor_cores_do(emulated):
+    """1 + 0.75 ulp is 1 there; a sum that is rounded to nearest would be an ulp larger."""
+    a, b, out = torch.zeros(16, 16), torch.ones(8, 16), torch.zeros(16, 8)
+    a[:, :4] = torch.tensor([1, *[2.0**-25] * 3])
+    assert launch(emulated, "product", a, b, out, 0, ctypes.c_bool(False)) is None
+    assert torch.equal(out, torch.ones(16, 8))
+    a[:, 8:10] = 2.0**-24  # half an ulp each: the next step's products start from 24 bits below the largest
+    assert launch(emulated, "product", a, b, out, 0, ctypes.c_bool(False)) is None
+    assert torch.equal(out, torch.full((16, 8), 1 + 2.0**-23))

@@ -11,13 +11,14 @@ namespace depict::cuda {
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The largest copy, up to 16 bytes, that every row of the tensor allows.
-inline int vector_bytes(const Rows& tensor, const AttentionShape& s, int64_t rows, int element) {
+inline int vector_bytes(const Rows& tensor, const AttentionShape& s, int element) {
   for (int bytes = 16; bytes > 2; bytes /= 2) {
     const auto divides = [&](int64_t stride, int64_t size) {
       return size <= 1 || stride * element % bytes == 0;
     };
+    // Copies of no bytes name the rows past the last one, so a single row's stride counts.
     if (s.dim * element % bytes == 0 && reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0 &&
-        divides(tensor.batch_stride, s.batch) && divides(tensor.row_stride, rows) &&
+        divides(tensor.batch_stride, s.batch) && tensor.row_stride * element % bytes == 0 &&
         divides(tensor.head_stride, s.heads))
       return bytes;
   }
@@ -58,8 +59,8 @@ inline ForwardArguments forward_arguments(const AttentionShape& s, const Rows& q
           s.heads,
           (s.queries + rows_per_block - 1) / rows_per_block,
           s.dim,
-          vector_bytes(q, s, s.queries, element),
-          vector_bytes(w, s, s.keys, element),
+          vector_bytes(q, s, element),
+          vector_bytes(w, s, element),
           scale,
           s.scale < 0,
           s.precise};
@@ -89,9 +90,9 @@ inline BackwardArguments backward_arguments(const AttentionShape& s, const Rows&
           s.heads,
           (x_rows + rows_per_block - 1) / rows_per_block,
           s.dim,
-          vector_bytes(x, s, x_rows, element),
-          vector_bytes(y, s, y_rows, element),
-          vector_bytes(grad, s, s.queries, element),
+          vector_bytes(x, s, element),
+          vector_bytes(y, s, element),
+          vector_bytes(grad, s, element),
           s.scale,
           s.precise};
 }

@@ -312,12 +312,19 @@ struct Split {
     low[i] = precise ? bits_of(round_tf32(value - rounded)) : 0u;
   }
 };
+// Tensor cores cut off what a sum has beyond float32 rather than round it: over a long reduction that always
+// pulls towards zero, so every step's products are added outside of them.
 __device__ __forceinline__ void mma_split(float* d, const Split<4>& a, const Split<2>& b) {
   if (a.precise) {
-    mma_tf32_k8(d, a.low, b.high);
-    mma_tf32_k8(d, a.high, b.low);
+    float products[4] = {0, 0, 0, 0};
+    mma_tf32_k8(products, a.low, b.high);
+    mma_tf32_k8(products, a.high, b.low);
+    mma_tf32_k8(products, a.high, b.high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += products[i];
+  } else {
+    mma_tf32_k8(d, a.high, b.high);
   }
-  mma_tf32_k8(d, a.high, b.high);
 }
 
 template <class T>

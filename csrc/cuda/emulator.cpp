@@ -276,7 +276,7 @@ const Slot* exchange(const void* in, int bytes, const char* what) {
 
 void copy_async(void* to, const void* from, int bytes, int size) {
   if (size != 4 && size != 8 && size != 16) fail("copy_async moves 4, 8 or 16 bytes");
-  if (reinterpret_cast<uintptr_t>(to) % size || (bytes && reinterpret_cast<uintptr_t>(from) % size))
+  if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
     fail("copy_async: an address is not aligned to its size");
   here().copies.push_back({to, from, bytes, size});
 }
