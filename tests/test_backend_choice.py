@@ -208,7 +208,9 @@ def test_attention_and_mask_head_compile_once_for_all_image_sizes(table):
 
 def test_without_a_table_no_graph_is_guarded_by_the_shape(table):
     table()
-    compiled, graphs = counted(lambda logits, target: ops.upsample_cross_entropy(logits, target), dynamic=True)
+    compiled, graphs = counted(
+        lambda logits, target: ops.upsample_cross_entropy(logits, target), dynamic=True
+    )
     for side in (4, 40, 3):  # factors 10, 1 and 40/3
         compiled(torch.randn(2, 5, side, side), torch.randint(0, 5, (2, 40, 40)))
     assert len(graphs) == 1
