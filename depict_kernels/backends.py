@@ -190,13 +190,16 @@ def _resolve(
     device: str | torch.device,
     dtype: torch.dtype,
     shape: str | None = None,
-    other_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
 ) -> str:
-    device, dtypes = torch.device(device), (dtype, other_dtype or dtype)
+    device = torch.device(device)
 
     def why_not(name: str) -> str | None:
-        reasons = (why_unavailable(name, operator, device, one) for one in dtypes)
-        return next((reason for reason in reasons if reason is not None), None)
+        reason = why_unavailable(name, operator, device, dtype)
+        if reason is None and parameter_dtype is not None:
+            reason = why_unavailable(name, operator, device, parameter_dtype)
+            return reason and f"weight and bias: {reason}"
+        return reason
 
     if requested == "auto":
         candidates = _candidates(operator, device, dtype, shape)
@@ -232,11 +235,16 @@ def auto_choices(operator: str, device: str | torch.device) -> dict[str, str]:
 
 
 def choose(
-    requested: str, operator: str, tensor: torch.Tensor, *, other_dtype: torch.dtype | None = None, **sizes
+    requested: str,
+    operator: str,
+    tensor: torch.Tensor,
+    *,
+    parameter_dtype: torch.dtype | None = None,
+    **sizes,
 ) -> str:
     """The backend a call takes: the argument, else the surrounding :func:`use_backend`, else ``auto``'s table.
 
-    The table is asked for ``tensor``'s dtype; ``other_dtype`` is another argument's, which the backend must take too.
+    The table is asked for ``tensor``'s dtype; the backend must take ``parameter_dtype``, weight's and bias's, too.
     ``sizes`` are those of :func:`depict_kernels.shape_classes.shape_class`.
 
     Registered operators know reverse-mode differentiation alone, and torch would drop a forward-mode tangent
@@ -257,7 +265,7 @@ def choose(
     shape = None
     if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype):
         shape = shape_class(operator, **sizes)
-    name = _resolve(requested, operator, tensor.device, tensor.dtype, shape, other_dtype)
+    name = _resolve(requested, operator, tensor.device, tensor.dtype, shape, parameter_dtype)
     if requested == "auto":
         largest = _largest_head_dim(name, operator)
         if largest is not None and tensor.shape[-1] > largest:

@@ -129,8 +129,8 @@ def test_the_next_backend_serves_where_the_first_is_not_built(table):
     )
     sizes = {"classes": 3, "grid": (2, 2), "size": (32, 32)}
     assert backends.choose("auto", "upsample_argmax", torch.randn(1, 3, 2, 2), **sizes) == expected
-    # What takes the tensor must take the other argument too; "reference" takes every dtype.
-    half = {"other_dtype": torch.int8}
+    # What takes the tensor must take the parameters too; "reference" takes every dtype.
+    half = {"parameter_dtype": torch.int8}
     assert backends.choose("auto", "upsample_argmax", torch.randn(1, 3, 2, 2), **half, **sizes) == "reference"
 
 
