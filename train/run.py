@@ -451,11 +451,12 @@ def here() -> Any:
 
 
 def check_data(arguments: list[str]) -> int:
-    from train import ade20k, build
+    from train import build
+    from train import check_data as checking
 
     config = load_data_config(arguments)
     root = build.data_root(config, here())
-    report = ade20k.check_data(
+    report = checking.check_data(
         root,
         build.class_list(config, root),
         (config.data.train_split, config.data.val_split),
