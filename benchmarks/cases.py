@@ -339,6 +339,17 @@ def _gpu() -> Iterator[Case]:
         yield cuda("subspace_self_attention", (8, 1174, HEADS, SELF_DIM), dtype=dtype)
         yield cuda("subspace_cross_attention", (8, 150, 1024, HEADS, CROSS_DIM), dtype=dtype)
         yield cuda("mask_logits", (8, 150, 32, 32, WIDTHS["small"]), dtype=dtype)
+    # Without a case of its own a class of shapes (depict_kernels/shape_classes.py) stays with stock torch.
+    for classes in (19, 1000):
+        yield cuda("upsample_cross_entropy", (8, classes, 32, 32, 512, 512), dtype=torch.float32)
+        yield cuda("upsample_argmax", (8, classes, 32, 32, 512, 512), dtype=torch.float32, backward=False)
+    for classes in (19, 150):
+        sizes = (8, classes, 32, 32, 512, 512)
+        yield cuda("upsample_confusion", sizes, dtype=torch.float32, backward=False)
+    for dtype in (_BF16, torch.float32):  # masks of a quarter, as hierarchical backbones give them
+        sizes = (4, 150, 128, 128, 512, 512)
+        yield cuda("upsample_cross_entropy", sizes, dtype=dtype)
+        yield cuda("upsample_argmax", sizes, dtype=dtype, backward=False)
     for size in ("tiny", "base", "large"):
         grid = 40 if size == "large" else 32
         for mode in ("sa", "ca"):

@@ -1,54 +1,84 @@
 """What ``auto`` takes on a GPU, from a record of ``make gpu``: python benchmarks/choose.py RECORD.json [--write]
 
-For every operator and dtype the fastest of our backends (geometric mean over the registered cases) that at no case is
-slower than the best stock implementation beyond the spread, or nothing: ``auto`` stays with stock torch. ``--write``
-puts the choice for the record's architecture into depict_kernels/measured.py, which is shipped.
+For every operator, dtype and class of shapes (depict_kernels/shape_classes.py) those of our backends that at no
+registered case of the class, training or inference, are slower than the best stock implementation beyond the spread,
+the fastest first (geometric mean over the cases); ``auto`` takes the first that is built where it runs. Without any it
+stays with stock torch. ``--write`` puts the choice for the record's architecture into depict_kernels/measured.py, which
+is shipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import pprint
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import goals, record
+from benchmarks.cases import CASES, SIZES, Case
 from benchmarks.implementations import STOCK
 from depict_kernels import backends, measured
+from depict_kernels.shape_classes import shape_class
 
 TABLE = Path(measured.__file__)
 OURS = ("triton", "cuda")
 
 
-def choose(data: dict) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """operator -> dtype -> backend, and a line of reasons for every pair that was measured."""
-    groups: dict[tuple[str, str], list[list[dict]]] = {}
-    for rows in goals.by_case(data).values():
+Choice = dict[str, dict[str, dict[str, tuple[str, ...]]]]
+
+
+def choose(data: dict) -> tuple[Choice, list[str]]:
+    """operator -> dtype -> class of shapes -> backends, and a line of reasons for every class that was measured."""
+    groups: dict[tuple[str, str, str], dict[str, list[dict]]] = {}
+    for case, rows in goals.by_case(data).items():
         first = rows[0]
         if first["device"] == "cuda" and first["operator"] in backends.OPERATORS:
-            groups.setdefault((first["operator"], first["dtype"]), []).append(rows)
-    chosen: dict[str, dict[str, str]] = {}
+            shape = _shape_class(first["operator"], first["sizes"])
+            groups.setdefault((first["operator"], first["dtype"], str(shape)), {})[case] = rows
+    registered: dict[tuple[str, str, str], dict[str, list[dict]]] = {}
+    for case in CASES:  # without rows, as a run that was cut off leaves them
+        if case.device == "cuda" and not case.full and case.operator in backends.OPERATORS:
+            registered.setdefault(_key(case), {})[case.id] = []
+    chosen: Choice = {}
     lines = []
-    for (operator, dtype), cases in sorted(groups.items()):
+    for (operator, dtype, shape), measured_cases in sorted(groups.items()):
+        cases = registered.get((operator, dtype, shape), {}) | measured_cases
         ratios, why_not = {}, {}
         for name in OURS:
-            found = [_against_stock(rows, name) for rows in cases]
-            if None in found:
+            found = [_against_stock(rows, name) for rows in cases.values()]
+            if shape == "None":
+                why_not[name] = "outside of every class"
+            elif None in found:
                 why_not[name] = f"not measured at {found.count(None)} of {len(cases)} cases"
-            elif slower := [rows[0]["case"] for rows, (_, slow) in zip(cases, found) if slow]:
+            elif slower := [case for case, (_, slow) in zip(cases, found) if slow]:
                 why_not[name] = f"slower than stock at {', '.join(slower)}"
             else:
                 ratios[name] = math.exp(sum(math.log(ratio) for ratio, _ in found) / len(found))
-        if ratios:
-            best = max(ratios, key=ratios.get)
-            chosen.setdefault(operator, {})[dtype] = best
-        said = [f"{name} {ratio:.2f} times the best stock" for name, ratio in ratios.items()]
+        best = tuple(sorted(ratios, key=ratios.get, reverse=True))
+        if best:
+            chosen.setdefault(operator, {}).setdefault(dtype, {})[shape] = best
+        said = [f"{name} {ratios[name]:.2f} times the best stock" for name in best]
         said += [f"{name} {reason}" for name, reason in why_not.items()]
-        lines.append(f"{operator}, {dtype}: {best if ratios else 'torch'} ({'; '.join(said)})")
+        lines.append(f"{operator}, {dtype}, {shape}: {', '.join(best) or 'torch'} ({'; '.join(said)})")
     return chosen, lines
+
+
+def _key(case: Case) -> tuple[str, str, str]:
+    shape = _shape_class(case.operator, dict(zip(SIZES[case.operator], case.sizes)))
+    return case.operator, str(case.dtype).removeprefix("torch."), str(shape)
+
+
+def _shape_class(operator: str, sizes: dict[str, int]) -> str | None:
+    """The class of a case's sizes, whose letters are in benchmarks/cases.py."""
+    if operator in ("subspace_self_attention", "subspace_cross_attention"):
+        return shape_class(operator, tokens=sizes["N"], head_dim=sizes["d"])
+    if operator == "mask_logits":
+        return shape_class(operator, classes=sizes["C"], width=sizes["D"])
+    low, high = (sizes["h"], sizes["w"]), (sizes["H"], sizes["W"])
+    return shape_class(operator, classes=sizes["C"], grid=low, size=high)
 
 
 def _against_stock(rows: list[dict], name: str) -> tuple[float, bool] | None:
@@ -71,10 +101,22 @@ def text(auto: dict, sources: dict) -> str:
     """The source of measured.py."""
     return (
         '"""What ``auto`` takes on a GPU, written by ``benchmarks/choose.py``."""\n\n'
-        "# architecture -> operator -> dtype -> backend, and the record that says so\n"
-        f"AUTO: dict[str, dict[str, dict[str, str]]] = {pprint.pformat(auto, width=100)}\n"
-        f"SOURCES: dict[str, str] = {pprint.pformat(sources, width=100)}\n"
+        "# architecture -> operator -> dtype -> class of shapes -> backends, the fastest first; and the record that"
+        " says so\n"
+        f"AUTO: dict[str, dict[str, dict[str, dict[str, tuple[str, ...]]]]] = {_literal(auto)}\n"
+        f"SOURCES: dict[str, str] = {_literal(sources)}\n"
     )
+
+
+def _literal(value: dict | tuple | str, indent: str = "") -> str:
+    """Python source, laid out as ruff leaves it: an entry of a dictionary per line."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, str):
+        return json.dumps(value)
+    inner = indent + "    "
+    entries = (f"{inner}{json.dumps(key)}: {_literal(entry, inner)},\n" for key, entry in value.items())
+    return "{\n" + "".join(entries) + indent + "}" if value else "{}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -80,7 +80,7 @@ def environment(device: str) -> dict:
         "versions": {package: version(package) for package in PACKAGES} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
         "extension": extension.status(),
-        "auto": {name: backends._resolve("auto", name, device, torch.float32) for name in backends.OPERATORS},
+        "auto": {name: backends.auto_choices(name, device) for name in backends.OPERATORS},
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -47,6 +47,7 @@ def status() -> dict:
         },
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
         "compiled part": extension.status(),
+        "auto from": backends.auto_source(device),
         "operators": {},
     }
     for operator in backends.OPERATORS:
@@ -55,7 +56,7 @@ def status() -> dict:
             for name in backends.BACKENDS
         }
         page["operators"][operator] = {
-            "auto": backends._resolve("auto", operator, device, torch.float32),
+            "auto": backends.auto_choices(operator, device),
             "available": [name for name, reason in reasons.items() if reason is None],
             "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
         }
@@ -76,7 +77,13 @@ def main() -> None:
         print(f"  {key}: {value}")
     print("operators (float32):")
     for operator, row in page["operators"].items():
-        print(f"  {operator:26} auto -> {row['auto']:10} available: {', '.join(row['available'])}")
+        print(f"  {operator:26} available: {', '.join(row['available'])}")
+    print(f"auto takes ({page['auto from']}):")
+    for operator, row in page["operators"].items():
+        *shapes, (_, default) = row["auto"].items()
+        print(f"  {operator:26} {'otherwise ' if shapes else ''}{default}")
+        for shape, name in shapes:
+            print(f"    {shape:44} {name}")
     seen = {}
     for operator, row in page["operators"].items():
         for name, reason in row["unavailable"].items():

@@ -1,8 +1,8 @@
 """Names of the backends, what is available here, and which one an operator call takes.
 
 A backend is a set of modules with the stems of ``depict_kernels.ops`` (attention, mask_head, upsample).
-``auto`` picks by device and dtype. A backend that is named explicitly never falls back: it works or raises
-:class:`BackendUnavailable`, saying what is missing and what is available.
+``auto`` picks by device, dtype and class of shapes. A backend that is named explicitly never falls back: it works or
+raises :class:`BackendUnavailable`, saying what is missing and what is available.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from depict_kernels import measured
+from depict_kernels.shape_classes import shape_class
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
 
@@ -40,7 +41,8 @@ _FOLDERS = {
 }
 
 # What "auto" prefers on the CPU, best first; the first that is available for the operator wins. On a GPU it is what
-# measured.py has for the architecture, the operator and the dtype. Neither holds anything that was not measured.
+# measured.py has for the architecture, the operator, the dtype and the class of the shape. Neither holds anything that
+# was not measured.
 _AUTO_CPU = ("cpp", "torch")
 
 # Of the whole process, like torch's own backend flags: a context variable would be per thread, but torch.compile
@@ -141,43 +143,109 @@ def _why_not_dtype(backend: str, operator: str, dtype: torch.dtype) -> str | Non
     return f"its kernels take {names}; {str(dtype).removeprefix('torch.')} is not supported"
 
 
-def available_backends(
-    operator: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> list[str]:
-    """The backends that can run ``operator`` here, in the order of :data:`BACKENDS`."""
-    return [name for name in BACKENDS if why_unavailable(name, operator, device, dtype) is None]
-
-
-def _candidates(operator: str, device: str | torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    device = torch.device(device)
-    if device.type == "cpu":
-        return _AUTO_CPU
+def _architecture(device: torch.device) -> str | None:
+    """The key of measured.py for an NVIDIA GPU, "sm_90"; None for any other device."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return ()
+        return None
     major, minor = torch.cuda.get_device_capability(device)
-    choice = measured.AUTO.get(f"sm_{major}{minor}", {}).get(operator, {})
-    name = choice.get(str(dtype).removeprefix("torch."))
-    return () if name is None else (name,)
+    return f"sm_{major}{minor}"
+
+
+def _measured(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, ...]]:
+    """Class of shapes -> backends, best first; empty where nothing was measured."""
+    table = measured.AUTO.get(_architecture(device), {}).get(operator, {})
+    return table.get(str(dtype).removeprefix("torch."), {})
+
+
+def auto_source(device: str | torch.device) -> str:
+    """Where ``auto``'s choice on this device comes from, in words."""
+    device = torch.device(device)
+    architecture = _architecture(device)
+    if architecture in measured.SOURCES:
+        return f"measured on {architecture}: benchmarks/results/{measured.SOURCES[architecture]}"
+    if device.type == "cpu":
+        return "C++ where it is built"
+    return f"no measurement of {architecture or device.type} yet"
 
 
 @torch.compiler.assume_constant_result
-def _resolve(requested: str, operator: str, device: str | torch.device, dtype: torch.dtype) -> str:
+def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
+    return bool(_measured(operator, device, dtype))
+
+
+def _candidates(
+    operator: str, device: torch.device, dtype: torch.dtype, shape: str | None
+) -> tuple[str, ...]:
+    """What ``auto`` tries before ``torch``, best first; the first that can run here is taken."""
+    if device.type == "cpu" and _architecture(device) is None:
+        return _AUTO_CPU
+    return _measured(operator, device, dtype).get(shape, ())
+
+
+@torch.compiler.assume_constant_result
+def _resolve(
+    requested: str,
+    operator: str,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    shape: str | None = None,
+    parameter_dtype: torch.dtype | None = None,
+) -> str:
+    device = torch.device(device)
+
+    def why_not(name: str) -> str | None:
+        reason = why_unavailable(name, operator, device, dtype)
+        if reason is None and parameter_dtype is not None:
+            reason = why_unavailable(name, operator, device, parameter_dtype)
+            return reason and f"weight and bias: {reason}"
+        return reason
+
     if requested == "auto":
-        for name in _candidates(operator, device, dtype):
-            if why_unavailable(name, operator, device, dtype) is None:
-                return name
-        return "torch"
-    reason = why_unavailable(requested, operator, device, dtype)
+        candidates = _candidates(operator, device, dtype, shape)
+        return next((name for name in candidates if why_not(name) is None), "torch")
+    reason = why_not(requested)
     if reason is not None:
-        choice = ", ".join(available_backends(operator, device, dtype))
+        choice = ", ".join(name for name in BACKENDS if why_not(name) is None)
         raise BackendUnavailable(
             f"backend {requested!r} cannot run {operator} here: {reason}. Available: auto, {choice}"
         )
     return requested
 
 
-def choose(requested: str, operator: str, tensor: torch.Tensor) -> str:
+def require(requested: str, operators: Iterable[str], device: str | torch.device, dtype: torch.dtype) -> None:
+    """Raises what the first call would: ValueError or :class:`BackendUnavailable` unless all operators run here."""
+    _check_name(requested)
+    for operator in operators:
+        _resolve(requested, operator, device, dtype)
+
+
+def auto_choices(operator: str, device: str | torch.device) -> dict[str, str]:
+    """What ``auto`` takes here: {"float32, 33 to 256 classes, factor over 8": "cuda", ..., "otherwise": "torch"}.
+
+    On the CPU, and on a GPU for which nothing was measured, there is "otherwise" alone.
+    """
+    device = torch.device(device)
+    table = measured.AUTO.get(_architecture(device), {}).get(operator, {})
+    choices = {}
+    for name, classes in table.items():
+        for shape in classes:
+            choices[f"{name}, {shape}"] = _resolve("auto", operator, device, getattr(torch, name), shape)
+    return choices | {"otherwise": _resolve("auto", operator, device, torch.float32)}
+
+
+def choose(
+    requested: str,
+    operator: str,
+    tensor: torch.Tensor,
+    *,
+    parameter_dtype: torch.dtype | None = None,
+    **sizes,
+) -> str:
     """The backend a call takes: the argument, else the surrounding :func:`use_backend`, else ``auto``'s table.
+
+    The table is asked for ``tensor``'s dtype; the backend must take ``parameter_dtype``, weight's and bias's, too.
+    ``sizes`` are those of :func:`depict_kernels.shape_classes.shape_class`.
 
     Registered operators know reverse-mode differentiation alone, and torch would drop a forward-mode tangent
     silently: under torch.func.grad, torch.func.jvp and dual numbers ``auto`` takes ``torch``.
@@ -194,7 +262,10 @@ def choose(requested: str, operator: str, tensor: torch.Tensor) -> str:
                 "forward-mode differentiation. Available: auto, torch"
             )
         return "torch"
-    name = _resolve(requested, operator, tensor.device, tensor.dtype)
+    shape = None
+    if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype):
+        shape = shape_class(operator, **sizes)
+    name = _resolve(requested, operator, tensor.device, tensor.dtype, shape, parameter_dtype)
     if requested == "auto":
         largest = _largest_head_dim(name, operator)
         if largest is not None and tensor.shape[-1] > largest:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from train.ade20k import (
     SegmentationFolder,
-    check_data,
+    exif_orientation,
     ignore_index,
     load_classes,
     make_palette,
@@ -17,6 +17,7 @@ from train.ade20k import (
     read_labels,
     to_target,
 )
+from train.check_data import check_data
 from train.errors import UserError
 from train.run import main
 
@@ -317,6 +318,56 @@ def test_check_data_names_every_bad_file(folder, classes):
     assert "training: 6 images, 6 annotations, 6 bad files" in text
     good = np.stack([np.array(Image.open(annotations / "a.png"))])
     assert report.splits[0].pixels.tolist() == [int((good == c).sum()) for c in (1, 2, 3)]
+
+
+def turned(path: Path, orientation: int, size: tuple[int, int] = (30, 20)) -> np.ndarray:
+    """A JPEG of this stored size (width, height) with EXIF's word on how to turn it; its pixels as stored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "PIL"])
+def test_exif_orientation_turns_nothing_and_is_told(decoder, folder, classes, monkeypatch):
+    from train import ade20k
+
+    if decoder == "PIL":
+        monkeypatch.setattr(ade20k, "decode_jpeg", None)
+    images = folder / "images" / "training"
+    stored = turned(images / "a.jpg", 3)
+    turned(images / "b.jpg", 1)
+    turned(images / "c.jpg", 6)
+    assert [exif_orientation(images / f"{name}.jpg") for name in "abc"] == [3, 1, 6]
+    image, target = SegmentationFolder(folder, "training", classes).read(0)
+    difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - stored)
+    assert difference.max() <= 2 and target.shape == (20, 30)  # two JPEG decoders may round differently
+    report = check_data(folder, classes)
+    assert report.problems == [] and report.exit_status == 0
+    warned = [line for line in report.text().splitlines() if line.startswith("warning: ")]
+    assert [line.split(": ")[1] for line in warned] == [str(images / "a.jpg"), str(images / "c.jpg")]
+    assert "EXIF orientation 3 is not applied" in warned[0] and "EXIF orientation 6" in warned[1]
+
+
+def test_annotation_of_the_turned_image_is_told_apart(folder, classes):
+    turned(folder / "images" / "training" / "a.jpg", 8, (20, 30))
+    with pytest.raises(
+        UserError, match=r"30 x 20 pixels, but .* 20 x 30; it fits the image turned by its EXIF"
+    ):
+        SegmentationFolder(folder, "training", classes).read(0)
+    turned(folder / "images" / "training" / "a.jpg", 1, (20, 30))
+    with pytest.raises(UserError, match=r"has 20 x 30$"):
+        SegmentationFolder(folder, "training", classes).read(0)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff\xe1\x00\x10Exif", b"no image"])
+def test_unreadable_exif_is_none(data, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert exif_orientation(tmp_path / "a.jpg") == 1
+    turned(tmp_path / "a.jpg", 77)
+    assert exif_orientation(tmp_path / "a.jpg") == 1
 
 
 def test_check_data_counts_wide_labels(tmp_path):

@@ -1,6 +1,5 @@
-"""The arithmetic behind the benchmarks: bytes and FLOPs, medians and ratios, goals, records, comparison, Markdown."""
+"""The benchmarks themselves: registry, implementations and their gate, timing, whole runs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,17 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     cases,
-    choose,
-    compare,
     end_to_end,
     gate,
     goals,
     implementations,
     machine,
     own_process,
-    plots,
     record,
-    report,
     sanitize,
     tables,
     timing,
@@ -265,192 +260,6 @@ def test_peak_of_this_process():
     assert own_process.peak(chosen, "eager") > 4 * chosen.C * chosen.H * chosen.W
 
 
-# --- records ---
-
-
-def row(name, median, **more):
-    quartiles = {"q1_ms": 0.98 * median, "q3_ms": 1.02 * median}
-    first = {
-        "case": goals._LOSS,
-        "implementation": name,
-        "operator": "upsample_cross_entropy",
-        "device": "cuda",
-    }
-    first |= {
-        "sizes": dict(zip("BChwHW", (8, 150, 32, 32, 512, 512))),
-        "dtype": "bfloat16",
-        "passes": "fwd+bwd",
-    }
-    return first | {"median_ms": median, "rounds": 9, **quartiles, **more}
-
-
-def made(rows, **environment):
-    where = {
-        "date": "2026-01-02T03:04:05",
-        "device": "X",
-        "commit": "abc",
-        "threads": 2,
-        "versions": {"torch": "2"},
-    }
-    return {"schema": 1, "environment": where | environment, "operators": rows, "models": []}
-
-
-def test_record_replaces_rows_and_survives(tmp_path):
-    path = tmp_path / "cpu_1.json"
-    first = record.Record(path, "cpu")
-    first.add("operators", {"case": "a", "implementation": "b", "median_ms": 1.23456789})
-    again = record.Record(path, "cpu")
-    again.add("operators", {"case": "a", "implementation": "b", "median_ms": 2.0})
-    again.add("operators", {"case": "a", "implementation": "c", "median_ms": 3.0})
-    rows = record.load(path)["operators"]
-    assert [(r["implementation"], r["median_ms"]) for r in rows] == [("b", 2.0), ("c", 3.0)]
-    assert {"date", "commit", "device", "versions", "commands"} <= record.load(path)["environment"].keys()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_record_of_another_commit_gets_a_letter(tmp_path):
-    path = record.path_for("cpu", tmp_path)
-    assert path.name.startswith("cpu_2") and record.path_for("cpu", tmp_path) == path
-    path.write_text(json.dumps(made([])))
-    assert record.path_for("cpu", tmp_path).name == path.stem + "a.json"
-    assert record.where(tmp_path / "x.json", "cpu") == tmp_path / "x.json"
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        (b"{}", "is not a record"),
-        (b'{"schema": 1}', "is not a record"),
-        (b"", "is not JSON"),
-        (b'{"schema": 1, "envir', "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
-    ],
-)
-def test_file_that_is_no_record(tmp_path, text, words):
-    path = tmp_path / "a.json"
-    path.write_bytes(text)
-    with pytest.raises(ValueError, match=f"a.json {words}"):
-        record.load(path)
-    with pytest.raises(ValueError, match=f"a.json {words}"):
-        report.records(tmp_path)
-
-
-def test_a_file_that_is_no_record_is_reported_without_a_traceback(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/report.py",
-        "--compare",
-        tmp_path / "no.json",
-        tmp_path / "no.json",
-    ]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.startswith("error: ") and "no.json" in ended.stderr
-
-
-def test_tuning_tables_beside_the_records_are_no_records(tmp_path):
-    """Both tune.py and the benchmarks write to benchmarks/results/."""
-    (tmp_path / "tuning_NVIDIA_H100.json").write_text(json.dumps({"device": "NVIDIA H100", "rows": []}))
-    (tmp_path / "a.json").write_text(json.dumps(made([])))
-    assert list(report.records(tmp_path)) == ["a"]
-
-
-# --- goals, comparison, Markdown ---
-
-
-def verdict_of(rows, part):
-    return next(v for v in goals.verdicts(made(rows)) if part in v.goal)
-
-
-def test_goals_are_met_and_missed():
-    rows = [
-        row("eager", 20.0, peak_bytes=1000),
-        row("compile(torch)", 6.0),
-        row("triton", 0.9, peak_bytes=20),
-    ]
-    assert verdict_of(rows, "triton at least 20 times eager").met
-    assert verdict_of(rows, "triton at least 5 times torch.compile").met
-    assert verdict_of(rows, "memory of triton").met
-    assert verdict_of(rows, "cuda at least 40").met is None
-    slow = [row("eager", 20.0, peak_bytes=1000), row("triton", 1.1, peak_bytes=21)]
-    assert verdict_of(slow, "triton at least 20").met is False
-    assert verdict_of(slow, "memory of triton").met is False
-
-
-def test_auto_is_slower_only_beyond_the_spread():
-    assert verdict_of([row("torch", 1.0), row("auto", 1.03)], "never slower").met
-    missed = verdict_of([row("torch", 1.0), row("auto", 1.2)], "never slower")
-    assert missed.met is False and "0.83 of torch" in missed.found
-    assert verdict_of([row("torch", 1.0)], "never slower").met is None
-
-
-def test_share_of_bandwidth_and_rate():
-    able = {"copy_bytes_per_s": 1e12, "flop_per_s": {"float32": 5e13, "bfloat16": 1e15}}
-    loss = row("triton", 1.0, bytes=5e8, flops=1e10)
-    assert tables.shares(loss, able) == pytest.approx(
-        (0.5, 0.2)
-    )  # computed in float32 whatever the logits are
-    core = loss | {"operator": "subspace_self_attention"}
-    assert tables.shares(core, able) == pytest.approx((0.5, 0.01))
-    assert tables.shares(loss, None) is None
-
-
-def test_compare_finds_a_regression():
-    before = made([row("triton", 1.0), row("eager", 10.0)], commit="old")
-    after = made([row("triton", 1.3), row("eager", 10.1), row("cuda", 1.0)], commit="new")
-    text, slower = compare.compare(before, after)
-    assert slower == 1 and "**slower**" in text and "1.30" in text and "old, then new" in text
-    assert "Only after" in text and "eager |" not in text
-    assert compare.compare(after, before)[1] == 0
-
-
-def test_compare_ignores_changes_within_the_spread_and_of_a_busy_machine():
-    wide = {"q1_ms": 0.5, "q3_ms": 2.0}
-    assert compare.compare(made([row("cpp", 1.0, **wide)]), made([row("cpp", 1.3, **wide)]))[1] == 0
-    busy = made([row("cpp", 2.0, ratio=50.0)])
-    assert compare.compare(made([row("cpp", 1.0, ratio=50.0)]), busy)[1] == 0
-
-
-def test_page_holds_what_was_skipped_and_what_was_wrong():
-    rows = [row("eager", 2.0), row("triton", 0.1), {**row("sdpa cudnn", 1.0), "skipped": "no such kernel"}]
-    rows.append({**row("cuda", 1.0), "wrong": "output: error 1"})
-    text = tables.page(made(rows), "x")
-    assert "no such kernel" in text and "output: error 1" in text and "20.00" in text
-    assert "sdpa cudnn | 1.0 ms" not in text
-
-
-def test_table_and_units():
-    assert tables.table(["a"], []) == []
-    assert tables.table(["a", "b"], [["1", "2"]])[:3] == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
-    assert [tables.ms(v) for v in (0.1234, 1.26, 250.4, 12345.0, None)] == [
-        "0.123 ms",
-        "1.3 ms",
-        "250 ms",
-        "12.3 s",
-        "",
-    ]
-
-
-def test_readme_keeps_what_is_outside_the_markers(tmp_path):
-    (tmp_path / "a_1.json").write_text(json.dumps(made([row("eager", 20.0), row("triton", 1.0)])))
-    text = report.with_speed(f"before\n{report.BEGIN}\nout of date\n{report.END}\nafter\n", tmp_path)
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "out of date" not in text
-    assert "20.00 against eager" in text and report.with_speed(text, tmp_path) == text
-
-
-def test_plots_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    work = {"bytes": 1e6, "flops": 1e9}
-    grown = [row(n, 1.0, growth=True, peak_bytes=2**20, **work) for n in ("eager", "triton")]
-    larger = [{**r, "case": "other", "sizes": {**r["sizes"], "H": 1024}} for r in grown]
-    data = made([*grown, *larger]) | {"machine": {"copy_bytes_per_s": 1e12, "flop_per_s": {"float32": 1e13}}}
-    assert {p.name for p in plots.draw(data, "x", tmp_path)} == {
-        "x_speedup.png",
-        "x_roofline.png",
-        "x_memory.png",
-    }
-    assert plots.draw(made([]), "x", tmp_path) == []
-
-
 # --- whole runs, tiny ---
 
 
@@ -545,71 +354,3 @@ def test_slug_and_commit(monkeypatch):
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     monkeypatch.setenv("BENCH_COMMIT", "abc")
     assert machine.commit() == "abc"
-
-
-# --- what auto takes on a GPU ---
-
-
-def test_choice_is_the_fastest_that_is_nowhere_slower():
-    other = {"case": "upsample_cross_entropy-8x19x32x32x512x512-bfloat16-fwd+bwd-cuda"}
-    rows = [row("eager", 10), row("torch", 8), row("triton", 2), row("cuda", 1)]
-    rows += [row("eager", 10, **other), row("triton", 4, **other), row("cuda", 11, **other)]
-    chosen, lines = choose.choose(made(rows))
-    assert chosen == {
-        "upsample_cross_entropy": {"bfloat16": "triton"}
-    }  # cuda is faster, but slower than stock once
-    assert "triton 3.16 times the best stock" in lines[0]  # sqrt(8 / 2 * 10 / 4)
-    assert f"cuda slower than stock at {other['case']}" in lines[0]
-
-
-def test_choice_needs_every_case_and_a_gpu():
-    other = {"case": "upsample_cross_entropy-8x19x32x32x512x512-bfloat16-fwd+bwd-cuda"}
-    rows = [row("eager", 10), row("cuda", 1), row("eager", 10, **other)]
-    chosen, lines = choose.choose(made(rows))
-    assert chosen == {} and "cuda not measured at 1 of 2 cases" in lines[0]
-    cpu = [dict(r, device="cpu") for r in (row("eager", 10), row("cuda", 1))]
-    assert choose.choose(made(cpu)) == ({}, [])
-    with pytest.raises(ValueError, match="not one of an NVIDIA GPU"):
-        choose.architecture(made(cpu))
-
-
-def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, capsys):
-    from depict_kernels import backends, measured
-
-    path = tmp_path / "x.json"
-    rows = [row("eager", 10), row("triton", 1)]
-    path.write_text(json.dumps(made(rows, capability="9.0")))
-    monkeypatch.setattr(choose, "TABLE", tmp_path / "measured.py")
-    assert choose.main([str(path), "--write"]) == 0
-    written = {}
-    exec((tmp_path / "measured.py").read_text(), written)
-    assert written["AUTO"] == {"sm_90": {"upsample_cross_entropy": {"bfloat16": "triton"}}}
-    assert written["SOURCES"] == {"sm_90": "x.json"}
-    assert choose.main([str(tmp_path / "absent.json")]) == 2 and "absent.json" in capsys.readouterr().err
-
-    monkeypatch.setattr(measured, "AUTO", written["AUTO"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    taken = lambda *args: backends._candidates("upsample_cross_entropy", "cuda", *args)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert taken(torch.bfloat16) == ("triton",) and taken(torch.float32) == ()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert taken(torch.bfloat16) == ()
-
-
-def test_shipped_choice_names_records_that_exist():
-    from depict_kernels import backends, measured
-
-    assert set(measured.AUTO) == set(measured.SOURCES)
-    for name in measured.SOURCES.values():
-        assert (record.RESULTS / name).exists()
-    for choice in measured.AUTO.values():
-        assert all(operator in backends.OPERATORS for operator in choice)
-
-
-def test_same_code_has_one_time():
-    parts = {"decoder_ms": 10.0, "optimizer_ms": 1.0, "batch": 2, "model": "m"}
-    eager = parts | {"way": "eager", "backbone_ms": 100.0, "loss_ms": 50.0, "total_ms": 161.0}
-    ours = parts | {"way": "auto", "backbone_ms": 150.0, "loss_ms": 1.0, "total_ms": 162.0}
-    found = tables.same_code({"eager": eager, "auto": ours}, "training")
-    assert found["eager"]["total_ms"] == 161 and found["auto"]["total_ms"] == 112
-    assert found["auto"]["images_per_s"] == pytest.approx(2 / 0.112)

@@ -35,7 +35,8 @@ def test_every_head_dim(dim, dtype, cuda_device):
 def test_auto_takes_torch_beyond_the_largest_head_dim(run, cuda_device, monkeypatch):
     monkeypatch.setattr(backends, "_candidates", lambda *_: ("cuda",))
     torch.compiler.reset()
-    chosen = lambda w: backends.choose("auto", "subspace_self_attention", w) == "cuda"
+    sizes = lambda w: {"tokens": w.shape[1], "head_dim": w.shape[3]}
+    chosen = lambda w: backends.choose("auto", "subspace_self_attention", w, **sizes(w)) == "cuda"
     attend = lambda w: (ops.subspace_self_attention(w), ops.subspace_cross_attention(w, w), chosen(w))
     if run == "compiled":
         attend = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)

@@ -58,6 +58,7 @@ def test_two_processes_follow_one(tmp_path):
         output = tmp_path / f"eval_{processes}.json"
         run_all(["eval", str(two), "--output", str(output)], tmp_path, processes)
         matrices.append(json.loads(output.read_text())["confusion"])
+        assert (tmp_path / f"eval_{processes}_confusion.png").stat().st_size > 1000
     assert matrices[0] == matrices[1] and sum(map(sum, matrices[0])) > 0
     saved = json.loads((two / "results.json").read_text())
     assert json.loads(output.read_text())["iou_per_class"] == saved["iou_per_class"]

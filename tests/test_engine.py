@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from tiny_run import CLASSES, configuration, make_data, settings
 
-from depict_kernels.models import create_model
-from train import checkpoint, optim
+from depict_kernels import ops
+from depict_kernels.backends import BackendUnavailable
+from depict_kernels.models import create_model, list_models
+from train import build, checkpoint, optim
 from train import run as command_line
 from train.distributed import World
 from train.engine import LossModule, Trainer
@@ -321,6 +323,58 @@ def refusal(capsys, keys: dict) -> str:
 def test_bad_input_is_one_line(data, tmp_path, capsys, overrides, words):
     text = refusal(capsys, settings(data, tmp_path) | overrides)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("name", ["depict_sa_vit_tiny", "depict_ca_vit_tiny", "segmenter_mask_vit_tiny"])
+def test_backend_is_refused_before_anything_is_made(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "GENERATED", tmp_path / "generated")
+    keys = settings(tmp_path / "no_data", tmp_path / "runs", model__name=name, model__backend="cpp")
+    text = refusal(capsys, keys | {"data.root": "null"})
+    operator = "mask_logits" if name.startswith("segmenter") else "subspace_self_attention"
+    assert f"error: model.backend: backend 'cpp' cannot run {operator} here: " in text
+    assert "Available: auto, reference, torch" in text
+    assert not (tmp_path / "generated").exists() and not (tmp_path / "runs").exists()
+
+
+def test_backend_of_the_linear_decoder_needs_the_loss_alone(tmp_path):
+    check = lambda device, **overrides: build.check_backend(
+        configuration(tmp_path, tmp_path, model__name="segmenter_linear_vit_tiny", **overrides),
+        torch.device(device),
+        training=True,
+    )
+    check("cpu", model__backend="cpp")
+    check("cpu", model__backend="auto")
+    with pytest.raises(BackendUnavailable, match="triton.*cannot run upsample_cross_entropy here"):
+        check("meta", model__backend="triton", train__precision="bf16")
+
+
+def test_every_decoder_says_which_operators_it_runs():
+    """check_backend must ask for what a forward calls, no more and no less."""
+    for name in list_models():
+        decoder = name.partition("_vit_")[0]
+        model = create_model(name, 3, img_size=32, backbone_kwargs={"depth": 1}, decoder_kwargs={})
+        called = []
+        with pytest.MonkeyPatch.context() as patch:
+            for operator in ("subspace_self_attention", "subspace_cross_attention", "mask_logits"):
+                run = getattr(ops, operator)
+                noted = lambda *a, run=run, operator=operator, **k: (called.append(operator), run(*a, **k))[1]
+                patch.setattr(ops, operator, noted)
+            model.eval()(torch.zeros(1, 3, 32, 32))
+        assert set(called) == set(build._OPERATORS[decoder]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluation_computes_in_the_runs_precision(precision, data, tmp_path):
+    """During training, in the final scores, in the pictures."""
+    run = trainer(data, tmp_path, train__precision=precision, train__steps=2)
+    seen = set()
+    run.model.backbone.register_forward_hook(
+        lambda module, inputs, output: seen.add((torch.is_autocast_enabled("cpu"), module.training))
+    )
+    run.train()
+    command_line.finish(run)
+    low = precision == "bf16"
+    assert seen == {(low, True), (low, False)}
 
 
 def test_bad_files_are_named(tmp_path, capsys):

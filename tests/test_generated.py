@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.ade20k import SegmentationFolder, check_data, load_classes
+from train.ade20k import SegmentationFolder, load_classes
+from train.check_data import check_data
 from train.errors import UserError
 from train.generated import CLASSES, LABELS, generate, make_scene, pixel_baseline
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from depict_kernels import ops
+from depict_kernels import backends, ops
 from depict_kernels.testing import check_against_float64, value_and_gradients
 
 BACKENDS = ["reference", "torch"]
@@ -78,6 +78,35 @@ def test_logits_take_the_parameters_dtype():
         assert out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+@pytest.mark.parametrize("parameters", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_auto_takes_no_kernel_that_refuses_a_dtype(dtype, parameters, run, kernels32, monkeypatch):
+    """What stock torch computes, ``auto`` computes, whatever the table prefers."""
+    device = kernels32.device
+    monkeypatch.setattr(backends, "_candidates", lambda *_: (kernels32.backend,))
+    torch.compiler.reset()
+    patches, classes, weight, bias = make(1, 4, (1, 3), 8, dtype, device)
+    inputs = [patches, classes, weight.to(parameters), bias.to(parameters)]
+    call = lambda *t: ops.mask_logits(*t, (1, 3))
+    if run == "compiled":
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    ours = value_and_gradients(call, inputs)
+    kernel = torch.float64 not in (dtype, parameters)
+    if kernels32 == ("triton", "cpu", torch.float32):  # its interpreter gets bfloat16 products wrong
+        kernel = kernel and parameters != torch.bfloat16
+    with backends.use_backend("auto" if kernel else "torch"):
+        expected = value_and_gradients(lambda *t: ops.mask_logits(*t, (1, 3)), inputs)
+    torch.testing.assert_close(ours, expected)
+    stock = value_and_gradients(lambda *t: ops.mask_logits(*t, (1, 3), backend="torch"), inputs)
+    assert ours[0].dtype == stock[0].dtype == parameters
+    torch.testing.assert_close(ours, stock, rtol=2e-2, atol=2e-2)  # a bfloat16 logit's ulp is 2**-8
+    sizes = {"classes": 4, "width": 8}
+    chosen = backends.choose("auto", "mask_logits", patches, parameter_dtype=parameters, **sizes)
+    assert chosen == (kernels32.backend if kernel else "torch")
+    torch.compiler.reset()
+
+
 def test_strided_slices_of_one_tensor():
     """What DEPICT-SA passes: both arguments are views of the token sequence."""
     tokens = torch.randn(2, 10, 8)
@@ -120,11 +149,13 @@ def test_compile_fullgraph(backend):
         ({2: torch.zeros(3)}, r"must be \(4,\)"),
         ({3: torch.zeros(4).double()}, "one dtype"),
         ({1: torch.zeros(1, 4, 8).half()}, "one dtype"),
+        ({4: (2.0, 3)}, r"grid\[0\] must be an integer, got 2.0"),
+        ({4: (6,)}, r"grid must be two integers \(height, width\), got \(6,\)"),
     ],
 )
 def test_bad_input(change, words):
-    inputs = make(1, 4, (2, 3), 8)
+    arguments = [*make(1, 4, (2, 3), 8), (2, 3)]
     for i, value in change.items():
-        inputs[i] = value
+        arguments[i] = value
     with pytest.raises((ValueError, TypeError), match=words):
-        ops.mask_logits(*inputs, (2, 3))
+        ops.mask_logits(*arguments)

@@ -237,3 +237,28 @@ def test_state_that_is_left_out_would_be_noticed(tmp_path):
         second.train()
         ends.append(second.model.state_dict())
     assert differing(*ends)
+
+
+def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tmp_path, monkeypatch):
+    from train import inference, run
+    from train.config import load_config
+
+    keys, _ = interrupted
+    config, folder = load_config([], keys | {"train.precision": "bf16"}), tmp_path / "tiny"
+    run.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    seen, evaluate = [], inference.evaluate
+
+    def noted(*arguments, **options):
+        seen.append(options["amp_dtype"])
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(inference, "evaluate", noted)
+    assert run.main(["eval", str(folder)]) == 0
+    assert (folder / "results_best.json").exists() and (folder / "plots" / "confusion_best.png").exists()
+    before = sorted(folder.rglob("*"))
+    output = tmp_path / "elsewhere.json"
+    arguments = ["--multiscale", "--output", str(output), "--train.precision", "fp32"]
+    assert run.main(["eval", str(folder), *arguments]) == 0
+    assert output.exists() and (tmp_path / "elsewhere_confusion.png").exists()
+    assert sorted(folder.rglob("*")) == before  # --output leaves the run folder alone
+    assert seen == [torch.bfloat16, None]

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,33 @@ def test_zero_weight_of_all_present_classes_is_zero(backend):
         [logits],
     )
     assert loss == 0 and grad.eq(0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 0.0, -1.0], ids=str)
+@pytest.mark.parametrize("name", [*BACKENDS, "triton"])
+def test_unusual_class_weights_count_where_their_class_occurs(name, value, reduction):
+    """As in stock torch: the weight of a class that no pixel has changes nothing without label smoothing."""
+    reason = backends.why_unavailable(name, "upsample_cross_entropy", "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    logits, target = logits_and_target(1, 4, (2, 3), (8, 12))
+    target = target.clamp(max=2)  # no pixel of class 3, ...
+    weight = torch.tensor([1.0, 2.0, 0.5, value])
+    ours = lambda x: ops.upsample_cross_entropy(x, target, None, weight, 0.0, reduction, backend=name)
+    stock = lambda x: naive(x, target, weight=weight, reduction=reduction)
+    check_against_float64(ours, stock, [logits], scale=logits.abs().max().item())
+    if value in (0.0, -1.0):
+        return
+    target[0, 0, 0], target[0, 7, 11] = 3, 255  # ... one of it, and an ignored one
+    loss = ours(logits)
+    if reduction == "none":
+        finite = torch.ones_like(target, dtype=torch.bool)
+        finite[0, 0, 0] = False
+        assert torch.equal(loss.isfinite(), finite)
+        torch.testing.assert_close(loss[finite], stock(logits)[finite])
+    else:
+        assert not loss.isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
@@ -301,6 +329,25 @@ def test_gpu_records_a_bad_label_without_a_sync(name):
             r"weight must be \(5,\)",
         ),
         (lambda x, t: ops.upsample_argmax(x, (0, 4)), ValueError, "size"),
+        (
+            lambda x, t: ops.upsample_argmax(x, (4.7, 4)),
+            TypeError,
+            r"size\[0\] must be an integer, got 4\.7",
+        ),
+        (lambda x, t: ops.upsample_argmax(x, (4, "4")), TypeError, r"size\[1\] must be an integer, got '4'"),
+        (
+            lambda x, t: ops.upsample_argmax(x, (4,)),
+            ValueError,
+            r"size must be two integers \(height, width\), got \(4,\)",
+        ),
+        (lambda x, t: ops.upsample_argmax(x, 4), ValueError, "size must be two integers"),
+        (lambda x, t: ops.upsample_argmax(x, (1, 4, 4)), ValueError, "size must be two integers"),
+        (
+            lambda x, t: ops.upsample_cross_entropy(x, t, 1.5),
+            TypeError,
+            r"ignore_index must be an integer, got 1\.5",
+        ),
+        (lambda x, t: ops.upsample_confusion(x, t, 255.0), TypeError, "ignore_index must be an integer"),
         (lambda x, t: ops.upsample_argmax(x, (4, 4), torch.int16), TypeError, "uint8, int32 or int64"),
         (lambda x, t: ops.upsample_argmax(torch.zeros(1, 300, 2, 2), (4, 4), torch.uint8), ValueError, "300"),
         (lambda x, t: ops.upsample_confusion(x, t, out=torch.zeros(5, 5)), ValueError, "int64"),
@@ -315,6 +362,31 @@ def test_bad_input(call, error, words):
     logits, target = logits_and_target(2, 5, (2, 2), (4, 4))
     with pytest.raises(error, match=words):
         call(logits, target)
+
+
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_every_kind_of_integer_is_taken(run):
+    logits, target = logits_and_target(2, 5, (2, 2), (6, 4))
+    target = target.clamp(max=4)  # 255, ignored by default, is none of the classes
+    target[0, 0, 0] = 3
+
+    def f(x, t, image):
+        size = (image.shape[-2] * 2, image.shape[-1])  # torch.SymInt under torch.compile
+        return ops.upsample_cross_entropy(x, t, 3), ops.upsample_argmax(x, size)
+
+    call = f
+    if run == "compiled":
+        torch.compiler.reset()
+        call = torch.compile(f, fullgraph=True, backend="eager", dynamic=True)
+    loss, labels = call(logits, target, torch.zeros(3, 4))
+    assert labels.shape == (2, 6, 4)
+    if run == "compiled":
+        other = (logits, target, torch.zeros(5, 7))
+        torch.testing.assert_close(call(*other), f(*other))
+    for three in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert ops.upsample_cross_entropy(logits, target, three).equal(loss)
+        assert ops.upsample_argmax(logits, [three + three, 4]).equal(labels)
+        assert ops.upsample_argmax(logits, torch.Size((6, 4))).equal(labels)
 
 
 def test_module_is_a_drop_in():

@@ -1,4 +1,4 @@
-"""ADE20K's folder layout: class lists, reading an image with its annotation, and checking a whole data set.
+"""ADE20K's folder layout: class lists, reading an image with its annotation, the data set of both.
 
     <root>/images/<split>/<stem>.jpg            8-bit RGB (JPEG or PNG)
     <root>/annotations/<split>/<stem>.png       one label per pixel, same size
@@ -7,6 +7,9 @@ In an annotation 0 means unlabelled and 1..C are the classes 0..C-1 (``reduce_ze
 without it the values 0..C-1 are the classes themselves. Up to 255 classes an annotation is an 8-bit PNG and a
 target is uint8 with 255 ignored; above, it is a 16-bit PNG and a target is int32 with -100 ignored, the same
 choice as ``ignore_index=None`` of the operators.
+
+An annotation belongs to the pixels as they are stored: an image's EXIF orientation is not applied, as in the usual
+ADE20K pipelines. ``check-data`` (train/check_data.py) names the images that have one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import colorsys
 import csv
 import io
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +146,16 @@ def read_image(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read as a JPEG or PNG image ({_reason(error)})") from None
 
 
+def exif_orientation(path: Path) -> int:
+    """1 to 8 as EXIF counts, 1 (upright) also where nothing, or nothing readable, is said."""
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(0x0112, 1)
+    except (OSError, ValueError, SyntaxError):  # the pixels may be fine all the same
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
 def read_labels(path: Path) -> np.ndarray:
     """Decodes an annotation PNG to its stored values: (H, W) uint8, or uint16 from a 16-bit file.
 
@@ -239,9 +252,12 @@ def read_pair(
     labels = read_labels(annotation_path)
     if image.shape[:2] != labels.shape:
         (h, w), (lh, lw) = image.shape[:2], labels.shape
-        raise UserError(
-            f"{annotation_path}: {lw} x {lh} pixels, but its image {image_path.name} has {w} x {h}"
-        )
+        text = f"{annotation_path}: {lw} x {lh} pixels, but its image {image_path.name} has {w} x {h}"
+        if (lh, lw) == (w, h) and exif_orientation(image_path) >= 5:
+            text += (
+                "; it fits the image turned by its EXIF orientation, which is not applied: store it upright"
+            )
+        raise UserError(text)
     try:
         return image, to_target(labels, classes.num_classes, reduce_zero_label)
     except ValueError as error:
@@ -356,132 +372,6 @@ def list_pairs(root: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]
         if stem not in images
     ]
     return images, annotations, problems
-
-
-# --------------------------------------------------------------------------------------------- check-data
-
-
-@dataclass
-class SplitReport:
-    """What ``check_data`` found in one split."""
-
-    split: str
-    images: int = 0
-    annotations: int = 0
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) pixels per class
-    images_with: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) images that show it
-    ignored: int = 0  # unlabelled pixels
-    smallest: tuple[int, int] = (0, 0)  # (H, W) by area
-    largest: tuple[int, int] = (0, 0)
-    problems: list[str] = field(default_factory=list)  # "path: what is wrong", one per bad file
-
-
-@dataclass
-class DataReport:
-    """What ``check_data`` found in all splits."""
-
-    splits: list[SplitReport]
-    classes: ClassList
-
-    @property
-    def problems(self) -> list[str]:
-        return [problem for split in self.splits for problem in split.problems]
-
-    @property
-    def exit_status(self) -> int:
-        return 1 if self.problems else 0
-
-    def text(self) -> str:
-        """Counts, the label histogram and every bad file, ready to print."""
-        lines = []
-        for s in self.splits:
-            lines.append(
-                f"{s.split}: {s.images} images, {s.annotations} annotations, {len(s.problems)} bad files"
-            )
-            if s.pixels.sum() + s.ignored:
-                (h, w), (lh, lw) = s.smallest, s.largest
-                lines.append(f"  sizes (width x height): {w} x {h} to {lw} x {lh}")
-                share = s.ignored / (s.ignored + s.pixels.sum())
-                lines.append(f"  unlabelled pixels: {share:.2%}")
-        names = self.classes.names
-        width = 32  # ADE20K's longest name lists seven synonyms
-        lines += ["", "share of the labelled pixels, and images that show the class"]
-        heads = "".join(f"{s.split[:20]:>22}" for s in self.splits)
-        lines.append(f"{'':5} {'class':{width}}{heads}")
-        for c, name in enumerate(names):
-            cells = "".join(
-                f"{s.pixels[c] / max(1, s.pixels.sum()):>13.3%} {s.images_with[c]:>8}" for s in self.splits
-            )
-            lines.append(f"{c:5} {name[:width]:{width}}{cells}")
-        unseen = sum(not any(s.images_with[c] for s in self.splits) for c in range(len(names)))
-        if unseen:
-            lines += ["", f"{unseen} of {len(names)} classes never occur"]
-        lines.append("")
-        lines += self.problems
-        lines.append(f"{len(self.problems)} bad files" if self.problems else "no bad file")
-        return "\n".join(lines)
-
-
-class _Checked(torch.utils.data.Dataset):
-    """Pair i as (histogram (C + 1,) with the ignored pixels last, (H, W), problem or None)."""
-
-    def __init__(self, pairs: list[tuple[Path, Path]], classes: ClassList, reduce_zero_label: bool):
-        self.pairs, self.classes, self.reduce_zero_label = pairs, classes, reduce_zero_label
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray | None, tuple[int, int], str | None]:
-        try:
-            _, target = read_pair(*self.pairs[i], self.classes, self.reduce_zero_label)
-        except UserError as error:
-            return None, (0, 0), str(error)
-        num_classes = self.classes.num_classes
-        ignored = ignore_index(num_classes)
-        if ignored < 0:
-            target, ignored = np.where(target == ignored, num_classes, target), num_classes
-        counts = np.bincount(target.ravel(), minlength=max(256, num_classes + 1))
-        return np.append(counts[:num_classes], counts[ignored]), target.shape, None
-
-
-def check_data(
-    root: str | Path,
-    classes: ClassList,
-    splits: tuple[str, ...] = ("training", "validation"),
-    reduce_zero_label: bool = True,
-    workers: int = 0,
-    progress: bool = False,
-) -> DataReport:
-    """Reads every file of a data set once, with `workers` processes.
-
-    Returns a report with counts, the label histogram and one line for every file that is missing, unreadable,
-    of another size than its annotation, or holds a label out of range. Nothing is printed except, on request,
-    a progress bar. Raises UserError where a folder is missing or empty.
-    """
-    reports = []
-    for split in splits:
-        images, annotations, missing = list_pairs(Path(root), split)
-        report = SplitReport(split, len(images), len(annotations))
-        report.problems = [f"{path}: {message}" for path, message in missing]
-        pairs = [(images[stem], annotations[stem]) for stem in images if stem in annotations]
-        report.pixels = np.zeros(classes.num_classes, np.int64)
-        report.images_with = np.zeros(classes.num_classes, np.int64)
-        for counts, size, problem in each_sample(
-            _Checked(pairs, classes, reduce_zero_label), workers, f"checking {split}", progress
-        ):
-            if problem is not None:
-                report.problems.append(problem)
-                continue
-            report.pixels += counts[:-1]
-            report.images_with += counts[:-1] > 0
-            report.ignored += int(counts[-1])
-            area = size[0] * size[1]
-            if not report.smallest[0] or area < report.smallest[0] * report.smallest[1]:
-                report.smallest = size
-            if area > report.largest[0] * report.largest[1]:
-                report.largest = size
-        reports.append(report)
-    return DataReport(reports, classes)
 
 
 def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, progress: bool):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from depict_kernels import backends
 from depict_kernels.models import PretrainedWeightsError, SegmentationModel, create_model
 from train.ade20k import ClassList, SegmentationFolder, load_classes
 from train.distributed import World, on_main
@@ -11,6 +14,37 @@ from train.errors import UserError, first_line
 from train.schema import Config
 
 GENERATED = Path("data/generated")
+
+# Operators that a decoder runs with model.backend, by the first words of the model's name.
+_OPERATORS = {
+    "depict_sa": ("subspace_self_attention", "mask_logits"),
+    "depict_ca": ("subspace_self_attention", "subspace_cross_attention", "mask_logits"),
+    "segmenter_mask": ("mask_logits",),
+    "segmenter_linear": (),
+}
+
+
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """``train.precision`` as autocast's dtype, in training, evaluation and prediction; None for fp32."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+
+
+def check_backend(config: Config, device: torch.device, *, training: bool) -> None:
+    """Refuses ``model.backend`` on this device before data is made or read, in the words of the first call.
+
+    Raises ``UserError`` for a name that is not known, :class:`BackendUnavailable` for one that cannot run the model's
+    operators (and, in training, its loss) here.
+    """
+    wanted = config.model
+    if wanted.backend != "auto" and wanted.backend not in backends.BACKENDS:
+        raise UserError(
+            f"model.backend: unknown backend {wanted.backend!r}; choose from auto, {', '.join(backends.BACKENDS)}"
+        )
+    decoder = wanted.name.partition("_vit_")[0]
+    dtype = autocast_dtype(config) or torch.float32
+    backends.require(wanted.backend, _OPERATORS.get(decoder, ()), device, dtype)
+    if training:
+        backends.require(wanted.backend, ["upsample_cross_entropy"], device, torch.float32)
 
 
 def data_root(config: Config, world: World) -> Path:

@@ -208,7 +208,7 @@ class Trainer:
             self.ema.update(self.model, self.step + 1)
 
     def _autocast(self) -> torch.autocast:
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
+        dtype = build.autocast_dtype(self.config)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     # ------------------------------------------------------------------------------ what needs the device
@@ -302,6 +302,7 @@ class Trainer:
             device=self.device,
             rank=self.world.rank,
             world_size=self.world.size,
+            amp_dtype=build.autocast_dtype(self.config),
             progress=self.log.evaluating,
         )
         model.train(training)

@@ -157,7 +157,8 @@ class _Scorer:
 
 def _fused(operator: str, view: View) -> bool:
     """Whether a kernel without upsampled logits serves the view's masks here."""
-    return backends.choose("auto", operator, view.masks) not in ("torch", "reference")
+    sizes = {"classes": view.masks.shape[1], "grid": view.masks.shape[2:], "size": view.padded}
+    return backends.choose("auto", operator, view.masks, **sizes) not in ("torch", "reference")
 
 
 def _window_labels(view: View, labels: Tensor) -> Tensor:

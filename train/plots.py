@@ -83,11 +83,16 @@ def plot_run(
     if evaluations:
         written.append(_save(score_figure(evaluations), folder / "miou.png"))
     if metrics is not None and metrics.confusion.sum() > 0:
-        names = metrics.class_names
-        written.append(_save(confusion_figure(metrics.confusion, names), folder / "confusion.png"))
+        written.append(plot_confusion(metrics, folder / "confusion.png"))
     if samples and classes is not None:
         written.append(_save(overlay_figure(samples, classes), folder / "overlays.png"))
     return written
+
+
+def plot_confusion(metrics: SegmentationMetrics, path: Path) -> Path:
+    """Writes the confusion matrix's picture to ``path``, whose folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _save(confusion_figure(metrics.confusion, metrics.class_names), path)
 
 
 def _save(figure: Figure, path: Path) -> Path:

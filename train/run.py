@@ -7,6 +7,9 @@
 
 RUN is a run folder such as runs/demo; --checkpoint takes best (the default), last, or a file. All take
 --section.key VALUE, for example --data.root for data that moved. Under torchrun, training and eval share the work.
+eval and predict compute in the run's train.precision. eval writes RUN/results_<checkpoint>.json (or
+results_multiscale.json) and RUN/plots/confusion_<checkpoint>.png, or --output FILE and FILE_confusion.png; the run's
+other plots stay as training left them.
 """
 
 from __future__ import annotations
@@ -93,13 +96,14 @@ def show_help() -> int:
 
 
 def train_run(arguments: list[str]) -> int:
+    from train import build, distributed
     from train import config as configuration
-    from train import distributed
 
     files, overrides = configuration.parse_overrides(arguments)
     config = configuration.load_config(files or [configuration.CONFIGS / "demo.yaml"], overrides)
     prepare_torch(config)
     world = distributed.start(config.train.device)
+    build.check_backend(config, world.device, training=True)
     folder = Path(config.run.root) / config.run.name
     resume = distributed.on_main(world, lambda: prepare_folder(config, folder))
 
@@ -245,7 +249,9 @@ def describe(trainer: Any) -> None:
 
 def finish(trainer: Any) -> None:
     """Scores the best checkpoint and writes results.json and the plots."""
-    from train import checkpoint, distributed
+    import torch
+
+    from train import build, checkpoint, distributed
     from train.plots import collect_samples, plot_run
 
     folder, world = trainer.folder, trainer.world
@@ -263,7 +269,9 @@ def finish(trainer: Any) -> None:
 
         extra["pixel_baseline_miou"] = pixel_baseline(trainer.train_set.root)
     write_results(folder / "results.json", metrics, extra)
-    samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
+    dtype = build.autocast_dtype(trainer.config)
+    with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype is not None):
+        samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
     plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes)
 
 
@@ -334,6 +342,7 @@ def open_run(
         config.train.device = "auto"
     prepare_torch(config)
     world = distributed.start(config.train.device)
+    build.check_backend(config, world.device, training=False)
     classes = load_classes(str(folder / "classes.csv"))
     model = build.model(config, classes.num_classes, weights=False)
     path = folder / f"{which}.pt" if which in ("best", "last") else Path(which)
@@ -356,6 +365,7 @@ def evaluate_run(arguments: list[str]) -> int:
         raise UserError(f"--output {own['output']}: there is no folder {Path(own['output']).parent}")
     from train import build
     from train.inference import Comparison, evaluate, print_progress
+    from train.plots import plot_confusion
 
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
@@ -369,6 +379,7 @@ def evaluate_run(arguments: list[str]) -> int:
         device=world.device,
         rank=world.rank,
         world_size=world.size,
+        amp_dtype=build.autocast_dtype(config),
         progress=print_progress() if world.main else None,
         comparison=comparison,
     )
@@ -386,7 +397,11 @@ def evaluate_run(arguments: list[str]) -> int:
         output = Path(own["output"]) if "output" in own else folder / name
         extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale}
         write_results(output, metrics, {**extra, "confusion": metrics.confusion.tolist()})
-        print(f"written to {output}")
+        picture = folder / "plots" / name.replace("results", "confusion").replace(".json", ".png")
+        if "output" in own:
+            picture = output.with_name(f"{output.stem}_confusion.png")
+        plot_confusion(metrics, picture)
+        print(f"written to {output} and {picture}")
     return 0
 
 
@@ -396,6 +411,7 @@ def predict_run(arguments: list[str]) -> int:
     folder, config, classes, model, _, world = open_run(words[:1], rest, own.get("checkpoint", "best"), usage)
     if len(words) < 2:
         raise UserError(f"which images? usage: python train/run.py {usage}")
+    from train import build
     from train.inference import print_progress
     from train.predict import predict_folder
 
@@ -409,6 +425,7 @@ def predict_run(arguments: list[str]) -> int:
         multiscale=own.get("multiscale", False),
         reduce_zero_label=config.data.reduce_zero_label,
         device=world.device,
+        amp_dtype=build.autocast_dtype(config),
         progress=print_progress("predicting"),
     )
     print(f"{len(report.written)} files written to {output}")
@@ -434,11 +451,12 @@ def here() -> Any:
 
 
 def check_data(arguments: list[str]) -> int:
-    from train import ade20k, build
+    from train import build
+    from train import check_data as checking
 
     config = load_data_config(arguments)
     root = build.data_root(config, here())
-    report = ade20k.check_data(
+    report = checking.check_data(
         root,
         build.class_list(config, root),
         (config.data.train_split, config.data.val_split),

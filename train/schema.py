@@ -155,7 +155,7 @@ class Train:
     accumulate: int = number(1, ge=1)
     """Micro-steps (of data.batch_size images) per optimiser step."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast dtype; fp16 with a loss scaler."""
+    """Autocast dtype of training, evaluation and prediction; in training fp16 comes with a loss scaler."""
     ema_decay: float | None = number(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then evaluated; null: none."""
     compile: bool = False

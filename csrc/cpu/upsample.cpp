@@ -190,7 +190,7 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
   task.hit = 1.0 - problem.label_smoothing;
   task.smoothing = problem.label_smoothing / static_cast<double>(view.classes);
   task.total_weight = static_cast<double>(view.classes);
-  if (problem.weight) {
+  if (problem.weight && task.smoothing != 0) {  // 0 times an infinite sum of weights would be NaN
     task.total_weight = 0;
     for (int64_t c = 0; c < view.classes; ++c) task.total_weight += problem.weight[c];
   }

@@ -7,6 +7,7 @@ autograd differentiates it and torch.compile fuses it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -47,3 +48,20 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def integer(name: str, value) -> int:
+    """``value`` as an int, which may be symbolic: numpy's integers are taken, 4.0 is not. Raises TypeError."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return operator.index(value)
+
+
+def pair(name: str, value) -> tuple[int, int]:
+    """``value`` as two ints (height, width). Raises TypeError or ValueError."""
+    if not hasattr(value, "__len__") or len(value) != 2:
+        raise ValueError(f"{name} must be two integers (height, width), got {value!r}")
+    first, second = value
+    return integer(f"{name}[0]", first), integer(f"{name}[1]", second)

@@ -31,7 +31,8 @@ def subspace_self_attention(w: Tensor, scale: float | None = None, *, backend: s
     _check(w=w)
     (w,) = _library.autocast(w)
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = backends.choose(backend, "subspace_self_attention", w)
+    sizes = {"tokens": w.shape[1], "head_dim": w.shape[3]}
+    backend = backends.choose(backend, "subspace_self_attention", w, **sizes)
     if backend == "torch":
         return stock.self_attention(w, scale)
     return torch.ops.depict_kernels.subspace_self_attention(w, scale, backend)[0]
@@ -66,7 +67,8 @@ def subspace_cross_attention(
     if q.device != w.device:
         raise ValueError(f"q is on {q.device} and w on {w.device}; move one of them")
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = backends.choose(backend, "subspace_cross_attention", w)
+    sizes = {"tokens": w.shape[1], "head_dim": w.shape[3]}
+    backend = backends.choose(backend, "subspace_cross_attention", w, **sizes)
     if backend == "torch":
         return stock.cross_attention(q, w, scale)
     return torch.ops.depict_kernels.subspace_cross_attention(q, w, scale, backend)[0]

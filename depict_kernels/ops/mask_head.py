@@ -31,7 +31,7 @@ def mask_logits(
     Args:
         patches: (B, N, D) floating point, N = h * w in row-major order.
         classes: (B, C, D), same dtype as patches.
-        weight, bias: (C,) LayerNorm's affine parameters, both of one dtype.
+        weight, bias: (C,) LayerNorm's affine parameters, both of one dtype, which may differ from the patches'.
         grid: (h, w) of the patches.
         eps: LayerNorm's epsilon.
         backend: see :mod:`depict_kernels.backends`.
@@ -44,12 +44,13 @@ def mask_logits(
         TypeError, ValueError: shapes or dtypes that do not fit each other.
         BackendUnavailable: a backend named explicitly cannot run here.
     """
-    grid = (int(grid[0]), int(grid[1]))
+    grid = _library.pair("grid", grid)
     _check(patches, classes, weight, bias, grid)
     patches, classes = _library.autocast(patches, classes)
     if patches.dtype != classes.dtype:
         raise TypeError(f"patches and classes must have one dtype, got {patches.dtype} and {classes.dtype}")
-    backend = backends.choose(backend, "mask_logits", patches)
+    sizes = {"classes": classes.shape[1], "width": classes.shape[2]}
+    backend = backends.choose(backend, "mask_logits", patches, parameter_dtype=weight.dtype, **sizes)
     if backend == "torch":
         return stock.mask_logits(patches, classes, weight, bias, grid, eps)
     return torch.ops.depict_kernels.mask_logits(patches, classes, weight, bias, grid, eps, backend)[0]

@@ -100,19 +100,39 @@ def _(record, report):
     return None
 
 
+@torch.compiler.assume_constant_result  # made while compiling, not in the graph, whose first call would be another one
+def _make_record(device: torch.device) -> bool:
+    """Makes the device's buffer where there is none; returns whether it did."""
+    if device in _records:
+        return False
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the record of bad labels cannot be made while a CUDA graph is being captured; call the loss (or "
+            f"upsample_confusion) once on {device} before the capture, as its warm-up, or pass check_targets=False"
+        )
+    # An evaluation may come first: training could not write to an inference tensor.
+    with torch.inference_mode(False):
+        _records[device] = torch.zeros(5, dtype=torch.int64, device=device)
+    return True
+
+
 def record_bad_target(report: Tensor) -> None:
-    """Keeps the first bad label's report in the buffer of its device, without a host sync."""
-    record = _records.get(report.device)
-    if record is None:
-        record = _records[report.device] = torch.zeros(5, dtype=torch.int64, device=report.device)
-    torch.ops.depict_kernels.record_bad_target(record, report)
+    """Keeps the first bad label's report in the buffer of its device, without a host sync.
+
+    The buffer is made at first use and stays where it is, so that a CUDA graph writes to it at every replay. A capture
+    cannot make it: the zeros would be part of the graph, and every replay would forget what was recorded.
+
+    Raises RuntimeError for a first use inside of a capture.
+    """
+    _make_record(report.device)
+    torch.ops.depict_kernels.record_bad_target(_records[report.device], report)
 
 
 def raise_on_bad_target() -> None:
     """Raises ValueError if a loss met a label that is neither a class nor ignored since the last call.
 
     Synchronises with each GPU on which a loss was computed; call it where the program waits anyway, for
-    example when it logs.
+    example when it logs. It sees what replays of CUDA graphs recorded; call it outside of captures.
     """
     for device, record in _records.items():
         report = record.tolist()

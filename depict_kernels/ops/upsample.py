@@ -75,7 +75,7 @@ def upsample_cross_entropy(
         )
     raise_now = logits.device.type == "cpu" if check_targets is None else check_targets
     report_bad = check_targets is None or check_targets
-    backend = backends.choose(backend, "upsample_cross_entropy", logits)
+    backend = backends.choose(backend, "upsample_cross_entropy", logits, **_sizes(logits, target.shape[1:]))
     if backend == "torch":
         clean, report = torch.ops.depict_kernels.scan_target(
             target, logits.shape[1], ignore_index, raise_now and report_bad
@@ -111,14 +111,14 @@ def upsample_argmax(
         BackendUnavailable: a backend named explicitly cannot run here.
     """
     _check_map(logits)
-    size = (int(size[0]), int(size[1]))
+    size = _library.pair("size", size)
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"size must be at least (1, 1), got {size}")
     if dtype not in _LABEL_DTYPES:
         raise TypeError(f"dtype must be uint8, int32 or int64, got {dtype}")
     if dtype == torch.uint8 and logits.shape[1] > 256:
         raise ValueError(f"uint8 cannot hold {logits.shape[1]} classes; use dtype=torch.int32")
-    backend = backends.choose(backend, "upsample_argmax", logits)
+    backend = backends.choose(backend, "upsample_argmax", logits, **_sizes(logits, size))
     return torch.ops.depict_kernels.upsample_argmax(logits.detach(), size, dtype, backend)
 
 
@@ -158,7 +158,7 @@ def upsample_confusion(
         )
     elif 0 in out.stride() and out.numel() > 1:
         raise ValueError(f"out must hold every count once, got an expanded tensor of strides {out.stride()}")
-    backend = backends.choose(backend, "upsample_confusion", logits)
+    backend = backends.choose(backend, "upsample_confusion", logits, **_sizes(logits, target.shape[1:]))
     report = torch.ops.depict_kernels.upsample_confusion(logits.detach(), target, ignore_index, out, backend)
     if logits.device.type != "cpu":
         record_bad_target(report)
@@ -177,7 +177,14 @@ def _check_map(logits: Tensor) -> None:
 def _check_logits(logits: Tensor, target: Tensor, ignore_index: int | None) -> int:
     _check_map(logits)
     check_target_tensor(logits, target)
-    return default_ignore_index(logits.shape[1]) if ignore_index is None else int(ignore_index)
+    if ignore_index is None:
+        return default_ignore_index(logits.shape[1])
+    return _library.integer("ignore_index", ignore_index)
+
+
+def _sizes(logits: Tensor, size: tuple[int, int]) -> dict:
+    """What :func:`depict_kernels.shape_classes.shape_class` asks."""
+    return {"classes": logits.shape[1], "grid": logits.shape[2:], "size": size}
 
 
 # --- registration ---

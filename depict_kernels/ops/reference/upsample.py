@@ -39,9 +39,12 @@ def _loss_and_gradient(logits, target, weight, ignore_index, label_smoothing):
     w_y = torch.where(valid, w[y], 0)
     s, smooth = label_smoothing, label_smoothing / z.shape[1]
     w_c = w.view(1, -1, 1, 1)
-    loss = -(1 - s) * w_y * log_p.gather(1, y) - smooth * (w_c * log_p).sum(1, keepdim=True)
+    loss = -(1 - s) * w_y * log_p.gather(1, y)
     # d loss / d z_k = ((1-s) w_y + s W / C) softmax_k - (1-s) w_y [k = y] - s w_k / C
-    grad = ((1 - s) * w_y + smooth * w.sum()) * log_p.exp() - smooth * w_c
+    grad = (1 - s) * w_y * log_p.exp()
+    if s > 0:  # without smoothing an infinite weight counts only where its class occurs
+        loss = loss - smooth * (w_c * log_p).sum(1, keepdim=True)
+        grad = ((1 - s) * w_y + smooth * w.sum()) * log_p.exp() - smooth * w_c
     grad.scatter_add_(1, y, -(1 - s) * w_y)
     return torch.where(valid, loss, 0).squeeze(1), torch.where(valid, grad, 0), w_y.squeeze(1)
 

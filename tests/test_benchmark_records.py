@@ -1,0 +1,181 @@
+"""Records of benchmarks and what is made of them: goals, comparison, Markdown, plots."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmark_rows import made, row
+
+from benchmarks import compare, goals, plots, record, report, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- records ---
+
+
+def test_record_replaces_rows_and_survives(tmp_path):
+    path = tmp_path / "cpu_1.json"
+    first = record.Record(path, "cpu")
+    first.add("operators", {"case": "a", "implementation": "b", "median_ms": 1.23456789})
+    again = record.Record(path, "cpu")
+    again.add("operators", {"case": "a", "implementation": "b", "median_ms": 2.0})
+    again.add("operators", {"case": "a", "implementation": "c", "median_ms": 3.0})
+    rows = record.load(path)["operators"]
+    assert [(r["implementation"], r["median_ms"]) for r in rows] == [("b", 2.0), ("c", 3.0)]
+    assert {"date", "commit", "device", "versions", "commands"} <= record.load(path)["environment"].keys()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_record_of_another_commit_gets_a_letter(tmp_path):
+    path = record.path_for("cpu", tmp_path)
+    assert path.name.startswith("cpu_2") and record.path_for("cpu", tmp_path) == path
+    path.write_text(json.dumps(made([])))
+    assert record.path_for("cpu", tmp_path).name == path.stem + "a.json"
+    assert record.where(tmp_path / "x.json", "cpu") == tmp_path / "x.json"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"{}", "is not a record"),
+        (b'{"schema": 1}', "is not a record"),
+        (b"", "is not JSON"),
+        (b'{"schema": 1, "envir', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+    ],
+)
+def test_file_that_is_no_record(tmp_path, text, words):
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"a.json {words}"):
+        record.load(path)
+    with pytest.raises(ValueError, match=f"a.json {words}"):
+        report.records(tmp_path)
+
+
+def test_a_file_that_is_no_record_is_reported_without_a_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "benchmarks/report.py",
+        "--compare",
+        tmp_path / "no.json",
+        tmp_path / "no.json",
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: ") and "no.json" in ended.stderr
+
+
+def test_tuning_tables_beside_the_records_are_no_records(tmp_path):
+    """Both tune.py and the benchmarks write to benchmarks/results/."""
+    (tmp_path / "tuning_NVIDIA_H100.json").write_text(json.dumps({"device": "NVIDIA H100", "rows": []}))
+    (tmp_path / "a.json").write_text(json.dumps(made([])))
+    assert list(report.records(tmp_path)) == ["a"]
+
+
+# --- goals, comparison, Markdown ---
+
+
+def verdict_of(rows, part):
+    return next(v for v in goals.verdicts(made(rows)) if part in v.goal)
+
+
+def test_goals_are_met_and_missed():
+    rows = [
+        row("eager", 20.0, peak_bytes=1000),
+        row("compile(torch)", 6.0),
+        row("triton", 0.9, peak_bytes=20),
+    ]
+    assert verdict_of(rows, "triton at least 20 times eager").met
+    assert verdict_of(rows, "triton at least 5 times torch.compile").met
+    assert verdict_of(rows, "memory of triton").met
+    assert verdict_of(rows, "cuda at least 40").met is None
+    slow = [row("eager", 20.0, peak_bytes=1000), row("triton", 1.1, peak_bytes=21)]
+    assert verdict_of(slow, "triton at least 20").met is False
+    assert verdict_of(slow, "memory of triton").met is False
+
+
+def test_auto_is_slower_only_beyond_the_spread():
+    assert verdict_of([row("torch", 1.0), row("auto", 1.03)], "never slower").met
+    missed = verdict_of([row("torch", 1.0), row("auto", 1.2)], "never slower")
+    assert missed.met is False and "0.83 of torch" in missed.found
+    assert verdict_of([row("torch", 1.0)], "never slower").met is None
+
+
+def test_share_of_bandwidth_and_rate():
+    able = {"copy_bytes_per_s": 1e12, "flop_per_s": {"float32": 5e13, "bfloat16": 1e15}}
+    loss = row("triton", 1.0, bytes=5e8, flops=1e10)
+    assert tables.shares(loss, able) == pytest.approx(
+        (0.5, 0.2)
+    )  # computed in float32 whatever the logits are
+    core = loss | {"operator": "subspace_self_attention"}
+    assert tables.shares(core, able) == pytest.approx((0.5, 0.01))
+    assert tables.shares(loss, None) is None
+
+
+def test_compare_finds_a_regression():
+    before = made([row("triton", 1.0), row("eager", 10.0)], commit="old")
+    after = made([row("triton", 1.3), row("eager", 10.1), row("cuda", 1.0)], commit="new")
+    text, slower = compare.compare(before, after)
+    assert slower == 1 and "**slower**" in text and "1.30" in text and "old, then new" in text
+    assert "Only after" in text and "eager |" not in text
+    assert compare.compare(after, before)[1] == 0
+
+
+def test_compare_ignores_changes_within_the_spread_and_of_a_busy_machine():
+    wide = {"q1_ms": 0.5, "q3_ms": 2.0}
+    assert compare.compare(made([row("cpp", 1.0, **wide)]), made([row("cpp", 1.3, **wide)]))[1] == 0
+    busy = made([row("cpp", 2.0, ratio=50.0)])
+    assert compare.compare(made([row("cpp", 1.0, ratio=50.0)]), busy)[1] == 0
+
+
+def test_page_holds_what_was_skipped_and_what_was_wrong():
+    rows = [row("eager", 2.0), row("triton", 0.1), {**row("sdpa cudnn", 1.0), "skipped": "no such kernel"}]
+    rows.append({**row("cuda", 1.0), "wrong": "output: error 1"})
+    text = tables.page(made(rows), "x")
+    assert "no such kernel" in text and "output: error 1" in text and "20.00" in text
+    assert "sdpa cudnn | 1.0 ms" not in text
+
+
+def test_table_and_units():
+    assert tables.table(["a"], []) == []
+    assert tables.table(["a", "b"], [["1", "2"]])[:3] == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    assert [tables.ms(v) for v in (0.1234, 1.26, 250.4, 12345.0, None)] == [
+        "0.123 ms",
+        "1.3 ms",
+        "250 ms",
+        "12.3 s",
+        "",
+    ]
+
+
+def test_readme_keeps_what_is_outside_the_markers(tmp_path):
+    (tmp_path / "a_1.json").write_text(json.dumps(made([row("eager", 20.0), row("triton", 1.0)])))
+    text = report.with_speed(f"before\n{report.BEGIN}\nout of date\n{report.END}\nafter\n", tmp_path)
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "out of date" not in text
+    assert "20.00 against eager" in text and report.with_speed(text, tmp_path) == text
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    work = {"bytes": 1e6, "flops": 1e9}
+    grown = [row(n, 1.0, growth=True, peak_bytes=2**20, **work) for n in ("eager", "triton")]
+    larger = [{**r, "case": "other", "sizes": {**r["sizes"], "H": 1024}} for r in grown]
+    data = made([*grown, *larger]) | {"machine": {"copy_bytes_per_s": 1e12, "flop_per_s": {"float32": 1e13}}}
+    assert {p.name for p in plots.draw(data, "x", tmp_path)} == {
+        "x_speedup.png",
+        "x_roofline.png",
+        "x_memory.png",
+    }
+    assert plots.draw(made([]), "x", tmp_path) == []
+
+
+def test_same_code_has_one_time():
+    parts = {"decoder_ms": 10.0, "optimizer_ms": 1.0, "batch": 2, "model": "m"}
+    eager = parts | {"way": "eager", "backbone_ms": 100.0, "loss_ms": 50.0, "total_ms": 161.0}
+    ours = parts | {"way": "auto", "backbone_ms": 150.0, "loss_ms": 1.0, "total_ms": 162.0}
+    found = tables.same_code({"eager": eager, "auto": ours}, "training")
+    assert found["eager"]["total_ms"] == 161 and found["auto"]["total_ms"] == 112
+    assert found["auto"]["images_per_s"] == pytest.approx(2 / 0.112)

@@ -1,0 +1,151 @@
+"""``check-data``: reads a whole data set once, and says what it holds and which files are bad."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from train.ade20k import ClassList, each_sample, exif_orientation, ignore_index, list_pairs, read_pair
+from train.errors import UserError
+
+
+@dataclass
+class SplitReport:
+    """What ``check_data`` found in one split."""
+
+    split: str
+    images: int = 0
+    annotations: int = 0
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) pixels per class
+    images_with: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) images that show it
+    ignored: int = 0  # unlabelled pixels
+    smallest: tuple[int, int] = (0, 0)  # (H, W) by area
+    largest: tuple[int, int] = (0, 0)
+    problems: list[str] = field(default_factory=list)  # "path: what is wrong", one per bad file
+    warnings: list[str] = field(default_factory=list)  # "path: what to know", of files that are taken
+
+
+@dataclass
+class DataReport:
+    """What ``check_data`` found in all splits."""
+
+    splits: list[SplitReport]
+    classes: ClassList
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for split in self.splits for problem in split.problems]
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.problems else 0
+
+    def text(self) -> str:
+        """Counts, the label histogram and every bad file, ready to print."""
+        lines = []
+        for s in self.splits:
+            lines.append(
+                f"{s.split}: {s.images} images, {s.annotations} annotations, {len(s.problems)} bad files"
+            )
+            if s.pixels.sum() + s.ignored:
+                (h, w), (lh, lw) = s.smallest, s.largest
+                lines.append(f"  sizes (width x height): {w} x {h} to {lw} x {lh}")
+                share = s.ignored / (s.ignored + s.pixels.sum())
+                lines.append(f"  unlabelled pixels: {share:.2%}")
+        names = self.classes.names
+        width = 32  # ADE20K's longest name lists seven synonyms
+        lines += ["", "share of the labelled pixels, and images that show the class"]
+        heads = "".join(f"{s.split[:20]:>22}" for s in self.splits)
+        lines.append(f"{'':5} {'class':{width}}{heads}")
+        for c, name in enumerate(names):
+            cells = "".join(
+                f"{s.pixels[c] / max(1, s.pixels.sum()):>13.3%} {s.images_with[c]:>8}" for s in self.splits
+            )
+            lines.append(f"{c:5} {name[:width]:{width}}{cells}")
+        unseen = sum(not any(s.images_with[c] for s in self.splits) for c in range(len(names)))
+        if unseen:
+            lines += ["", f"{unseen} of {len(names)} classes never occur"]
+        lines.append("")
+        lines += [f"warning: {warning}" for split in self.splits for warning in split.warnings]
+        lines += self.problems
+        lines.append(f"{len(self.problems)} bad files" if self.problems else "no bad file")
+        return "\n".join(lines)
+
+
+class _Checked(torch.utils.data.Dataset):
+    """Pair i as (histogram (C + 1,) with the ignored pixels last, (H, W), problem or None, warning or None)."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]], classes: ClassList, reduce_zero_label: bool):
+        self.pairs, self.classes, self.reduce_zero_label = pairs, classes, reduce_zero_label
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray | None, tuple[int, int], str | None, str | None]:
+        try:
+            _, target = read_pair(*self.pairs[i], self.classes, self.reduce_zero_label)
+        except UserError as error:
+            return None, (0, 0), str(error), None
+        num_classes = self.classes.num_classes
+        ignored = ignore_index(num_classes)
+        if ignored < 0:
+            target, ignored = np.where(target == ignored, num_classes, target), num_classes
+        counts = np.bincount(target.ravel(), minlength=max(256, num_classes + 1))
+        counts = np.append(counts[:num_classes], counts[ignored])
+        return counts, target.shape, None, _orientation_warning(self.pairs[i][0])
+
+
+def _orientation_warning(image: Path) -> str | None:
+    orientation = exif_orientation(image)
+    if orientation == 1:
+        return None
+    return (
+        f"{image}: EXIF orientation {orientation} is not applied: training and evaluation take image and annotation as "
+        "they are stored, while predict turns the image upright; store it upright where the two should agree"
+    )
+
+
+def check_data(
+    root: str | Path,
+    classes: ClassList,
+    splits: tuple[str, ...] = ("training", "validation"),
+    reduce_zero_label: bool = True,
+    workers: int = 0,
+    progress: bool = False,
+) -> DataReport:
+    """Reads every file of a data set once, with `workers` processes.
+
+    Returns a report with counts, the label histogram and one line for every file that is missing, unreadable,
+    of another size than its annotation, or holds a label out of range, and a warning for every image with an EXIF
+    orientation. Nothing is printed except, on request,
+    a progress bar. Raises UserError where a folder is missing or empty.
+    """
+    reports = []
+    for split in splits:
+        images, annotations, missing = list_pairs(Path(root), split)
+        report = SplitReport(split, len(images), len(annotations))
+        report.problems = [f"{path}: {message}" for path, message in missing]
+        pairs = [(images[stem], annotations[stem]) for stem in images if stem in annotations]
+        report.pixels = np.zeros(classes.num_classes, np.int64)
+        report.images_with = np.zeros(classes.num_classes, np.int64)
+        for counts, size, problem, warning in each_sample(
+            _Checked(pairs, classes, reduce_zero_label), workers, f"checking {split}", progress
+        ):
+            if problem is not None:
+                report.problems.append(problem)
+                continue
+            if warning is not None:
+                report.warnings.append(warning)
+            report.pixels += counts[:-1]
+            report.images_with += counts[:-1] > 0
+            report.ignored += int(counts[-1])
+            area = size[0] * size[1]
+            if not report.smallest[0] or area < report.smallest[0] * report.smallest[1]:
+                report.smallest = size
+            if area > report.largest[0] * report.largest[1]:
+                report.largest = size
+        reports.append(report)
+    return DataReport(reports, classes)
