@@ -23,11 +23,17 @@ _REBUILD = "pip install --no-build-isolation -e . in a checkout builds it"
 def build_record() -> dict:
     """What the build left behind: versions, compiler, flags, instruction sets, commit. Empty without a build."""
     try:
-        return json.loads(_BUILD_RECORD.read_text())
+        return _read(_BUILD_RECORD, _BUILD_RECORD.stat().st_mtime_ns)
     except FileNotFoundError:
         return {}
+
+
+@functools.lru_cache(maxsize=4)  # every call of an operator on a GPU asks for it
+def _read(path: Path, changed: int) -> dict:
+    try:
+        return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        return {"error": f"{_BUILD_RECORD} is not JSON ({error}); build again"}
+        return {"error": f"{path} is not JSON ({error}); build again"}
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -68,6 +74,7 @@ def load(part: str) -> str | None:
     return None
 
 
+@functools.cache
 def why_not_on_driver() -> str | None:
     """None where the driver can run the CUDA kernels' runtime, else the reason. Needs ``load("cuda")``."""
     return torch.ops.depict_kernels_cuda.why_no_runtime() or None

@@ -141,3 +141,33 @@ def test_replays_record_their_bad_labels(backend, records):
     assert loss.isfinite()
     with pytest.raises(ValueError, match=r"target value 77 at \(batch 0, row 2, column 3\)"):
         ops.raise_on_bad_target()
+
+
+# What makes the host wait for a GPU: a number read from a tensor, a size that depends on values.
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::bincount",
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_the_loss_on_a_gpu_waits_for_nothing(backend, reduction, monkeypatch, records):
+    """The way of a GPU, taken on the CPU, where a wait would go unseen: labels are recorded, not raised."""
+    monkeypatch.setattr(ops.upsample, "_raises_at_once", lambda logits: False)
+    logits = torch.randn(2, 5, 3, 4, requires_grad=True)
+    target = torch.randint(0, 5, (2, 9, 11))
+    target[1, 2, 3] = 77
+    with torch.autograd.profiler.profile() as profile:
+        loss = ops.upsample_cross_entropy(
+            logits, target, label_smoothing=0.1, reduction=reduction, backend=backend
+        )
+        loss.sum().backward()
+    names = {event.name for event in profile.function_events}
+    assert "aten::where" in names and not names & WAITING
+    assert loss.isnan().any()
+    with pytest.raises(ValueError, match=r"target value 77 at \(batch 1, row 2, column 3\)"):
+        ops.raise_on_bad_target()

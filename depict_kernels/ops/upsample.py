@@ -73,7 +73,7 @@ def upsample_cross_entropy(
             f"weight must be ({logits.shape[1]},) on {logits.device}, "
             f"got {tuple(weight.shape)} on {weight.device}"
         )
-    raise_now = logits.device.type == "cpu" if check_targets is None else check_targets
+    raise_now = _raises_at_once(logits) if check_targets is None else check_targets
     report_bad = check_targets is None or check_targets
     backend = backends.choose(backend, "upsample_cross_entropy", logits, **_sizes(logits, target.shape[1:]))
     if backend == "torch":
@@ -192,6 +192,11 @@ def _sizes(logits: Tensor, size: tuple[int, int]) -> dict:
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _raises_at_once(logits: Tensor) -> bool:
+    """Whether a bad label raises where it is met: on a GPU that would cost a host sync."""
+    return logits.device.type == "cpu"
 
 
 def _scan(target, num_classes, ignore_index, raise_now):
@@ -313,7 +318,7 @@ _library.define(
 
 
 def _run_confusion(kernels, logits, target, ignore_index, out):
-    raise_now = logits.device.type == "cpu"
+    raise_now = _raises_at_once(logits)
     if getattr(kernels, "REPORTS_BAD_TARGET", False) and not raise_now:
         return kernels.confusion(logits, target, ignore_index, out)
     if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
