@@ -485,7 +485,7 @@ def test_float64_is_refused(cuda_device):
 def test_too_many_cells_are_refused(cuda_device):
     """The kernels count tiles and the pixels of an axis in 32 bits."""
     call = lambda shape, size: torch.ops.depict_kernels_cuda_emulated.upsample_gather(
-        torch.empty(0), None, torch.empty(1).expand(shape), *size, 0
+        torch.empty(1, 4, 1), None, torch.empty(1).expand(shape), *size, 0, 1, 0
     )
     if cuda_device != "cpu":
         pytest.skip("one check for both builds")

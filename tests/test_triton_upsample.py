@@ -271,13 +271,13 @@ def test_repeats_are_bitwise_equal(triton_device, triton_dtype):
 
 def test_indices_beyond_32_bits_take_the_wide_path(triton_device, monkeypatch):
     """Cell arithmetic in 64 bits gives the same cells; sizes that need it do not fit a test."""
-    assert upsample.tiles_of((2, 40_000), (4, 80_000)).arguments["WIDE"]
-    assert not upsample.tiles_of((128, 256), (1024, 2048)).arguments["WIDE"]
+    assert upsample.cut((2, 40_000), (4, 80_000)).arguments["WIDE"]
+    assert not upsample.cut((128, 256), (1024, 2048)).arguments["WIDE"]
     logits, target = make((1, 3, (1, 2), (3, 4)), triton_device)
     run = lambda: upsample.cross_entropy_forward(logits, target, None, 255, 0.0, "mean", True)
     expected = run()
-    arguments = upsample.Tiles.arguments.fget
-    monkeypatch.setattr(upsample.Tiles, "arguments", property(lambda t: arguments(t) | {"WIDE": True}))
+    arguments = upsample.Cut.arguments.fget
+    monkeypatch.setattr(upsample.Cut, "arguments", property(lambda t: arguments(t) | {"WIDE": True}))
     torch.testing.assert_close(run(), expected, rtol=0, atol=0)
 
 
