@@ -49,6 +49,28 @@ def bands(batch: int, h: int, row_bytes: int) -> tuple[int, list[Band]]:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What the tiles read and, as far as given, write."""
+
+    logits: Tensor  # (B, C, h, w)
+    target: Tensor  # (B, H, W)
+    weight: Tensor | None  # (C,)
+    ignore_index: int
+    label_smoothing: float
+    upstream: Tensor | None = None  # (B, H, W)
+    pixel_loss: Tensor | None = None  # (B, H, W)
+    partial: Tensor | None = None  # (tiles, 2) float64
+    bad: Tensor | None = None  # (tiles,) int64
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """As the kernels read them, contiguous and in their precision; and, for label smoothing, their sum ()."""
+        if self.weight is None:
+            return None, None
+        weight = self.weight.to(dtype_of(self.logits)).contiguous()
+        return weight, weight.sum() if self.label_smoothing > 0 else None
+
+
+@dataclass(frozen=True)
 class Tiles:
     """The tiles of a call, ready to run."""
 
@@ -66,20 +88,8 @@ class TiledUpsample(ABC):
         """Tiles of a row of cells: grid (h, w), size (H, W)."""
 
     @abstractmethod
-    def start(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        *,
-        upstream: Tensor | None = None,  # (B, H, W)
-        pixel_loss: Tensor | None = None,  # (B, H, W)
-        partial: Tensor | None = None,  # (tiles, 2) float64
-        bad: Tensor | None = None,  # (tiles,) int64
-    ) -> Tiles:
-        """Packs the logits. The tiles then fill pixel_loss, partial and bad as far as given, and the buffer."""
+    def start(self, loss: Loss) -> Tiles:
+        """Packs the logits and says how to run tiles on them, once each."""
 
     @abstractmethod
     def gather(
@@ -145,11 +155,11 @@ class TiledUpsample(ABC):
         count = bad.shape[0]
         options = (logits, target, weight, ignore_index, label_smoothing)
         if none:
-            self.start(*options, pixel_loss=loss, bad=bad).run(0, count, None)
+            self.start(Loss(*options, pixel_loss=loss, bad=bad)).run(0, count, None)
             return loss, None, self.finish(logits, target, ignore_index, bad)
         partial = torch.empty((count, 2), dtype=torch.float64, device=logits.device)
         scale = _new(logits, ())
-        tiles = self.start(*options, partial=partial, bad=bad)
+        tiles = self.start(Loss(*options, partial=partial, bad=bad))
         finish = lambda: self.finish(
             logits, target, ignore_index, bad, partial, loss, scale, reduction == "mean"
         )
@@ -171,7 +181,7 @@ class TiledUpsample(ABC):
         """Gradient (B, C, h, w) of the unreduced loss, float32 or float64, for the upstream gradient."""
         if _is_empty(target):
             return _new(logits, logits.shape)
-        tiles = self.start(logits, target, weight, ignore_index, label_smoothing, upstream=grad_loss)
+        tiles = self.start(Loss(logits, target, weight, ignore_index, label_smoothing, upstream=grad_loss))
         return self._gradient(logits, target, tiles)[0]
 
     def argmax(self, logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -222,9 +232,13 @@ class TiledUpsample(ABC):
         return torch.empty(count, dtype=torch.int64, device=logits.device)
 
 
+def dtype_of(logits: Tensor) -> torch.dtype:
+    """What the kernels compute in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def _new(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=logits.device)
+    return torch.empty(shape, dtype=dtype_of(logits), device=logits.device)
 
 
 def _is_empty(target: Tensor) -> bool:

@@ -53,31 +53,18 @@ class _Upsample(TiledUpsample):
         parts_y, parts_x = _tiles_per_cell(grid, size)
         return parts_y * (grid[1] + 1) * parts_x
 
-    def start(
-        self,
-        logits,
-        target,
-        weight,
-        ignore_index,
-        label_smoothing,
-        *,
-        upstream=None,
-        pixel_loss=None,
-        partial=None,
-        bad=None,
-    ):
-        smooth = label_smoothing > 0
-        if weight is not None:
-            weight = weight.float().contiguous()
-        packed, smoothed, table = _pack(logits, target.shape[1:], weight, smooth=smooth, shift=True)
-        weight_sum = weight.sum() if smooth and weight is not None else None
-        inputs = (packed, smoothed, table, target, weight, weight_sum, upstream, pixel_loss, partial, bad)
+    def start(self, loss):
+        weight, weight_sum = loss.weights()
+        size, smooth = loss.target.shape[1:], loss.label_smoothing > 0
+        packed, smoothed, table = _pack(loss.logits, size, weight, smooth=smooth, shift=True)
+        inputs = (packed, smoothed, table, loss.target, weight, weight_sum, loss.upstream)
+        outputs = (loss.pixel_loss, loss.partial, loss.bad)
 
         def run(first, count, samples):
-            options = (first, count, ignore_index, label_smoothing)
-            call("upsample_cross_entropy", *inputs, samples, *options, device=logits.device)
+            options = (first, count, loss.ignore_index, loss.label_smoothing)
+            call("upsample_cross_entropy", *inputs, *outputs, samples, *options, device=loss.logits.device)
 
-        return Tiles(logits.shape[1], run)
+        return Tiles(loss.logits.shape[1], run)
 
     def gather(self, samples, scale, grad, size, first, rows):
         call("upsample_gather", samples, scale, grad, *size, first, rows, device=grad.device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from depict_kernels.ops._tiled_upsample import TiledUpsample, Tiles
+from depict_kernels.ops._tiled_upsample import TiledUpsample, Tiles, dtype_of
 from depict_kernels.ops.triton_kernels import upsample_tuning as tuning
 from depict_kernels.ops.triton_kernels.launch import architecture, launch
 from depict_kernels.ops.triton_kernels.upsample_careful import loss_careful
@@ -78,9 +78,8 @@ def _pack(logits: Tensor, weight: Tensor | None, block_c: int, *, shift: bool, s
     batch, classes, h, w = logits.shape
     config = tuning.pack(architecture(logits.device))
     lanes = -(-classes // block_c) * block_c
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     samples = batch * h * w
-    new = lambda *shape: torch.empty(shape, dtype=dtype, device=logits.device)
+    new = lambda *shape: torch.empty(shape, dtype=dtype_of(logits), device=logits.device)
     packed = Packed(
         new(samples, lanes), new(samples) if smooth else None, new(0 if shift else samples), lanes
     )
@@ -88,8 +87,7 @@ def _pack(logits: Tensor, weight: Tensor | None, block_c: int, *, shift: bool, s
         pack_logits,
         (batch * h * -(-w // config.rows),),
         logits.device,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        config,
         logits_ptr=logits,
         packed_ptr=packed.logits,
         weight_ptr=weight if smooth else None,
@@ -117,61 +115,46 @@ class _Upsample(TiledUpsample):
     def tiles_per_row(self, grid, size):
         return cut(grid, size).per_row
 
-    def start(
-        self,
-        logits,
-        target,
-        weight,
-        ignore_index,
-        label_smoothing,
-        *,
-        upstream=None,
-        pixel_loss=None,
-        partial=None,
-        bad=None,
-    ):
-        classes = logits.shape[1]
-        tiles = cut(logits.shape[2:], target.shape[1:])
-        exact = logits.dtype == torch.float64
-        arch = architecture(logits.device)
+    def start(self, loss):
+        logits, device = loss.logits, loss.logits.device
+        tiles = cut(logits.shape[2:], loss.target.shape[1:])
         width = tuning.power_of_two(tiles.columns)
+        arch, classes = architecture(device), logits.shape[1]
         series = tuning.series(arch, tiles.rows, classes)
         careful = tuning.careful(arch, tiles.rows * width, classes)
-        smooth = label_smoothing > 0
-        if weight is not None:
-            weight = weight.to(torch.float64 if exact else torch.float32).contiguous()
-        packed = _pack(logits, weight, max(series.columns, careful.columns), shift=True, smooth=smooth)
+        weight, weight_sum = loss.weights()
+        block_c, smooth = max(series.columns, careful.columns), loss.label_smoothing > 0
+        packed = _pack(logits, weight, block_c, shift=True, smooth=smooth)
         common = {
             "packed_ptr": packed.logits,
             "weight_ptr": weight,
-            "weight_sum_ptr": weight.sum().view(1) if smooth and weight is not None else None,
-            "target_ptr": target,
-            "upstream_ptr": upstream,
+            "weight_sum_ptr": weight_sum,
+            "target_ptr": loss.target,
+            "upstream_ptr": loss.upstream,
             **tiles.arguments,
-            **_strides("target", target),
-            **_strides("upstream", upstream),
-            "ignore_index": ignore_index,
-            "SMOOTHING": label_smoothing,
+            **_strides("target", loss.target),
+            **_strides("upstream", loss.upstream),
+            "ignore_index": loss.ignore_index,
+            "SMOOTHING": loss.label_smoothing,
             "CLASSES": classes,
             "LANES": packed.lanes,
             "WIDTH": width,
         }
         wanted = {
             "smooth_ptr": packed.smooth,
-            "pixel_loss_ptr": pixel_loss,
-            "partial_ptr": partial,
-            "bad_ptr": bad,
+            "pixel_loss_ptr": loss.pixel_loss,
+            "partial_ptr": loss.partial,
+            "bad_ptr": loss.bad,
         }
 
         def run(first: int, count: int, samples: Tensor | None) -> None:
-            new = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=logits.device)
-            flags = None if exact else new(count, dtype=torch.int8)
+            exact = logits.dtype == torch.float64
+            flags = None if exact else torch.empty(count, dtype=torch.int8, device=device)
             start = lambda kernel, programs, config, **arguments: launch(
                 kernel,
                 (programs,),
-                logits.device,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                device,
+                config,
                 **common,
                 **arguments,
                 careful_ptr=flags,
@@ -180,13 +163,12 @@ class _Upsample(TiledUpsample):
             )
             gradient = {"samples_ptr": samples, "held": count if samples is None else samples.shape[0]}
             if not exact:
-                u = {
-                    "u_ptr": new(count, tiles.columns, tiles.rows, dtype=torch.float32),
-                    "COLUMNS": tiles.columns,
-                }
-                start(loss_series, count, series, **wanted, **u)
+                shape = (count, tiles.columns, tiles.rows)
+                u = torch.empty(shape, dtype=torch.float32, device=device)
+                pixels = {"u_ptr": u, "COLUMNS": tiles.columns}
+                start(loss_series, count, series, **wanted, **pixels)
                 if samples is not None:
-                    start(gradient_series, count, series, **gradient, **u)
+                    start(gradient_series, count, series, **gradient, **pixels)
             # Where few tiles are careful, few programs look for them; where all are, there are enough to fill a GPU.
             group = 1 if exact else min(32, tuning.power_of_two(max(1, count // 256)))
             start(loss_careful, -(-count // group), careful, **wanted, **gradient, count=count, GROUP=group)
@@ -200,8 +182,7 @@ class _Upsample(TiledUpsample):
             gather_gradient,
             (rows * -(-w // config.rows), -(-classes // config.columns)),
             grad.device,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            config,
             samples_ptr=samples,
             scale_ptr=scale,
             grad_ptr=grad,
@@ -224,8 +205,7 @@ class _Upsample(TiledUpsample):
             finish_loss,
             (1,),
             target.device,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            config,
             partial_ptr=partial,
             bad_ptr=bad,
             target_ptr=target,
@@ -251,8 +231,7 @@ class _Upsample(TiledUpsample):
             label_tiles,
             (batch * (h + 1) * tiles.per_row,),
             logits.device,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            config,
             packed_ptr=packed.logits,
             magnitude_ptr=packed.magnitude,
             labels_ptr=labels,

@@ -160,7 +160,7 @@ def loss_series(
     packed_ptr,  # (B * h * w, LANES) float32: shifted logits, classes innermost
     smooth_ptr,  # (B * h * w,) or None without label smoothing
     weight_ptr,  # (C,) or None
-    weight_sum_ptr,  # (1,) or None
+    weight_sum_ptr,  # () or None
     target_ptr,  # (B, H, W)
     upstream_ptr,  # (B, H, W) or None: gradient of the unreduced loss
     pixel_loss_ptr,  # (B, H, W) contiguous or None
