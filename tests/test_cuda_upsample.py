@@ -226,20 +226,3 @@ def test_bad_labels_are_reported_and_count_as_ignored(value, cuda_device):
     assert upsample.confusion(logits, target, IGNORE, counts[0]).tolist() == report.tolist()
     assert upsample.confusion(logits, clean, IGNORE, counts[1]).tolist() == [0] * 5
     assert torch.equal(*counts) and counts[0].sum() == (clean != IGNORE).sum()
-
-
-def test_bad_labels_through_the_public_operators(cuda_device):
-    logits, target = make((1, 5, (1, 2), (2, 3)), cuda_device, ignored=0)
-    target[0, 1, 2] = 9
-    words = r"target value 9 at \(batch 0, row 1, column 2\)"
-    loss = lambda check: ops.upsample_cross_entropy(logits, target, check_targets=check, backend="cuda")
-    with pytest.raises(ValueError, match=words):
-        loss(True)
-    assert loss(False).isfinite()
-    if cuda_device == "cpu":
-        with pytest.raises(ValueError, match=words):
-            ops.upsample_confusion(logits, target, backend="cuda")
-    else:
-        assert loss(None).isnan()
-        with pytest.raises(ValueError, match=words):
-            ops.raise_on_bad_target()

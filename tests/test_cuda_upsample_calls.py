@@ -92,19 +92,6 @@ def test_launches(monkeypatch, cuda_device):
     assert launched(lambda: ops.upsample_argmax(logits, (4, 5), backend="cuda")) == ["pack", "labels"]
 
 
-def test_empty_batch(cuda_device):
-    logits = torch.zeros(0, 3, 2, 2, device=cuda_device, requires_grad=True)
-    for shape in ((0, 5, 5), (0, 0, 0)):
-        target = torch.zeros(shape, dtype=torch.uint8, device=cuda_device)
-        for reduction in ("mean", "none"):
-            loss = ops.upsample_cross_entropy(logits, target, reduction=reduction, backend="cuda")
-            loss.sum().backward()
-            assert loss.shape == (() if reduction == "mean" else shape) and loss.sum() == 0
-        assert ops.upsample_confusion(logits, target, backend="cuda").eq(0).all()
-    assert logits.grad.shape == logits.shape
-    assert ops.upsample_argmax(logits, (5, 5), backend="cuda").shape == (0, 5, 5)
-
-
 def test_backward_twice_and_a_loss_scaler(cuda_device):
     logits, target = make((1, 5, (2, 2), (16, 16)), cuda_device, dtype=torch.float16)
     leaf = logits.clone().requires_grad_()

@@ -1,10 +1,11 @@
-"""The scratch buffer of the loss gradient on backends ``triton`` and ``cuda``: bands of cell rows change no bit."""
+"""What backends ``triton`` and ``cuda`` share: the scratch buffer and its bands, bad labels, empty batches."""
 
 import importlib
 
 import pytest
 import torch
 
+from depict_kernels import ops
 from depict_kernels.ops import _tiled_upsample as tiled
 from depict_kernels.testing import logits_and_target
 
@@ -115,3 +116,35 @@ def test_the_buffer_stays_within_its_bound(backend, grid, size, bands, monkeypat
     assert len(buffers) == 1 and buffers.pop()[1] <= tiled.SCRATCH
     assert sum(gathered) == 8 * grid[0]
     assert len(gathered) == 1 if bands == 1 else len(gathered) > 1
+
+
+def test_bad_labels_through_the_public_operators(kernels32):
+    backend, device, _ = kernels32
+    logits, target = (t.to(device) for t in logits_and_target(1, 5, (1, 2), (2, 3), ignored=0))
+    target[0, 1, 2] = 9
+    words = r"target value 9 at \(batch 0, row 1, column 2\)"
+    loss = lambda check: ops.upsample_cross_entropy(logits, target, check_targets=check, backend=backend)
+    with pytest.raises(ValueError, match=words):
+        loss(True)
+    assert loss(False).isfinite()
+    if device == "cpu":
+        with pytest.raises(ValueError, match=words):
+            ops.upsample_confusion(logits, target, backend=backend)
+    else:
+        assert loss(None).isnan()
+        with pytest.raises(ValueError, match=words):
+            ops.raise_on_bad_target()
+
+
+def test_empty_batch(kernels32):
+    backend, device, _ = kernels32
+    logits = torch.zeros(0, 3, 2, 2, device=device, requires_grad=True)
+    for shape in ((0, 5, 5), (0, 0, 0)):
+        target = torch.zeros(shape, dtype=torch.uint8, device=device)
+        for reduction in ("mean", "none"):
+            loss = ops.upsample_cross_entropy(logits, target, reduction=reduction, backend=backend)
+            loss.sum().backward()
+            assert loss.shape == (() if reduction == "mean" else shape) and loss.sum() == 0
+        assert ops.upsample_confusion(logits, target, backend=backend).eq(0).all()
+    assert logits.grad.shape == logits.shape
+    assert ops.upsample_argmax(logits, (5, 5), backend=backend).shape == (0, 5, 5)

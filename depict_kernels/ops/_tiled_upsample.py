@@ -75,9 +75,8 @@ class Tiles:
     """The tiles of a call, ready to run."""
 
     lanes: int  # classes, padded as the kernels need it
-    run: Callable[
-        [int, int, Tensor | None], None
-    ]  # first tile, number of tiles, buffer (held, 4, lanes) or None
+    # Of the first tile, the number of tiles and, for the gradient, the buffer (held, 4, lanes).
+    run: Callable[[int, int, Tensor | None], None]
 
 
 class TiledUpsample(ABC):
