@@ -360,7 +360,7 @@ if extensions:
             for module in self.extensions:
                 if module.name not in object_builds:
                     continue
-                folder = Path(self.build_temp) / module.name.rpartition(".")[2]
+                folder = self.folder_of(module) / "kernels"
                 try:
                     module.extra_objects = compile_objects(folder, *object_builds[module.name])
                 except subprocess.CalledProcessError:
@@ -369,6 +369,15 @@ if extensions:
                         f"{module.name} did not compile, see above{hint if module.name.endswith('_cuda') else ''}"
                     ) from None
             super().run()
+
+        def build_extension(self, module) -> None:
+            # A folder for each: the bindings are compiled for the GPU and for the emulator.
+            together, self.build_temp = self.build_temp, str(self.folder_of(module))
+            super().build_extension(module)
+            self.build_temp = together
+
+        def folder_of(self, module) -> Path:
+            return Path(self.build_temp) / module.name.rpartition(".")[2]
 
     commands["build_ext"] = BuildCpp
 

@@ -18,6 +18,6 @@ compiler=${CXX:-c++}
 runtime="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so)"
 # Python and torch never free everything, and memory use is not what it is without the sanitizer.
 LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_upsample_cpp.py tests/test_upsample.py tests/test_extension.py \
+  "$python" -m pytest -q -p no:cacheprovider tests/test_upsample*.py tests/test_extension.py tests/test_tiled_upsample.py \
   tests/test_cuda_*.py \
-  -k "not memory and not opcheck and not compile and not stable_interface" "$@"
+  -k "not triton and not memory and not opcheck and not compile and not stable_interface" "$@"

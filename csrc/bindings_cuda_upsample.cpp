@@ -85,7 +85,8 @@ void cross_entropy(Tensor packed, std::optional<Tensor> smooth, Tensor table, Te
                    std::optional<Tensor> weight, std::optional<Tensor> weight_sum,
                    std::optional<Tensor> upstream, std::optional<Tensor> pixel_loss,
                    std::optional<Tensor> partial, std::optional<Tensor> bad, std::optional<Tensor> samples,
-                   int64_t ignore_index, double label_smoothing, int64_t stream) {
+                   int64_t first, int64_t count, int64_t ignore_index, double label_smoothing,
+                   int64_t stream) {
   STD_TORCH_CHECK(target.dim() == 3, "target must be (B, H, W)");
   const Grid grid = grid_of(packed, target.size(1), target.size(2));
   const int64_t b = grid.batch, c = grid.classes, h = grid.y.axis.in, w = grid.x.axis.in;
@@ -109,7 +110,14 @@ void cross_entropy(Tensor packed, std::optional<Tensor> smooth, Tensor table, Te
   a.pixel_loss = output<float>(pixel_loss, "pixel_loss", ScalarType::Float, {b, height, width});
   a.partial = output<double>(partial, "partial", ScalarType::Double, {tiles, 2});
   a.bad = output<int64_t>(bad, "bad", ScalarType::Long, {tiles});
-  a.samples = output<float>(samples, "samples", ScalarType::Float, {tiles, 4, c});
+  STD_TORCH_CHECK(first >= 0 && count >= 0 && count <= tiles - first, "there are no tiles ", first, " to ",
+                  first + count);
+  a.first = first, a.count = count;
+  if (samples) {
+    a.held = samples->size(0);
+    STD_TORCH_CHECK(a.held >= count, "samples must have room for ", count, " tiles, has ", a.held);
+    a.samples = output<float>(*samples, "samples", ScalarType::Float, {a.held, 4, c});
+  }
   const Device device(packed);
   check_launch(upsample_cross_entropy(a, reinterpret_cast<void*>(stream)));
 }
@@ -132,14 +140,19 @@ void finish(Tensor target, int64_t h, int64_t w, Tensor bad, std::optional<Tenso
 }
 
 void gather(Tensor samples, std::optional<Tensor> scale, Tensor grad, int64_t height, int64_t width,
-            int64_t stream) {
-  STD_TORCH_CHECK(grad.dim() == 4, "grad must be (B, C, h, w)");
+            int64_t first, int64_t rows, int64_t stream) {
+  STD_TORCH_CHECK(grad.dim() == 4 && samples.dim() == 3, "grad must be (B, C, h, w), samples (tiles, 4, C)");
   const Grid grid = grid_of(grad.size(0), grad.size(1), grad.size(2), grad.size(3), height, width);
+  const int64_t h = grid.y.axis.in, row_tiles = grid.y.parts * int64_t{grid.x.tiles};
+  const int64_t held = samples.size(0) / row_tiles;
+  STD_TORCH_CHECK(first >= 0 && rows >= 0 && rows <= grid.batch * h - first, "there are no rows ", first,
+                  " to ", first + rows);
+  STD_TORCH_CHECK(held >= 2 || rows == 0, "samples must hold two rows of cells");
   const Device device(grad);
   check_launch(upsample_gather(
-      {grid, input(samples, "samples", {grid.tiles(), 4, grid.classes}), input(scale, "scale", {}),
-       output<float>(grad, "grad", ScalarType::Float,
-                     {grid.batch, grid.classes, grid.y.axis.in, grid.x.axis.in})},
+      {grid, input(samples, "samples", {held * row_tiles, 4, grid.classes}), input(scale, "scale", {}),
+       output<float>(grad, "grad", ScalarType::Float, {grid.batch, grid.classes, h, grid.x.axis.in}), first,
+       rows, held},
       reinterpret_cast<void*>(stream)));
 }
 
@@ -183,13 +196,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DEPICT_CUDA_LIBRARY, m) {
   m.def(
       "upsample_cross_entropy(Tensor packed, Tensor? smooth, Tensor table, Tensor target, Tensor? weight, "
       "Tensor? weight_sum, Tensor? upstream, Tensor(a!)? pixel_loss, Tensor(b!)? partial, Tensor(c!)? bad, "
-      "Tensor(d!)? samples, int ignore_index, float label_smoothing, int stream) -> ()");
+      "Tensor(d!)? samples, int first, int count, int ignore_index, float label_smoothing, int stream) -> "
+      "()");
   m.def(
       "upsample_finish(Tensor target, int h, int w, Tensor bad, Tensor? partial, Tensor(a!)? loss, "
       "Tensor(b!)? scale, Tensor(c!) report, bool mean, int ignore_index, int stream) -> ()");
   m.def(
-      "upsample_gather(Tensor samples, Tensor? scale, Tensor(a!) grad, int height, int width, int stream) -> "
-      "()");
+      "upsample_gather(Tensor samples, Tensor? scale, Tensor(a!) grad, int height, int width, int first, "
+      "int rows, int stream) -> ()");
   m.def(
       "upsample_labels(Tensor packed, Tensor magnitude, Tensor table, int height, int width, "
       "Tensor(a!)? labels, Tensor? target, Tensor(b!)? bad, Tensor(c!)? counts, int ignore_index, int "

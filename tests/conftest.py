@@ -140,6 +140,28 @@ def triton_dtype(triton_case) -> torch.dtype:
     return triton_case[1]
 
 
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instruction_set(request):
+    """The C++ kernels run on it."""
+    from depict_kernels import extension
+
+    extension.load("cpu")
+    library = torch.ops.depict_kernels_cpu
+    if request.param not in library.instruction_sets().split():
+        pytest.skip(f"this processor or build has no {request.param}")
+    before = library.use_instruction_set("")
+    yield library.use_instruction_set(request.param)
+    library.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, for the test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def triton_launches(monkeypatch) -> list[str]:
     """The names of the Triton kernels that ran, in order: counted where Triton itself starts them."""

@@ -93,7 +93,9 @@ def test_repeats_are_bitwise_equal(mode, kernels):
 
 def test_compile_takes_training_and_inference_in_one_graph(mode, kernels):
     decoder, patches, target = make(mode, *kernels)
-    inductor = kernels.device == "cuda" and kernels.dtype == torch.bfloat16  # one dtype: it takes half a minute
+    inductor = (
+        kernels.device == "cuda" and kernels.dtype == torch.bfloat16
+    )  # one dtype: it takes half a minute
     options = {"fullgraph": True, "backend": "inductor" if inductor else "aot_eager"}
     values = loss_and_gradients(decoder, patches, target, torch.compile(loss_of, **options))
     check(values, loss_and_gradients(decoder, patches, target), decoder, patches, target, kernels.dtype)

@@ -207,23 +207,6 @@ def test_bad_labels_are_reported_and_ignored_by_the_loss(triton_device, triton_d
     torch.testing.assert_close((loss, grad), expected[:2], rtol=0, atol=0)
 
 
-def test_bad_labels_through_the_public_operator(triton_device):
-    logits, target = make((1, 5, (1, 2), (2, 3)), triton_device, ignored=0)
-    target[0, 1, 2] = 9
-    words = r"target value 9 at \(batch 0, row 1, column 2\)"
-    loss = lambda check: ops.upsample_cross_entropy(logits, target, check_targets=check, backend="triton")
-    with pytest.raises(ValueError, match=words):
-        loss(True)
-    assert loss(False).isfinite()
-    if triton_device == "cpu":
-        with pytest.raises(ValueError, match=words):
-            ops.upsample_confusion(logits, target, backend="triton")
-    else:
-        assert loss(None).isnan()
-        with pytest.raises(ValueError, match=words):
-            ops.raise_on_bad_target()
-
-
 def test_nan_logits_give_a_nan_loss(triton_device, triton_dtype):
     logits, target = make((1, 3, (1, 2), (1, 4)), triton_device, dtype=triton_dtype)
     logits[0, 1, 0, 1] = torch.nan
@@ -271,26 +254,14 @@ def test_repeats_are_bitwise_equal(triton_device, triton_dtype):
 
 def test_indices_beyond_32_bits_take_the_wide_path(triton_device, monkeypatch):
     """Cell arithmetic in 64 bits gives the same cells; sizes that need it do not fit a test."""
-    assert upsample.tiles_of((2, 40_000), (4, 80_000)).arguments["WIDE"]
-    assert not upsample.tiles_of((128, 256), (1024, 2048)).arguments["WIDE"]
+    assert upsample.cut((2, 40_000), (4, 80_000)).arguments["WIDE"]
+    assert not upsample.cut((128, 256), (1024, 2048)).arguments["WIDE"]
     logits, target = make((1, 3, (1, 2), (3, 4)), triton_device)
     run = lambda: upsample.cross_entropy_forward(logits, target, None, 255, 0.0, "mean", True)
     expected = run()
-    arguments = upsample.Tiles.arguments.fget
-    monkeypatch.setattr(upsample.Tiles, "arguments", property(lambda t: arguments(t) | {"WIDE": True}))
+    arguments = upsample.Cut.arguments.fget
+    monkeypatch.setattr(upsample.Cut, "arguments", property(lambda t: arguments(t) | {"WIDE": True}))
     torch.testing.assert_close(run(), expected, rtol=0, atol=0)
-
-
-def test_empty_batch(triton_device, triton_dtype):
-    logits = torch.zeros(0, 3, 2, 2, device=triton_device, dtype=triton_dtype, requires_grad=True)
-    target = torch.zeros(0, 5, 5, dtype=torch.uint8, device=triton_device)
-    for reduction in ("mean", "none"):
-        loss = ops.upsample_cross_entropy(logits, target, reduction=reduction, backend="triton")
-        loss.sum().backward()
-        assert loss.shape == (() if reduction == "mean" else target.shape) and loss.sum() == 0
-    assert logits.grad.shape == logits.shape
-    assert ops.upsample_argmax(logits, (5, 5), backend="triton").shape == (0, 5, 5)
-    assert ops.upsample_confusion(logits, target, backend="triton").eq(0).all()
 
 
 @pytest.mark.parametrize("smooth", [False, True], ids=["noise", "regions"])

@@ -46,7 +46,6 @@ __device__ __forceinline__ float fast_log2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ float reciprocal_sqrt(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float fast_reciprocal(float x) {  // to an ulp
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -63,22 +62,14 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
-template <class T>
-__device__ __forceinline__ T shuffle_down(T value, int distance) {
-  return __shfl_down_sync(0xffffffffu, value, distance);
-}
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 __device__ __forceinline__ uint32_t match_any(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
 __device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 __device__ __forceinline__ int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
-__device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 __device__ __forceinline__ int64_t atomic_add(int64_t* at, int64_t value) {
   return static_cast<int64_t>(
       atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value)));
-}
-__device__ __forceinline__ int64_t atomic_min(int64_t* at, int64_t value) {
-  return atomicMin(reinterpret_cast<long long*>(at), static_cast<long long>(value));
 }
 
 __device__ __forceinline__ float bfloat16_to_float(uint16_t bits) {

@@ -4,12 +4,10 @@
 // - Shared memory is poisoned with NaN before every block.
 // - Asynchronous copies land when they are waited for, not earlier.
 // - Threads run until they must wait, in an order that DEPICT_EMULATE_SEED permutes: a missing barrier shows
-// as
-//   a result that depends on the seed.
+//   as a result that depends on the seed.
 // - A warp operation that not all lanes reach, or a barrier that not all threads reach, is an error.
 // - Products of a warpgroup happen when they are waited for, and are errors where the memory they read
-// changes
-//   before that or was not made visible to them (emulator_sm90.cpp).
+//   changes before that or was not made visible to them (emulator_sm90.cpp).
 //
 // It says nothing of speed. mma.sync cuts off as tensor cores do (add_products); wgmma, which serves 16-bit
 // results alone, is summed in double.
@@ -80,7 +78,6 @@ inline void warp_barrier() { emulated::exchange(nullptr, 0, "warp_barrier"); }
 
 inline float fast_exp2(float x) { return __builtin_exp2f(x); }
 inline float fast_log2(float x) { return __builtin_log2f(x); }
-inline float reciprocal_sqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float rounded_product(float x, float y) { return x * y; }
 
@@ -100,11 +97,6 @@ T shuffle_xor(T value, int mask) {
   const int lane = thread_index() % 32;
   return read<T>(emulated::exchange(&value, sizeof(T), "shuffle_xor")[lane ^ mask]);
 }
-template <class T>
-T shuffle_down(T value, int distance) {  // the lane's own value where there is no such lane
-  const int lane = thread_index() % 32, from = lane + distance;
-  return read<T>(emulated::exchange(&value, sizeof(T), "shuffle_down")[from < 32 ? from : lane]);
-}
 inline uint32_t ballot(bool predicate) {
   const emulated::Slot* slots = emulated::exchange(&predicate, sizeof(bool), "ballot");
   uint32_t bits = 0;
@@ -120,16 +112,9 @@ inline uint32_t match_any(uint32_t value) {
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }  // bits != 0
 
-template <class T>
-T atomic_add(T* at, T value) {
-  const T before = *at;
+inline int64_t atomic_add(int64_t* at, int64_t value) {
+  const int64_t before = *at;
   *at += value;
-  return before;
-}
-template <class T>
-T atomic_min(T* at, T value) {
-  const T before = *at;
-  if (value < before) *at = value;
   return before;
 }
 

@@ -157,33 +157,32 @@ constexpr int kGatherWarps = 8;
 __global__ void gather_kernel(const GatherArguments a) {
   float* const block = reinterpret_cast<float*>(shared_memory());  // [32 samples][33]
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  // why_not() keeps the samples of an image, like the blocks, below 2^31.
-  const uint32_t samples = static_cast<uint32_t>(a.grid.samples()),
-                 w = static_cast<uint32_t>(a.grid.x.axis.in);
+  // why_not() keeps the cells of the batch below 2^31, and with them the samples.
+  const uint32_t h = static_cast<uint32_t>(a.grid.y.axis.in), w = static_cast<uint32_t>(a.grid.x.axis.in);
+  const uint32_t held = static_cast<uint32_t>(a.held), end = static_cast<uint32_t>(a.first + a.rows) * w;
   const int64_t classes = a.grid.classes;
-  const uint32_t class_blocks = static_cast<uint32_t>((classes + 31) / 32),
-                 sample_blocks = (samples + 31) / 32;
+  const uint32_t class_blocks = static_cast<uint32_t>((classes + 31) / 32);
   const uint32_t index = static_cast<uint32_t>(block_index());
   const int64_t c0 = index % class_blocks * 32, c = c0 + lane;
-  const uint32_t n0 = index / class_blocks % sample_blocks * 32;
-  const int64_t batch = index / class_blocks / sample_blocks;
+  const uint32_t n0 = static_cast<uint32_t>(a.first) * w + index / class_blocks * 32;  // over the batch
   const int32_t parts_y = a.grid.y.parts, parts_x = a.grid.x.parts, across = a.grid.x.tiles;
 #pragma unroll
   for (int i = warp; i < 32; i += kGatherWarps) {
-    const uint32_t n = n0 + i, y = n / w, x = n % w;
-    if (n >= samples || c >= classes) continue;
+    const uint32_t n = n0 + i, row = n / w, x = n % w, y = row % h;
+    if (n >= end || c >= classes) continue;
     float total = 0;
     // Sample (y, x) is the first of cell (y, x) and the second of cell (y - 1, x - 1), whose tiles begin at
     // row and column y + 1, x + 1 and y, x, times the parts. The border cell -1 put everything into its first
     // sample.
+    const uint32_t lower = (row / h * (h + 1) + y + 1) % held, upper = (lower == 0 ? held : lower) - 1;
     for (int part_y = 0; part_y < parts_y; ++part_y)
       for (int part_x = 0; part_x < parts_x; ++part_x) {
         float of_cell[4];  // loads first: they wait for each other otherwise
 #pragma unroll
         for (int cell = 0; cell < 4; ++cell) {
           const int second_y = cell / 2, second_x = cell % 2;
-          const int64_t row = batch * a.grid.y.tiles + (int64_t{y} + 1 - second_y) * parts_y + part_y;
-          const int64_t tile = row * across + (int64_t{x} + 1 - second_x) * parts_x + part_x;
+          const int64_t tile_row = int64_t{second_y ? upper : lower} * parts_y + part_y;
+          const int64_t tile = tile_row * across + (int64_t{x} + 1 - second_x) * parts_x + part_x;
           const int slot = (y > 0 ? 2 * second_y : 0) + (x > 0 ? second_x : 0);
           of_cell[cell] = a.samples[(tile * 4 + slot) * classes + c];
         }
@@ -193,9 +192,10 @@ __global__ void gather_kernel(const GatherArguments a) {
   }
   barrier();
   const float scale = a.scale != nullptr ? *a.scale : 1.0f;
+  const uint32_t n = n0 + lane, samples = h * w, batch = n / samples;
   for (int i = warp; i < 32; i += kGatherWarps)
-    if (c0 + i < classes && n0 + lane < samples)
-      a.grad[(batch * classes + c0 + i) * samples + n0 + lane] = scale * block[lane * 33 + i];
+    if (c0 + i < classes && n < end)
+      a.grad[(batch * classes + c0 + i) * samples + n % samples] = scale * block[lane * 33 + i];
 }
 
 }  // namespace
@@ -229,7 +229,7 @@ const char* upsample_finish(const FinishArguments& a, void* stream) {
 }
 
 const char* upsample_gather(const GatherArguments& a, void* stream) {
-  const int64_t blocks = a.grid.batch * ((a.grid.samples() + 31) / 32) * ((a.grid.classes + 31) / 32);
+  const int64_t blocks = (a.rows * a.grid.x.axis.in + 31) / 32 * ((a.grid.classes + 31) / 32);
   return launch(gather_kernel, blocks, 32 * kGatherWarps, 32 * 33 * sizeof(float), stream, a);
 }
 

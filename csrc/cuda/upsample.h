@@ -5,6 +5,10 @@
 //   cross_entropy   loss of every tile, and the gradient that it gives to the four samples around it
 //   finish          sum of the losses, divisor of "mean", the first bad label
 //   gather          gradient of every sample from the tiles around it
+//
+// cross_entropy and gather may go by bands of cell rows, h + 1 per image and counted over the batch, so that
+// the gradients that tiles leave take no more memory than is given: those of cell row r lie at row r % held,
+// and a sample can be gathered once the rows above and below it are there.
 //   label_map       argmax over classes, or its confusion matrix with a target
 #pragma once
 
@@ -96,7 +100,8 @@ struct LossArguments {
   float* pixel_loss;  // (batch, height, width), or null
   double* partial;    // (tiles, 2): summed loss and weight, or null
   int64_t* bad;       // (tiles): index in (batch, height, width) of the first bad label, or null
-  float* samples;     // (tiles, 4, classes): gradient of the tile's samples, or null
+  float* samples;     // (held, 4, classes): gradient of the samples of a tile, at tile % held; or null
+  int64_t first, count, held;  // the tiles to do; how many find room in samples
 };
 const char* upsample_cross_entropy(const LossArguments&, void* stream);
 
@@ -114,9 +119,10 @@ const char* upsample_finish(const FinishArguments&, void* stream);
 
 struct GatherArguments {
   Grid grid;
-  const float* samples;
-  const float* scale;  // (1) or null
-  float* grad;         // (batch, classes, h, w)
+  const float* samples;       // of `held` rows of cells
+  const float* scale;         // (1) or null
+  float* grad;                // (batch, classes, h, w)
+  int64_t first, rows, held;  // the rows of samples to do, h per image
 };
 const char* upsample_gather(const GatherArguments&, void* stream);
 

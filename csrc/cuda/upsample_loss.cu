@@ -167,13 +167,18 @@ __device__ __forceinline__ Float4 sum_smoothing(const Work<N>& w) {
   return {shuffle(component, 0), shuffle(component, 8), shuffle(component, 16), shuffle(component, 24)};
 }
 
+__device__ __forceinline__ float* samples_of(const LossArguments& a, int64_t tile) {
+  const uint32_t place = static_cast<uint32_t>(tile) % static_cast<uint32_t>(a.held);
+  return a.samples + int64_t{place} * 4 * a.grid.classes;
+}
+
 template <int N>
 __device__ __forceinline__ void write_gradient(const Work<N>& w, bool direct) {
   const LossArguments& a = w.a;
   const int classes = static_cast<int>(a.grid.classes);
   Float4 smooth{0, 0, 0, 0};
   if (a.label_smoothing > 0) smooth = sum_smoothing(w);
-  float* const out = a.samples + w.tile.index * 4 * classes;
+  float* const out = samples_of(a, w.tile.index);
   for (int c0 = 0; c0 < classes; c0 += kChunk) {
     const int count = classes - c0 < kChunk ? classes - c0 : kChunk;
     if (classes > kChunk) {
@@ -213,8 +218,9 @@ size_t work_bytes(const Grid& grid) {
 template <int N>
 __global__ void __launch_bounds__(32 * kTileWarps, N == 4 ? 7 : 8)
     loss_kernel(const LossArguments a, int rows_log2, int warp_bytes) {
-  const int64_t index = block_index() * kTileWarps + thread_index() / 32;
-  if (index >= a.grid.tiles()) return;
+  int64_t index = block_index() * kTileWarps + thread_index() / 32;
+  if (index >= a.count) return;
+  index += a.first;
   unsigned char* memory = shared_memory() + thread_index() / 32 * warp_bytes;
   Tile& tile = *reinterpret_cast<Tile*>(memory);
   if (thread_index() % 32 == 0) tile = tile_of(a.grid, index, a.table);
@@ -245,7 +251,7 @@ __global__ void __launch_bounds__(32 * kTileWarps, N == 4 ? 7 : 8)
   if (ballot(any) == 0) {  // outside the image, or all ignored
     if (a.pixel_loss != nullptr) finish_pixels(w, false, sums);
     if (a.samples != nullptr)
-      for (int64_t c = w.lane; c < 4 * a.grid.classes; c += 32) a.samples[index * 4 * a.grid.classes + c] = 0;
+      for (int64_t c = w.lane; c < 4 * a.grid.classes; c += 32) samples_of(a, index)[c] = 0;
   } else {
     bool direct = sum_series(w);
     if (!direct) direct = finish_pixels(w, false, sums);
@@ -268,7 +274,7 @@ const char* upsample_cross_entropy(const LossArguments& a, void* stream) {
   int rows_log2 = 0;
   while (1 << rows_log2 < a.grid.y.extent) ++rows_log2;
   const auto run = [&](auto kernel, size_t bytes) {
-    return launch(kernel, (a.grid.tiles() + kTileWarps - 1) / kTileWarps, 32 * kTileWarps, kTileWarps * bytes,
+    return launch(kernel, (a.count + kTileWarps - 1) / kTileWarps, 32 * kTileWarps, kTileWarps * bytes,
                   stream, a, rows_log2, static_cast<int>(bytes));
   };
   if (a.grid.x.extent <= 4) return run(loss_kernel<4>, work_bytes<4>(a.grid));

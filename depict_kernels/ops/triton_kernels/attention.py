@@ -235,8 +235,7 @@ def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
         kernel,
         (triton.cdiv(rows, config.rows) * heads * batch,),
         like.device,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        config,
         heads=heads,
         DIM=dim,
         STARTS=starts,
@@ -309,13 +308,12 @@ def cross_attention_backward(
 def _delta(grad: Tensor, out: Tensor, scale: float) -> Tensor:
     batch, queries, heads, dim = grad.shape
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=grad.device)
-    unit = unit_of(grad)
+    unit, config = unit_of(grad), tuning.Config(32, 1, 4, 1)
     _launch.launch(
         attention_delta,
-        (triton.cdiv(queries, 32) * heads * batch,),
+        (triton.cdiv(queries, config.rows) * heads * batch,),
         grad.device,
-        num_warps=4,
-        num_stages=1,
+        config,
         grad_ptr=grad,
         out_ptr=out,
         delta_ptr=delta,
@@ -326,7 +324,7 @@ def _delta(grad: Tensor, out: Tensor, scale: float) -> Tensor:
         UNIT=unit,
         DIM=dim,
         WIDTH=triton.next_power_of_2(dim),
-        BLOCK=32,
+        BLOCK=config.rows,
     )
     return delta
 

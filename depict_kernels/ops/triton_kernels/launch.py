@@ -23,6 +23,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from depict_kernels.ops.triton_kernels.tuning import Config
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _TYPES = {
@@ -105,17 +107,15 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     return "ieee" if name.startswith("gfx") and name != "gfx942" else "tf32"
 
 
-def launch(
-    kernel, grid: tuple[int, ...], device: torch.device, *, num_warps: int, num_stages: int, **arguments
-):
+def launch(kernel, grid: tuple[int, ...], device: torch.device, config: Config, **arguments) -> None:
     """Launches ``kernel`` on the current stream of ``device``; an empty grid launches nothing."""
     if 0 in grid:
         return
     if _recording is not None:
-        _recording[1].append(Launch(kernel, arguments, num_warps, num_stages))
+        _recording[1].append(Launch(kernel, arguments, config.num_warps, config.num_stages))
         return
     # FP fusion is named because its default changes with Triton 3.10; the kernels count on fused multiply-adds.
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     # One thread at a time: Triton puts a kernel into its cache before it has loaded it, and another thread that takes
     # it from there in between starts nothing.
     with _launching, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -82,6 +82,15 @@ def _inverse_norm(squares):
     return tl.where(squares > 0, 1 / tl.sqrt_rn(tl.where(squares > 0, squares, 1.0)), 0.0)
 
 
+@triton.jit
+def _end(class_count, WIDTHS: tl.constexpr, LOOP: tl.constexpr):
+    """Where a pass over the classes ends, in steps of WIDTHS[0]: without LOOP after one, compiled as no loop."""
+    if LOOP:
+        return class_count
+    else:
+        return WIDTHS[0]
+
+
 # --- forward ---
 
 
@@ -181,30 +190,22 @@ def mask_forward(
 
     mean = tl.zeros((BLOCK_N,), tl.float32)  # and sum of squared deviations of the classes so far
     deviation = tl.zeros((BLOCK_N,), tl.float32)
-    if LOOP:
-        inv_x = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, class_count, WIDTHS[0]):
-            cosines, inv_x = _cosines(
-                x, q, inv_q_ptr, block == 0, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D
-            )
-            mean, deviation = _merge(mean, deviation, cosines, start, class_count, STARTS, WIDTHS)
-        rstd = 1 / tl.sqrt_rn(deviation / class_count + eps)
-        for start in range(0, class_count, WIDTHS[0]):
+    inv_x = tl.zeros((BLOCK_N,), tl.float32)
+    cosines = zero_rows(BLOCK_N, WIDTHS)
+    end = _end(class_count, WIDTHS, LOOP)
+    for start in range(0, end, WIDTHS[0]):
+        cosines, inv_x = _cosines(
+            x, q, inv_q_ptr, block == 0, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D
+        )
+        mean, deviation = _merge(mean, deviation, cosines, start, class_count, STARTS, WIDTHS)
+    rstd = 1 / tl.sqrt_rn(deviation / class_count + eps)
+    for start in range(0, end, WIDTHS[0]):
+        if LOOP:
             cosines, _ = _cosines(
                 x, q, inv_q_ptr, False, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D
             )
-            _store_logits(
-                logits_ptr, weight_ptr, bias_ptr, cosines, mean, rstd, start, patch_count, class_count, rows, left,
-                STARTS, WIDTHS, WIDE,
-            )  # fmt: skip
-    else:
-        cosines, inv_x = _cosines(
-            x, q, inv_q_ptr, block == 0, 0, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D
-        )
-        mean, deviation = _merge(mean, deviation, cosines, 0, class_count, STARTS, WIDTHS)
-        rstd = 1 / tl.sqrt_rn(deviation / class_count + eps)
         _store_logits(
-            logits_ptr, weight_ptr, bias_ptr, cosines, mean, rstd, 0, patch_count, class_count, rows, left,
+            logits_ptr, weight_ptr, bias_ptr, cosines, mean, rstd, start, patch_count, class_count, rows, left,
             STARTS, WIDTHS, WIDE,
         )  # fmt: skip
 
@@ -334,31 +335,21 @@ def mask_backward(
     mean_gz = tl.zeros((BLOCK_N,), tl.float32)
     along = tl.zeros((BLOCK_N,), tl.float32)
 
-    if LOOP:
-        for start in range(0, class_count, WIDTHS[0]):
-            products, _, _ = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, False)
-            mean_g, mean_gz = _add_sums(
-                mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, patch_count, class_count,
-                rows, STARTS, WIDTHS, WIDE,
-            )  # fmt: skip
-        mean_g /= class_count
-        mean_gz /= class_count
-        for start in range(0, class_count, WIDTHS[0]):
-            products, _, _ = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, False)
-            along = _finish(
-                t_ptr, sums_ptr, along, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, t_row,
-                sums_stride, patch_count, class_count, rows, STARTS, WIDTHS, WIDE,
-            )  # fmt: skip
-    else:
-        products, _, _ = _products(x, q, 0, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, False)
+    products = zero_rows(BLOCK_N, WIDTHS)
+    end = _end(class_count, WIDTHS, LOOP)
+    for start in range(0, end, WIDTHS[0]):
+        products, _, _ = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, False)
         mean_g, mean_gz = _add_sums(
-            mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, 0, patch_count, class_count,
-            rows, STARTS, WIDTHS, WIDE,
+            mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, patch_count, class_count, rows,
+            STARTS, WIDTHS, WIDE,
         )  # fmt: skip
-        mean_g /= class_count
-        mean_gz /= class_count
+    mean_g /= class_count
+    mean_gz /= class_count
+    for start in range(0, end, WIDTHS[0]):
+        if LOOP:
+            products, _, _ = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, False)
         along = _finish(
-            t_ptr, sums_ptr, along, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, 0, t_row,
+            t_ptr, sums_ptr, along, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, t_row,
             sums_stride, patch_count, class_count, rows, STARTS, WIDTHS, WIDE,
         )  # fmt: skip
     tl.store(along_ptr + offset, along * inv_x * inv_x, mask=rows < left)

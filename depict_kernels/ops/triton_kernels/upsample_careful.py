@@ -6,7 +6,13 @@ For tiles that upsample_loss.py left because their logits spread too far for flo
 import triton
 import triton.language as tl
 
-from depict_kernels.ops.triton_kernels.upsample_cells import corners_of, first_bad, second_weight, tile_of
+from depict_kernels.ops.triton_kernels.upsample_cells import (
+    corners_of,
+    first_bad,
+    place_of,
+    second_weight,
+    tile_of,
+)
 from depict_kernels.ops.triton_kernels.upsample_loss import SIZES, bilinear, losses, pixels
 
 
@@ -43,6 +49,7 @@ def _careful_tile(
     parts_y,
     parts_x,
     ignore_index,
+    held,
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
@@ -91,7 +98,7 @@ def _careful_tile(
         tl.store(bad_ptr + pid, first_bad(bad, pixel, batch, y0, x0, height, width, WIDTH))
 
     if samples_ptr is not None:
-        samples_ptr += pid * 4 * LANES
+        samples_ptr += place_of(pid, held) * 4 * LANES
         u = tl.where(scale != 0, scale / sums, 0.0)
         for c0 in range(0, LANES, BLOCK_C):
             c = c0 + lane
@@ -120,7 +127,7 @@ def loss_careful(
     pixel_loss_ptr,
     partial_ptr,
     bad_ptr,
-    careful_ptr,  # (tiles,) int8, or None to do every tile
+    careful_ptr,  # (count,) int8, or None to do every tile
     samples_ptr,
     h,
     w,
@@ -135,7 +142,9 @@ def loss_careful(
     upstream_y,
     upstream_x,
     ignore_index,
-    tiles,
+    first,  # of the ``count`` tiles to do
+    count,
+    held,  # as in gradient_series
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
@@ -146,24 +155,24 @@ def loss_careful(
     GROUP: tl.constexpr,  # tiles per program
 ):
     """The tiles that loss_series left: one exponential per pixel and class, relative to the pixel's maximum."""
-    first = tl.program_id(0).to(tl.int64) * GROUP
+    start = tl.program_id(0).to(tl.int64) * GROUP
     if careful_ptr is not None:
-        tile = first + tl.arange(0, GROUP)
-        flags = tl.load(careful_ptr + tile, mask=tile < tiles, other=0)
+        tile = start + tl.arange(0, GROUP)
+        flags = tl.load(careful_ptr + tile, mask=tile < count, other=0)
         if tl.max(flags, 0) == 0:
             return
     weights = (weight_ptr, weight_sum_ptr)
     target = (target_ptr, target_b, target_y, target_x)
     upstream = (upstream_ptr, upstream_b, upstream_y, upstream_x)
     for i in range(GROUP):
-        pid = first + i
+        local = start + i
         if careful_ptr is None:
-            wanted = pid < tiles
+            wanted = local < count
         else:
-            wanted = tl.load(careful_ptr + pid, mask=pid < tiles, other=0) != 0
+            wanted = tl.load(careful_ptr + local, mask=local < count, other=0) != 0
         if wanted:
             _careful_tile(
-                pid, packed_ptr, smooth_ptr, weights, target, upstream, pixel_loss_ptr, partial_ptr, bad_ptr,
-                samples_ptr, h, w, height, width, parts_y, parts_x, ignore_index, SMOOTHING, CLASSES, LANES, WIDE,
-                ROWS, WIDTH, BLOCK_C,
+                first + local, packed_ptr, smooth_ptr, weights, target, upstream, pixel_loss_ptr, partial_ptr,
+                bad_ptr, samples_ptr, h, w, height, width, parts_y, parts_x, ignore_index, held, SMOOTHING, CLASSES,
+                LANES, WIDE, ROWS, WIDTH, BLOCK_C,
             )  # fmt: skip

@@ -60,6 +60,12 @@ def _ratio(numerator, denominator, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def place_of(pid, held):
+    """Where the gradient of a tile (or of a row of tiles) lies in a buffer that holds ``held`` of them, int64."""
+    return (pid.to(tl.int32) % held).to(tl.int64)
+
+
+@triton.jit
 def second_weight(cell, pixel, samples, pixels, DTYPE: tl.constexpr):
     """Weight of the cell's second sample at ``pixel``, along one axis."""
     numerator = (2 * pixel + 1) * samples - (2 * cell + 1) * pixels

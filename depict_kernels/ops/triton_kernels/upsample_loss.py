@@ -21,6 +21,7 @@ from depict_kernels.ops.triton_kernels.upsample_cells import (
     NONE,
     corners_of,
     first_bad,
+    place_of,
     read_labels,
     second_weight,
     step_of,
@@ -35,7 +36,7 @@ NEGLIGIBLE = tl.constexpr(-42.0)
 SMALL_SUM = tl.constexpr(2e-9)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-SIZES = ["h", "w", "height", "width", "parts_y", "parts_x", "ignore_index", "tiles"]
+SIZES = ["h", "w", "height", "width", "parts_y", "parts_x", "ignore_index", "first", "count", "held"]
 
 
 @triton.jit
@@ -159,14 +160,14 @@ def loss_series(
     packed_ptr,  # (B * h * w, LANES) float32: shifted logits, classes innermost
     smooth_ptr,  # (B * h * w,) or None without label smoothing
     weight_ptr,  # (C,) or None
-    weight_sum_ptr,  # (1,) or None
+    weight_sum_ptr,  # () or None
     target_ptr,  # (B, H, W)
     upstream_ptr,  # (B, H, W) or None: gradient of the unreduced loss
     pixel_loss_ptr,  # (B, H, W) contiguous or None
     partial_ptr,  # (tiles, 2) float64 or None: summed loss and weight
     bad_ptr,  # (tiles,) int64 or None: linear index of the first bad label
-    careful_ptr,  # (tiles,) int8: 1 for a tile left to loss_careful
-    u_ptr,  # (tiles, COLUMNS, ROWS) float32: u of each pixel
+    careful_ptr,  # (count,) int8: 1 for a tile left to loss_careful
+    u_ptr,  # (count, COLUMNS, ROWS) float32: u of each pixel
     h,
     w,
     height,
@@ -180,6 +181,7 @@ def loss_series(
     upstream_y,
     upstream_x,
     ignore_index,
+    first,  # of the tiles to do; one program each
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
@@ -190,10 +192,11 @@ def loss_series(
     BLOCK_C: tl.constexpr,
 ):
     """Losses and u = scale / Z of the pixels of one tile."""
-    pid = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(0).to(tl.int64)
+    pid = first + local
     batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x, WIDE)
     if rows * columns == 0:
-        tl.store(careful_ptr + pid, 0)
+        tl.store(careful_ptr + local, 0)
         if partial_ptr is not None:
             tl.store(partial_ptr + 2 * pid, 0.0)
             tl.store(partial_ptr + 2 * pid + 1, 0.0)
@@ -223,7 +226,7 @@ def loss_series(
 
     # The sums change hands through memory: from one thread per row, all of whose columns it knows, to one thread
     # per pixel. What follows would be done by every thread of a row otherwise.
-    u_ptr += pid * COLUMNS * ROWS
+    u_ptr += local * COLUMNS * ROWS
     for k in tl.static_range(COLUMNS):
         tl.store(u_ptr + k * ROWS + row, tl.sum(sums[k], 1))
     tl.debug_barrier()
@@ -240,14 +243,14 @@ def loss_series(
     live = scale != 0
     small = tl.max((live & (z < SMALL_SUM)).to(tl.int32))
     careful = tl.maximum(small, tl.max(wide, 0))
-    tl.store(careful_ptr + pid, careful.to(tl.int8))
+    tl.store(careful_ptr + local, careful.to(tl.int8))
     if careful != 0:
         return
     tl.debug_barrier()  # every thread has read its sums
     tl.store(own, tl.where(live, scale / z, 0.0), mask=(column < COLUMNS)[None, :])
     if bad_ptr is not None:
-        local = row[:, None] * WIDTH + column[None, :]
-        tl.store(bad_ptr + pid, first_bad(bad, local, batch, y0, x0, height, width, WIDTH))
+        pixel = row[:, None] * WIDTH + column[None, :]
+        tl.store(bad_ptr + pid, first_bad(bad, pixel, batch, y0, x0, height, width, WIDTH))
     if (partial_ptr is not None) or (pixel_loss_ptr is not None):
         pixel_tx = tx + step * column.to(tl.float32)[None, :]
         log_sum = tl.log(tl.where(live, z, 1.0))
@@ -271,7 +274,7 @@ def gradient_series(
     upstream_ptr,
     careful_ptr,
     u_ptr,
-    samples_ptr,  # (tiles, 4, LANES) float32: gradient of the cell's samples
+    samples_ptr,  # (held, 4, LANES) float32: gradient of the samples of a tile's cell, at the tile's number % held
     h,
     w,
     height,
@@ -285,6 +288,8 @@ def gradient_series(
     upstream_y,
     upstream_x,
     ignore_index,
+    first,
+    held,
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
@@ -295,12 +300,13 @@ def gradient_series(
     BLOCK_C: tl.constexpr,
 ):
     """The gradient that one tile gives to the four samples of its cell."""
-    pid = tl.program_id(0).to(tl.int64)
-    if tl.load(careful_ptr + pid) != 0:
+    local = tl.program_id(0).to(tl.int64)
+    if tl.load(careful_ptr + local) != 0:
         return
+    pid = first + local
     batch, cell_y, cell_x, y0, rows, x0, columns = tile_of(pid, h, w, height, width, parts_y, parts_x, WIDE)
     lane = tl.arange(0, BLOCK_C)
-    samples_ptr += pid * 4 * LANES
+    samples_ptr += place_of(pid, held) * 4 * LANES
     if rows * columns == 0:
         for c0 in range(0, 4 * LANES, BLOCK_C):
             tl.store(samples_ptr + c0 + lane, tl.full([BLOCK_C], 0.0, tl.float32))
@@ -325,7 +331,7 @@ def gradient_series(
         s_all, s_right, s_lower = tl.sum(smooth), tl.sum(smooth_right), tl.sum(smooth_lower)
         s_lr = tl.sum(smooth_right * ty[:, None])
 
-    u_ptr += pid * COLUMNS * ROWS + row
+    u_ptr += local * COLUMNS * ROWS + row
     u = ()
     for k in tl.static_range(COLUMNS):
         u = u + (tl.load(u_ptr + k * ROWS)[:, None],)

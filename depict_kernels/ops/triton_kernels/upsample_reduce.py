@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from depict_kernels.ops.triton_kernels.upsample_cells import NO_BAD
+from depict_kernels.ops.triton_kernels.upsample_cells import NO_BAD, place_of
 
 
 @triton.jit(do_not_specialize=["tiles", "height", "width"])
@@ -12,7 +12,7 @@ def finish_loss(
     bad_ptr,  # (tiles,) int64
     target_ptr,  # (B, H, W)
     loss_ptr,  # () or None
-    scale_ptr,  # (1,): what the gradient is multiplied by
+    scale_ptr,  # (): what the gradient is multiplied by
     report_ptr,  # (5,) int64: any bad label, its value, b, y, x
     tiles,
     height,
@@ -56,15 +56,17 @@ def finish_loss(
     tl.store(report_ptr + 4, x)
 
 
-@triton.jit(do_not_specialize=["h", "w", "parts_y", "parts_x"])
+@triton.jit(do_not_specialize=["h", "w", "parts_y", "parts_x", "first", "held"])
 def gather_gradient(
-    samples_ptr,  # (tiles, 4, LANES)
-    scale_ptr,  # (1,) or None
+    samples_ptr,  # (held * tiles of a row of cells, 4, LANES)
+    scale_ptr,  # () or None
     grad_ptr,  # (B, C, h, w) contiguous
     h,
     w,
     parts_y,
     parts_x,
+    first,  # of the rows of samples to do, h per image
+    held,  # rows of cells, of which there are h + 1 per image: row r lies at r % held
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -74,7 +76,8 @@ def gather_gradient(
     blocks = tl.cdiv(w, BLOCK_X)
     pid = tl.program_id(0)
     x = ((pid % blocks) * BLOCK_X + tl.arange(0, BLOCK_X)).to(tl.int64)
-    b, y = (pid // blocks // h).to(tl.int64), (pid // blocks % h).to(tl.int64)
+    row = first + pid // blocks
+    b, y = (row // h).to(tl.int64), (row % h).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = (x < w)[:, None] & (c < LANES)[None, :]
     across = (w + 1) * parts_x
@@ -84,7 +87,7 @@ def gather_gradient(
         # are stored at y + 1, x + 1 and y, x. The border cell -1 put everything into its first sample.
         second_y, second_x = part % 2, part // 2 % 2
         part_y, part_x = part // 4 % parts_y, part // 4 // parts_y
-        tile_row = (b * (h + 1) + y + 1 - second_y) * parts_y + part_y
+        tile_row = place_of(b * (h + 1) + y + 1 - second_y, held) * parts_y + part_y
         tile = tile_row * across + (x + 1 - second_x) * parts_x + part_x
         slot = 2 * tl.where(y > 0, second_y, 0) + tl.where(x > 0, second_x, 0)
         total += tl.load(

@@ -31,7 +31,7 @@ def series(architecture: str, rows: int, classes: int) -> Config:
 
 
 def careful(architecture: str, pixels: int, classes: int) -> Config:
-    sums = 1024 if architecture.startswith("sm_10") else 2048  # with 2048 the compiler spills there
+    sums = 1024 if architecture.startswith("sm_1") else 2048  # with 2048 the compiler spills there
     most = 64 if architecture == "interpreter" else min(64, sums // pixels)
     return _tile(architecture, "careful", pixels, classes, Config(pixels, most, 4, 1))
 
