@@ -77,6 +77,9 @@ class Packed:
 def _pack(logits: Tensor, weight: Tensor | None, block_c: int, *, shift: bool, smooth: bool) -> Packed:
     batch, classes, h, w = logits.shape
     config = tuning.pack(architecture(logits.device))
+    block_c = (
+        max(block_c, 64) if classes > 256 else block_c
+    )  # rows of whole 256 bytes; with 864 lanes sm_90 spills
     lanes = -(-classes // block_c) * block_c
     samples = batch * h * w
     new = lambda *shape: torch.empty(shape, dtype=dtype_of(logits), device=logits.device)
