@@ -238,13 +238,14 @@ def choose(
     requested: str,
     operator: str,
     tensor: torch.Tensor,
-    *,
+    *others: torch.Tensor,
     parameter_dtype: torch.dtype | None = None,
     **sizes,
 ) -> str:
     """The backend a call takes: the argument, else the surrounding :func:`use_backend`, else ``auto``'s table.
 
     The table is asked for ``tensor``'s dtype; the backend must take ``parameter_dtype``, weight's and bias's, too.
+    ``others`` are the inputs that may be differentiated beside ``tensor``.
     ``sizes`` are those of :func:`depict_kernels.shape_classes.shape_class`.
 
     Registered operators know reverse-mode differentiation alone, and torch would drop a forward-mode tangent
@@ -255,7 +256,8 @@ def choose(
     _check_name(requested)
     if requested == "auto":
         requested = _override or "auto"
-    if operator in _DIFFERENTIABLE and not torch.compiler.is_compiling() and _in_transform(tensor):
+    followed = operator in _DIFFERENTIABLE and not torch.compiler.is_compiling()
+    if followed and any(_in_transform(t) for t in (tensor, *others)):
         if requested not in ("auto", "torch"):
             raise BackendUnavailable(
                 f"backend {requested!r} cannot run {operator} under torch.func.grad, torch.func.jvp or "
@@ -283,6 +285,8 @@ def _largest_head_dim(backend: str, operator: str) -> int | None:
 
 def _in_transform(tensor: torch.Tensor) -> bool:
     """Whether torch.func or forward-mode differentiation follows this tensor."""
+    while torch._C._functorch.is_batchedtensor(tensor):  # torch.func.grad of a function that uses vmap
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     if torch._C._functorch.is_gradtrackingtensor(tensor):
         return True
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None

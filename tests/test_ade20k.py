@@ -370,6 +370,23 @@ def test_unreadable_exif_is_none(data, tmp_path):
     assert exif_orientation(tmp_path / "a.jpg") == 1
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_more_pixels_than_pil_takes_are_a_bad_file(folder, classes, monkeypatch, tmp_path):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    report = check_data(folder, classes, ("training",))
+    assert len(report.problems) == report.splits[0].images
+    assert all(
+        "cannot be read as a PNG annotation (more than the 200 pixels" in problem
+        for problem in report.problems
+    )
+    assert exif_orientation(folder / "images" / "training" / "a.jpg") == 1
+    with pytest.raises(UserError, match="cannot be read as a PNG annotation"):
+        SegmentationFolder(folder, "training", classes, cache=tmp_path / "cache")
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: cannot be read as a JPEG or PNG image"):
+        read_image(tmp_path / "a.png")
+
+
 def test_check_data_counts_wide_labels(tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(f"class {i}" for i in range(300)))
     png(np.array([[0, 1, 300], [300, 256, 0]], np.uint16), tmp_path / "annotations" / "training" / "a.png")

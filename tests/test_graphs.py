@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -25,10 +26,12 @@ class Fake:
     def __init__(self, run, images, pool):
         self.run, self.shape, self.pool = run, images.shape, pool
         Fake.captures.append(images.shape)
+        Fake.steps.append("capture")
         run(images)
 
     def __call__(self, images):
         assert images.shape == self.shape, "a graph replayed on another shape"
+        Fake.steps.append("replay")
         return self.run(images)
 
 
@@ -37,12 +40,16 @@ def captures(monkeypatch):
     """The shapes of the captures so far, in order, with the GPU's parts replaced by stand-ins."""
 
     class Event:
-        record = synchronize = lambda self: None
+        record = lambda self: Fake.steps.append("record")
+        synchronize = lambda self: Fake.steps.append("synchronize")
 
     class Stream:
-        wait_event = lambda self, event: None
+        def wait_event(self, event):
+            Fake.steps.append("wait")
+            Fake.waits.append(event)
 
-    Fake.captures = []
+    Fake.captures, Fake.waits, Fake.steps = [], [], []
+    monkeypatch.setattr(graphs, "_last", {})
     monkeypatch.setattr(graphs, "Recording", Fake)
     monkeypatch.setattr(graphs, "check_device", lambda images: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -82,7 +89,10 @@ def test_every_setting_has_its_own_graph(captures):
         torch.backends.cuda.matmul.fp32_precision, before = "tf32", torch.backends.cuda.matmul.fp32_precision
         predict()
         torch.backends.cuda.matmul.fp32_precision = before
-    assert len(captures) == len(kinds) + 3
+        torch.use_deterministic_algorithms(True)
+        predict()
+        torch.use_deterministic_algorithms(False)
+    assert len(captures) == len(kinds) + 4
     assert predict(dtype=torch.int32).dtype == torch.int32
 
 
@@ -139,7 +149,14 @@ def remove_module(model):
     model.backbone.vit.norm = torch.nn.Identity().eval()
 
 
-CHANGES = [replace_parameter, assign_state, move_data, replace_module, remove_module, lambda m: m.double()]
+def add_module(model):
+    model.backbone.vit.blocks.append(copy.deepcopy(model.backbone.vit.blocks[0]))
+
+
+CHANGES = [
+    replace_parameter, assign_state, move_data, replace_module, remove_module, add_module,
+    lambda m: m.double(),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("<>"))
@@ -154,6 +171,16 @@ def test_what_moves_a_tensor_drops_all_graphs(captures, change):
         labels = model.predict(x.to(dtype), cuda_graph=True)
         assert torch.equal(labels, model.predict(x.to(dtype)))
     assert len(captures) == 4
+
+
+def test_a_parameter_where_none_was_drops_all_graphs(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    norm = model.backbone.vit.norm
+    norm.bias = None
+    model.predict(images, cuda_graph=True)
+    norm.bias = torch.nn.Parameter(torch.randn_like(norm.weight))
+    assert torch.equal(model.predict(images, cuda_graph=True), model.predict(images))
+    assert len(captures) == 2
 
 
 def test_the_least_recently_used_graph_goes(captures):
@@ -235,6 +262,67 @@ def test_threads_share_the_graphs(captures):
     for thread in threads:
         thread.join()
     assert len(captures) == 1 and len(found) == 4 and all(torch.equal(x, expected) for x in found)
+
+
+def test_replays_wait_for_each_other_and_nothing_goes_while_one_runs(captures):
+    model = tiny()
+    for n in range(1, graphs.CAPACITY + 1):
+        model.predict(torch.randn(1, 3, 16 * n, 16), cuda_graph=True)
+    assert Fake.steps == ["wait", "capture", "replay", "record"] * graphs.CAPACITY
+    assert len({id(r.pool) for r in graphs._caches[model].recordings.values()}) == 1
+    Fake.steps.clear()
+    model.predict(torch.randn(1, 3, 16, 32), cuda_graph=True)
+    assert Fake.steps == ["wait", "synchronize", "capture", "replay", "record"]
+    Fake.steps.clear()
+    pool = next(iter(graphs._caches[model].recordings.values())).pool
+    replace_parameter(model)
+    model.predict(torch.randn(1, 3, 16, 32), cuda_graph=True)
+    assert Fake.steps == ["synchronize", "wait", "capture", "replay", "record"]
+    assert next(iter(graphs._caches[model].recordings.values())).pool is not pool
+    Fake.steps.clear()
+    model.release_cuda_graphs()
+    assert Fake.steps == ["synchronize"]
+
+
+def test_a_capture_of_the_callers_takes_the_prediction_in(captures, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    assert torch.equal(model.predict(images, cuda_graph=True), model.predict(images)) and captures == []
+
+
+def test_models_take_turns(captures, monkeypatch):
+    """torch allows one capture at a time, and one model's replay waits for another's."""
+    begin, running = Fake.__init__, []
+
+    def slow(self, run, images, pool):
+        running.append(1)
+        time.sleep(0.05)
+        assert len(running) == 1, "two captures at a time"
+        begin(self, run, images, pool)
+        running.pop()
+
+    monkeypatch.setattr(Fake, "__init__", slow)
+    models, images, found = [tiny() for _ in range(3)], torch.randn(1, 3, 32, 32), []
+    threads = [
+        threading.Thread(target=lambda m=m: found.append(m.predict(images, cuda_graph=True))) for m in models
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(captures) == len(found) == len(Fake.waits) == 3
+    assert len(set(map(id, Fake.waits))) == 1
+
+
+def test_a_hook_may_ask_another_model(captures):
+    outer, inner, images = tiny(), tiny(), torch.randn(1, 3, 32, 32)
+    found = []
+    outer.backbone.register_forward_pre_hook(lambda *_: found.append(inner.predict(images, cuda_graph=True)))
+    thread = threading.Thread(target=lambda: outer.predict(images, cuda_graph=True), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and len(captures) == 2
+    assert all(torch.equal(labels, inner.predict(images)) for labels in found)
 
 
 def test_on_the_cpu_it_says_what_to_do():

@@ -419,3 +419,56 @@ def test_transforms_that_kernels_do_not_know_take_torch_or_raise():
             loss(dual, "reference")
     with pytest.raises(backends.BackendUnavailable, match=r"torch\.func\.grad"):
         torch.func.grad(lambda x: loss(x, "reference"))(logits)
+
+
+def test_transforms_seen_through_vmap():
+    logits, target = torch.randn(2, 5, 4, 4), torch.randint(0, 5, (2, 9, 7))
+    each = lambda x, y, **kw: ops.upsample_cross_entropy(x[None], y[None], **kw)
+    total = lambda x, **kw: torch.vmap(lambda *pair: each(*pair, **kw))(x, target).sum()
+    x = logits.clone().requires_grad_()
+    sum(each(*pair) for pair in zip(x, target)).backward()
+    torch.testing.assert_close(torch.func.grad(total)(logits), x.grad)
+    slope = torch.func.jvp(total, (logits,), (logits,))[1]
+    torch.testing.assert_close(slope, (x.grad * logits).sum())
+    with pytest.raises(backends.BackendUnavailable, match="forward-mode"):
+        torch.func.jvp(lambda x: total(x, backend="reference"), (logits,), (logits,))
+
+
+TRACKED = {
+    "queries": (ops.subspace_cross_attention, ((1, 3, 2, 8), (1, 4, 2, 8)), 0),
+    "keys": (ops.subspace_cross_attention, ((1, 3, 2, 8), (1, 4, 2, 8)), 1),
+    **{
+        name: (lambda *t, **kw: ops.mask_logits(*t, (2, 2), **kw), ((1, 4, 8), (1, 3, 8), (3,), (3,)), i)
+        for i, name in enumerate(("patches", "classes", "weight", "bias"))
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_forward_mode_is_noticed_on_every_input(name):
+    """A registered operator would drop the tangent: the derivative would be 0."""
+    operator, shapes, position = TRACKED[name]
+    inputs = [torch.randn(shape) for shape in shapes]
+
+    def f(x):
+        return operator(*inputs[:position], x, *inputs[position + 1 :], backend="reference")
+
+    for transform in (lambda: torch.func.jvp(f, (inputs[position],), (inputs[position],)),
+                      lambda: torch.func.grad(lambda x: f(x).sum())(inputs[position])):  # fmt: skip
+        with pytest.raises(backends.BackendUnavailable, match="Available: auto, torch"):
+            transform()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_weight_that_wants_a_gradient_is_refused(backend):
+    logits, target = torch.randn(1, 3, 2, 2), torch.randint(0, 3, (1, 4, 4))
+    weight = torch.ones(3, requires_grad=True)
+    loss = lambda w: ops.upsample_cross_entropy(logits, target, weight=w, backend=backend)
+    with pytest.raises(ValueError, match=r"pass weight\.detach\(\)"):
+        loss(weight)
+    with torch.no_grad():
+        assert loss(weight).isfinite()
+    assert not loss(weight.detach()).requires_grad
+    if backend == "reference":
+        with pytest.raises(backends.BackendUnavailable, match="forward-mode"):
+            torch.func.jvp(loss, (weight.detach(),), (weight.detach(),))

@@ -32,6 +32,8 @@ try:  # three times as fast as PIL, with the same pixels; torchvision means to d
 except ImportError:
     decode_jpeg = None
 
+# What PIL raises on files that it does not take.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BUILT_IN_CLASSES = {"ade20k": Path(__file__).parent / "data" / "ade20k_classes.csv"}
 
@@ -142,7 +144,7 @@ def read_image(path: Path) -> np.ndarray:
         # It decodes rows of RGB, so the permute is a view.
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    except (OSError, RuntimeError, ValueError, SyntaxError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as a JPEG or PNG image ({_reason(error)})") from None
 
 
@@ -151,7 +153,7 @@ def exif_orientation(path: Path) -> int:
     try:
         with Image.open(path) as image:
             orientation = image.getexif().get(0x0112, 1)
-    except (OSError, ValueError, SyntaxError):  # the pixels may be fine all the same
+    except UNREADABLE:  # the pixels may be fine all the same
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -170,7 +172,7 @@ def read_labels(path: Path) -> np.ndarray:
                 return np.array(image)
             if (bits, colour_type) == (16, 0):
                 return np.array(image, dtype=np.uint16)
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as a PNG annotation ({_reason(error)})") from None
     kind = {0: "grey", 2: "RGB", 4: "grey with alpha", 6: "RGBA"}.get(
         colour_type, f"colour type {colour_type}"
@@ -200,6 +202,8 @@ def _open_png(data: bytes) -> Image.Image:
 
 def _reason(error: BaseException) -> str:
     """The useful end of a decoder's message, without its source file."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than the {2 * Image.MAX_IMAGE_PIXELS} pixels that PIL takes"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return first_line(error).split(".cpp:")[-1].split(", ")[-1]

@@ -197,7 +197,7 @@ class _Written(torch.utils.data.Dataset):
 
 
 def _build(path: Path, folder: SegmentationFolder, sources: np.ndarray, workers: int, progress: bool) -> None:
-    from train.ade20k import each_sample
+    from train.ade20k import UNREADABLE, each_sample
 
     target_type = np.dtype(np.int32 if folder.num_classes > 255 else np.uint8)
     index = np.zeros(len(folder), dtype=ROW)
@@ -208,7 +208,7 @@ def _build(path: Path, folder: SegmentationFolder, sources: np.ndarray, workers:
         try:
             with Image.open(folder.image_path(i), formats=["JPEG", "PNG"]) as image:  # the heading alone
                 index[i]["width"], index[i]["height"] = image.size
-        except (OSError, ValueError, SyntaxError):
+        except UNREADABLE:
             folder.decode(i)  # names what is wrong with it
             raise
         index[i]["offset"] = end = -(-end // 4) * 4

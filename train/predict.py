@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from train.ade20k import ClassList
+from train.ade20k import UNREADABLE, ClassList
 from train.errors import UserError, first_line
 from train.inference import Progress, predict_labels, prefetch
 
@@ -69,7 +69,7 @@ def read_any_image(path: Path) -> np.ndarray:
                 grey = np.asarray(image).astype(np.float64) / 257
                 image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
             return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 
 

@@ -37,10 +37,12 @@ class Recording:
             self.images.copy_(images)
             stream = _capture_stream(images.device)
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    run(self.images)
-            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP):
+                        run(self.images)
+            finally:  # the images are freed where a run raises
+                torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             # Other threads may go on, a data loader's that pins memory among them.
             with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -54,6 +56,11 @@ class Recording:
 
 
 _capture_streams: dict[torch.device, torch.cuda.Stream] = {}
+# Of the whole process: torch allows one capture at a time, and graphs captured on one stream share cuBLAS's workspace,
+# those of different models too, so that a replay waits for the one before, whatever its stream. Reentrant, since a
+# model may ask another one in a hook.
+_lock = threading.RLock()
+_last: dict[torch.device, torch.cuda.Event] = {}
 
 
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
@@ -77,25 +84,29 @@ class Snapshot:
         if any(module.training for module in model.modules()):
             raise ValueError("cuda_graph=True takes a model in evaluation mode: call model.eval() first")
         # The model itself must not be held: its graphs are to die with it.
+        registries = [r for m in model.modules() for r in (m._parameters, m._buffers, m._modules)]
+        self.sizes = [(registry, len(registry)) for registry in registries]
+        members = [(r, name, value) for r in registries for name, value in r.items()]
+        self.nothing = [(registry, name) for registry, name, value in members if value is None]
         self.tensors = [
-            (registry, name, tensor, tensor.data_ptr(), tensor.dtype)
-            for module in model.modules()
-            for registry in (module._parameters, module._buffers)
-            for name, tensor in registry.items()
-            if tensor is not None
+            (registry, name, value, value.data_ptr(), value.dtype)
+            for registry, name, value in members
+            if isinstance(value, Tensor)
         ]
-        self.modules = [
-            (module._modules, name, child)
-            for module in model.modules()
-            for name, child in module._modules.items()
-        ]
+        self.modules = [member for member in members if isinstance(member[2], nn.Module)]
 
     def holds(self) -> bool:
-        for registry, name, tensor, address, dtype in self.tensors:
-            if registry.get(name) is not tensor or tensor.data_ptr() != address or tensor.dtype != dtype:
+        for registry, size in self.sizes:
+            if len(registry) != size:
+                return False
+        for registry, name in self.nothing:
+            if registry.get(name) is not None:
                 return False
         for registry, name, child in self.modules:
-            if registry.get(name) is not child or (child is not None and child.training):
+            if registry.get(name) is not child or child.training:
+                return False
+        for registry, name, tensor, address, dtype in self.tensors:
+            if registry.get(name) is not tensor or tensor.data_ptr() != address or tensor.dtype != dtype:
                 return False
         return True
 
@@ -104,33 +115,30 @@ class GraphCache:
     """The graphs of one model."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
         self.snapshot: Snapshot | None = None
         self.pools: dict[torch.device, object] = {}
-        self.last: dict[torch.device, torch.cuda.Event] = {}
 
     def release(self) -> None:
-        for event in self.last.values():
+        for event in _last.values():
             event.synchronize()  # a replay may still be running
         self.recordings.clear()
         self.pools.clear()
 
     def predict(self, model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
-        with self.lock, torch.cuda.device(images.device):
+        with _lock, torch.cuda.device(images.device):
             if model.training or self.snapshot is None or not self.snapshot.holds():
                 self.release()
                 self.snapshot = Snapshot(model)
             device = images.device
-            if device not in self.last:
-                self.last[device] = torch.cuda.Event()
-            # The graphs of a device share memory: a replay waits for the one before, whatever its stream.
-            torch.cuda.current_stream().wait_event(self.last[device])
+            if device not in _last:
+                _last[device] = torch.cuda.Event()
+            torch.cuda.current_stream().wait_event(_last[device])
             key = (images.shape, images.dtype, device, dtype, model.backend, *_settings())
             recording = self.recordings.get(key)
             if recording is None:
                 while len(self.recordings) >= CAPACITY:
-                    self.last[device].synchronize()
+                    _last[device].synchronize()
                     self.recordings.popitem(last=False)
                 if device not in self.pools:
                     self.pools[device] = torch.cuda.graph_pool_handle()
@@ -138,7 +146,7 @@ class GraphCache:
                 self.recordings[key] = recording
             self.recordings.move_to_end(key)
             labels = recording(images)
-            self.last[device].record()
+            _last[device].record()
             return labels
 
 
@@ -180,5 +188,5 @@ def release(model: nn.Module) -> None:
     """Frees the memory that the model's graphs hold. They are captured again when they are asked for."""
     cache = _caches.pop(model, None)
     if cache is not None:
-        with cache.lock:
+        with _lock:
             cache.release()

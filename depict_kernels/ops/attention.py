@@ -68,7 +68,7 @@ def subspace_cross_attention(
         raise ValueError(f"q is on {q.device} and w on {w.device}; move one of them")
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
     sizes = {"tokens": w.shape[1], "head_dim": w.shape[3]}
-    backend = backends.choose(backend, "subspace_cross_attention", w, **sizes)
+    backend = backends.choose(backend, "subspace_cross_attention", w, q, **sizes)
     if backend == "torch":
         return stock.cross_attention(q, w, scale)
     return torch.ops.depict_kernels.subspace_cross_attention(q, w, scale, backend)[0]

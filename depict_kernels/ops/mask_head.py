@@ -50,7 +50,8 @@ def mask_logits(
     if patches.dtype != classes.dtype:
         raise TypeError(f"patches and classes must have one dtype, got {patches.dtype} and {classes.dtype}")
     sizes = {"classes": classes.shape[1], "width": classes.shape[2]}
-    backend = backends.choose(backend, "mask_logits", patches, parameter_dtype=weight.dtype, **sizes)
+    inputs = (patches, classes, weight, bias)
+    backend = backends.choose(backend, "mask_logits", *inputs, parameter_dtype=weight.dtype, **sizes)
     if backend == "torch":
         return stock.mask_logits(patches, classes, weight, bias, grid, eps)
     return torch.ops.depict_kernels.mask_logits(patches, classes, weight, bias, grid, eps, backend)[0]

@@ -46,7 +46,7 @@ def upsample_cross_entropy(
         logits: (B, C, h, w) float16, bfloat16, float32 or float64, any strides.
         target: (B, H, W) any integer dtype, uint8 included; classes 0..C-1 and ignore_index.
         ignore_index: label that takes no part; None means 255 up to 255 classes and -100 above.
-        weight: (C,) class weights w_c or None.
+        weight: (C,) class weights w_c or None; they get no gradient.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         reduction: "mean" (over the summed weight of the valid pixels), "sum" or "none".
         check_targets: what happens to a label that is neither a class nor ignored. It is never used as an
@@ -73,9 +73,12 @@ def upsample_cross_entropy(
             f"weight must be ({logits.shape[1]},) on {logits.device}, "
             f"got {tuple(weight.shape)} on {weight.device}"
         )
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight gets no gradient here, as in torch's cross_entropy; pass weight.detach()")
     raise_now = _raises_at_once(logits) if check_targets is None else check_targets
     report_bad = check_targets is None or check_targets
-    backend = backends.choose(backend, "upsample_cross_entropy", logits, **_sizes(logits, target.shape[1:]))
+    inputs = (logits,) if weight is None else (logits, weight)
+    backend = backends.choose(backend, "upsample_cross_entropy", *inputs, **_sizes(logits, target.shape[1:]))
     if backend == "torch":
         clean, report = torch.ops.depict_kernels.scan_target(
             target, logits.shape[1], ignore_index, raise_now and report_bad
