@@ -260,8 +260,8 @@ def choose(
     if followed and any(_in_transform(t) for t in (tensor, *others)):
         if requested not in ("auto", "torch"):
             raise BackendUnavailable(
-                f"backend {requested!r} cannot run {operator} under torch.func.grad, torch.func.jvp or "
-                "forward-mode differentiation. Available: auto, torch"
+                f"backend {requested!r} cannot run {operator} under torch.func.grad, torch.func.jvp, "
+                "forward-mode differentiation or a vmap with gradient. Available: auto, torch"
             )
         return "torch"
     shape = None
@@ -284,9 +284,12 @@ def _largest_head_dim(backend: str, operator: str) -> int | None:
 
 
 def _in_transform(tensor: torch.Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation follows this tensor."""
+    """Whether torch.func or forward-mode differentiation follows this tensor, or vmap hides that autograd does."""
+    batched = torch._C._functorch.is_batchedtensor(tensor)
     while torch._C._functorch.is_batchedtensor(tensor):  # torch.func.grad of a function that uses vmap
         tensor = torch._C._functorch.get_unwrapped(tensor)
+    if batched and tensor.requires_grad and torch.is_grad_enabled():
+        return True
     if torch._C._functorch.is_gradtrackingtensor(tensor):
         return True
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None

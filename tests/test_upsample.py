@@ -472,3 +472,15 @@ def test_a_weight_that_wants_a_gradient_is_refused(backend):
     if backend == "reference":
         with pytest.raises(backends.BackendUnavailable, match="forward-mode"):
             torch.func.jvp(loss, (weight.detach(),), (weight.detach(),))
+
+
+def test_vmap_with_a_gradient_takes_stock_operators():
+    """A batched tensor hides that autograd follows it: a registered operator would make no gradient."""
+    logits = torch.randn(3, 4, 5, 5, requires_grad=True)
+    target = torch.randint(0, 4, (3, 9, 9))
+    loss = lambda x, t, backend="auto": ops.upsample_cross_entropy(x[None], t[None], backend=backend)
+    (grad,) = torch.autograd.grad(torch.vmap(loss)(logits, target).sum(), logits)
+    (expected,) = torch.autograd.grad(sum(loss(x, t) for x, t in zip(logits, target)), logits)
+    torch.testing.assert_close(grad, expected)
+    with pytest.raises(backends.BackendUnavailable, match="vmap with gradient"):
+        torch.vmap(lambda x, t: loss(x, t, "reference"))(logits, target)
