@@ -1,5 +1,7 @@
 """Typed configuration: what is accepted, what is refused, and how the refusal reads."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from train.config import (
     save_config,
     to_dict,
 )
-from train.errors import UserError
+from train.errors import EXTRA, UserError
 
 
 def refused(*arguments: str) -> str:
@@ -181,3 +183,31 @@ def test_help_explains_every_key():
     for key in flatten(to_dict(Config())):
         assert f"--{key} " in text
     assert "None" not in text
+
+
+@pytest.mark.parametrize("package", ["docstring_parser", "jsonargparse", "yaml"])
+def test_a_missing_package_of_the_extra_is_one_line(package, monkeypatch, capsys):
+    from train import run
+
+    monkeypatch.delitem(sys.modules, "train.config")
+    monkeypatch.setitem(sys.modules, package, None)  # what import then says is ModuleNotFoundError
+    assert run.main(["--help"]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and EXTRA[package] in text and 'pip install -e ".[train]"' in text
+
+
+def test_other_import_errors_keep_their_traceback(monkeypatch):
+    from train import run
+
+    def broken():
+        import matplotlib.nowhere  # noqa: F401
+
+    monkeypatch.setattr(run, "show_help", broken)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        run.main(["--help"])
+
+
+def test_every_package_of_the_extra_is_known():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    listed = re.findall(r'"([\w-]+)', text.partition("\ntrain = [")[2].partition("\n]")[0])
+    assert len(listed) > 5 and set(listed) <= set(EXTRA.values())

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file run
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from depict_kernels.backends import BackendUnavailable
-from train.errors import UserError, first_line, user_message
+from train.errors import UserError, first_line, missing_extra, user_message
 
 # Keys that change what is reported or where it goes, not what is trained.
 FREE_ON_RESUME = (
@@ -63,6 +63,12 @@ def main(arguments: list[str]) -> int:
         return status
     except UserError as error:
         print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
+        return 2
+    except ModuleNotFoundError as error:
+        message = missing_extra(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
     except BackendUnavailable as error:
         print(f"error: model.backend: {first_line(error)}", file=sys.stderr, flush=True)
