@@ -406,7 +406,7 @@ def test_pretrained_weights_that_cannot_be_had(data, tmp_path, capsys, monkeypat
     build = timm.create_model
     monkeypatch.setattr(timm, "create_model", offline)
     text = refusal(capsys, settings(data, tmp_path, model__pretrained=True))
-    for word in ("Network is unreachable", "model.checkpoint_path", "model.pretrained=false"):
+    for word in ("Network is unreachable", "--model.checkpoint_path FILE", "--model.pretrained false"):
         assert word in text
     assert not (tmp_path / "tiny" / "last.pt").exists()
 

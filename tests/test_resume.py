@@ -110,7 +110,10 @@ def refusal(capsys, keys: dict) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"optim.lr": 0.5}, ["optim.lr: 0.001 in the checkpoint, 0.5 now", "run.overwrite", "run.resume="]),
+        (
+            {"optim.lr": 0.5},
+            ["optim.lr: 0.001 in the checkpoint, 0.5 now", "--run.overwrite true", "--run.resume "],
+        ),
         ({"train.steps": 9}, ["train.steps: 6 in the checkpoint, 9 now"]),
         ({"run.resume": "never"}, ["holds a run", "run.overwrite"]),
         (

@@ -246,8 +246,8 @@ class Trainer:
         last = self.folder / "last.pt"
         kept = f"{last} is kept as it was before" if last.exists() else "No checkpoint had been written yet"
         return (
-            f"{kept}. Lower optim.lr, set optim.clip_grad (1.0), lengthen optim.warmup_steps or use "
-            "train.precision=fp32; `python train/run.py check-data` looks for bad files"
+            f"{kept}. Lower --optim.lr, set --optim.clip_grad 1.0, lengthen --optim.warmup_steps or use "
+            "--train.precision fp32; `python train/run.py check-data` looks for bad files"
         )
 
     def _report(self) -> None:

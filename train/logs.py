@@ -111,7 +111,7 @@ class RunLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.say("note: no TensorBoard files: `pip install tensorboard`, or train.tensorboard=false")
+            self.say("note: no TensorBoard files: `pip install tensorboard`, or --train.tensorboard false")
             return None
         # purge_step hides what an interrupted run wrote after the checkpoint.
         return SummaryWriter(self._folder / "tensorboard", purge_step=step + 1 if step else None)

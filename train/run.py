@@ -149,7 +149,7 @@ def prepare_torch(config: Any) -> None:
 def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     """Decides whether this run is new or goes on; the checkpoint's state in the latter case.
 
-    ``run.resume=PATH`` of another folder starts this one from there; once it has a checkpoint of its own, the same
+    ``--run.resume PATH`` of another folder starts this one from there; once it has a checkpoint of its own, the same
     command goes on from that. Nothing is deleted yet. Raises ``UserError`` rather than mix two runs in one folder.
     """
     from train import checkpoint
@@ -171,7 +171,7 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     if resume == "never":
         if last.exists() and not over:
             raise UserError(
-                f"{folder}: holds a run; give another run.name, or run.overwrite=true to start over"
+                f"{folder}: holds a run; give another --run.name, or --run.overwrite true to start over"
             )
         return None
     if resume == "auto" and (over or not last.exists()):
@@ -185,8 +185,8 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
         ]
         if changed:
             raise UserError(
-                f"{folder}: holds a run with another configuration ({'; '.join(changed)}). Give another run.name, "
-                f"run.overwrite=true to start over, or run.resume={last} to go on with the new values"
+                f"{folder}: holds a run with another configuration ({'; '.join(changed)}). Give another "
+                f"--run.name, --run.overwrite true to start over, or --run.resume {last} to go on with the new values"
             )
         return state
     state = checkpoint.load(path)
