@@ -9,6 +9,7 @@ import yaml
 
 from depict_kernels.models import list_models
 from train.config import (
+    _SYNONYMS,
     CONFIGS,
     Config,
     flatten,
@@ -58,6 +59,33 @@ def refused(*arguments: str) -> str:
 def test_refusal_names_the_key_and_what_is_right(arguments, words):
     text = refused(*arguments)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("learning-rate", "optim.lr"),
+        ("train.batch_size", "data.batch_size"),
+        ("epochs", "train.epochs"),
+        ("data.num_workers", "data.workers"),
+        ("device", "train.device"),
+        ("precision", "train.precision"),
+        ("backbone", "model.backbone"),
+        ("model.num_classes", "data.classes"),
+        ("optim.seed", "train.seed"),
+        ("model.backbone_kwarg.depth", "model.backbone_kwargs"),
+    ],
+)
+def test_names_of_other_programs_lead_to_the_key(given, key):
+    assert f"unknown key {given.partition('.d')[0]}; did you mean {key}?" in refused(f"--{given}", "3")
+
+
+def test_synonyms_are_of_keys_that_exist_and_clash_with_none():
+    known = set(flatten(to_dict(Config())))
+    assert set(_SYNONYMS) <= known
+    words = [word for others in _SYNONYMS.values() for word in others.split()]
+    assert len(words) == len(set(words)) and not {key.rpartition(".")[2] for key in known} & set(words)
 
 
 @pytest.mark.parametrize(
