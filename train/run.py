@@ -292,9 +292,12 @@ def report(folder: Path) -> None:
     print("\nresult on the validation split")
     for key, title in SCORES.items():
         print(f"  {title:<16}{results[key]:.4f}")
-    for key, title in (("untrained_miou", "untrained model"), ("pixel_baseline_miou", "colour and position")):
+    for key, title in (
+        ("untrained_miou", "mIoU of the untrained model"),
+        ("pixel_baseline_miou", "mIoU of a per-pixel classifier of colour and position"),
+    ):
         if key in results:
-            print(f"  {'mIoU of the ' + title:<36}{results[key]:.4f}")
+            print(f"  {title:<55}{results[key]:.4f}")
     print(f"see {folder}/results.json, {folder}/plots/, {folder}/metrics.jsonl", flush=True)
 
 
