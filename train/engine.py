@@ -124,9 +124,9 @@ class Trainer:
             forward = torch.compile(forward)
         if world.size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            forward = DistributedDataParallel(
-                forward, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
+            # The argument of this name is deprecated from torch 2.13 on, its successor unknown before.
+            forward.broadcast_buffers = False
         self.forward = forward
 
     # -------------------------------------------------------------------------------------------- the loop
