@@ -265,3 +265,12 @@ def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tm
     assert output.exists() and (tmp_path / "elsewhere_confusion.png").exists()
     assert sorted(folder.rglob("*")) == before  # --output leaves the run folder alone
     assert seen == [torch.bfloat16, None]
+    for options, ending in (
+        (["--checkpoint", "last"], "last"),
+        (["--multiscale"], "multiscale"),
+        (["--multiscale", "--checkpoint", "last"], "multiscale_last"),
+    ):
+        files = [folder / f"results_{ending}.json", folder / "plots" / f"confusion_{ending}.png"]
+        assert not any(file.exists() for file in files)
+        assert run.main(["eval", str(folder), *options]) == 0
+        assert all(file.exists() for file in files)
