@@ -410,4 +410,47 @@ def test_check_data_command(folder, tmp_path, capsys):
         "0",
     ]
     assert main(["check-data", *options]) == 1
-    assert "a.png: label 4 on 600 pixels" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "a.png: label 4 on 600 pixels" in out
+    assert "training: 3 images, 3 annotations, 1 bad file\n" in out and out.endswith("\n1 bad file\n")
+
+
+def test_check_data_hints_at_labels_that_start_at_0(folder, classes):
+    hint = "--data.reduce_zero_label false"
+    assert hint not in check_data(folder, classes).text()  # 0..3
+    for path in (folder / "annotations").rglob("*.png"):
+        png(np.array(Image.open(path)) % 3, path)  # 0..2, of three classes
+    report = check_data(folder, classes)
+    assert hint in report.text() and "2 chair" in report.text().partition("never occur: ")[2]
+    assert report.exit_status == 0  # chairs may just be rare
+    assert hint not in check_data(folder, classes, reduce_zero_label=False).text()
+    for path in (folder / "annotations").rglob("*.png"):
+        png(np.maximum(np.array(Image.open(path)), 1), path)  # nothing unlabelled
+    assert hint not in check_data(folder, classes).text()
+
+
+def test_check_data_table_of_many_classes_has_those_that_occur(tmp_path):
+    names = [f"class number {i};with a synonym" for i in range(40)]
+    (tmp_path / "many.csv").write_text("index,name\n" + "".join(f"{i},{n}\n" for i, n in enumerate(names)))
+    png(np.array([[1, 40]], np.uint8), tmp_path / "annotations" / "training" / "a.png")
+    png(np.zeros((1, 2, 3), np.uint8), tmp_path / "images" / "training" / "a.png")
+    text = check_data(tmp_path, load_classes(tmp_path / "many.csv"), ("training",)).text()
+    table, _, rest = text.partition("38 of 40 classes never occur: 1 class number 1, ")
+    assert [line.split("%")[0].split() for line in table.splitlines() if "class number" in line] == [
+        ["0", "class", "number", "0", "50.000"],
+        ["39", "class", "number", "39", "50.000"],
+    ]
+    assert "and 30 more" in rest and "synonym" not in text
+
+
+def test_check_data_starts_no_more_processes_than_cores(folder, classes, recwarn, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    seen, loader = [], torch.utils.data.DataLoader
+
+    def noted(*arguments, **options):
+        seen.append(options["num_workers"])
+        return loader(*arguments, **options)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", noted)
+    assert check_data(folder, classes, workers=8).splits[0].images == 3
+    assert seen == [1, 1] and not [w for w in recwarn if "worker" in str(w.message)]

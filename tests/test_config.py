@@ -1,5 +1,7 @@
 """Typed configuration: what is accepted, what is refused, and how the refusal reads."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import yaml
 
 from depict_kernels.models import list_models
 from train.config import (
+    _SYNONYMS,
     CONFIGS,
     Config,
     flatten,
@@ -16,7 +19,7 @@ from train.config import (
     save_config,
     to_dict,
 )
-from train.errors import UserError
+from train.errors import EXTRA, UserError
 
 
 def refused(*arguments: str) -> str:
@@ -56,6 +59,33 @@ def refused(*arguments: str) -> str:
 def test_refusal_names_the_key_and_what_is_right(arguments, words):
     text = refused(*arguments)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("learning-rate", "optim.lr"),
+        ("train.batch_size", "data.batch_size"),
+        ("epochs", "train.epochs"),
+        ("data.num_workers", "data.workers"),
+        ("device", "train.device"),
+        ("precision", "train.precision"),
+        ("backbone", "model.backbone"),
+        ("model.num_classes", "data.classes"),
+        ("optim.seed", "train.seed"),
+        ("model.backbone_kwarg.depth", "model.backbone_kwargs"),
+    ],
+)
+def test_names_of_other_programs_lead_to_the_key(given, key):
+    assert f"unknown key {given.partition('.d')[0]}; did you mean {key}?" in refused(f"--{given}", "3")
+
+
+def test_synonyms_are_of_keys_that_exist_and_clash_with_none():
+    known = set(flatten(to_dict(Config())))
+    assert set(_SYNONYMS) <= known
+    words = [word for others in _SYNONYMS.values() for word in others.split()]
+    assert len(words) == len(set(words)) and not {key.rpartition(".")[2] for key in known} & set(words)
 
 
 @pytest.mark.parametrize(
@@ -181,3 +211,31 @@ def test_help_explains_every_key():
     for key in flatten(to_dict(Config())):
         assert f"--{key} " in text
     assert "None" not in text
+
+
+@pytest.mark.parametrize("package", ["docstring_parser", "jsonargparse", "yaml"])
+def test_a_missing_package_of_the_extra_is_one_line(package, monkeypatch, capsys):
+    from train import run
+
+    monkeypatch.delitem(sys.modules, "train.config")
+    monkeypatch.setitem(sys.modules, package, None)  # what import then says is ModuleNotFoundError
+    assert run.main(["--help"]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and EXTRA[package] in text and 'pip install -e ".[train]"' in text
+
+
+def test_other_import_errors_keep_their_traceback(monkeypatch):
+    from train import run
+
+    def broken():
+        import matplotlib.nowhere  # noqa: F401
+
+    monkeypatch.setattr(run, "show_help", broken)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        run.main(["--help"])
+
+
+def test_every_package_of_the_extra_is_known():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    listed = re.findall(r'"([\w-]+)', text.partition("\ntrain = [")[2].partition("\n]")[0])
+    assert len(listed) > 5 and set(listed) <= set(EXTRA.values())

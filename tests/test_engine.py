@@ -406,9 +406,14 @@ def test_pretrained_weights_that_cannot_be_had(data, tmp_path, capsys, monkeypat
     build = timm.create_model
     monkeypatch.setattr(timm, "create_model", offline)
     text = refusal(capsys, settings(data, tmp_path, model__pretrained=True))
-    for word in ("Network is unreachable", "model.checkpoint_path", "model.pretrained=false"):
+    for word in ("Network is unreachable", "--model.checkpoint_path FILE", "--model.pretrained false"):
         assert word in text
-    assert not (tmp_path / "tiny" / "last.pt").exists()
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_run_folder_that_cannot_be_made(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refusal(capsys, settings(data, tmp_path, run__root=str(tmp_path / "file")))
 
 
 # --------------------------------------------------------------------------------------- what is reported
@@ -446,6 +451,18 @@ def test_log_without_tensorboard_says_so(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "pip install tensorboard" in out and "9:00 left" in out
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_an_evaluation_ends_with_a_line(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    log = RunLog(tmp_path, 10, tensorboard=False)
+    for done, clock[0] in ((1, 1000.0), (2, 1030.0), (3, 1061.0), (4, 1065.0)):
+        log.evaluating(done, 4, 2.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluating 3/4  2.0 images/s",
+        "evaluating 4/4  2.0 images/s",
+    ]
 
 
 def test_duration():

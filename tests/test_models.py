@@ -313,7 +313,7 @@ def test_pretrained_weights_from_a_local_file(tmp_path):
         "depict_sa_vit_tiny", 5, checkpoint_path=str(path), img_size=96, backbone_kwargs={"depth": 1}
     )
     assert resized.backbone.vit.pos_embed.shape[1] == 1 + 36
-    with pytest.raises(PretrainedWeightsError, match="model.pretrained=false"):
+    with pytest.raises(PretrainedWeightsError, match="--model.pretrained false"):
         create_model("depict_sa_vit_tiny", 5, checkpoint_path=str(path), backbone_kwargs={"depth": 2})
     with pytest.raises(PretrainedWeightsError, match="no file"):
         create_model("depict_sa_vit_tiny", 5, checkpoint_path=str(tmp_path / "none.pth"))
@@ -323,7 +323,7 @@ def test_pretrained_weights_from_a_local_file(tmp_path):
 
 
 def test_missing_pretrained_weights_stop_with_a_way_on():
-    with pytest.raises(PretrainedWeightsError, match="no pretrained weights.*pretrained=false"):
+    with pytest.raises(PretrainedWeightsError, match="no pretrained weights.*--model.pretrained false"):
         create_model("depict_sa_vit_tiny", pretrained=True, backbone="vit_small_patch16_36x1_224")
 
 

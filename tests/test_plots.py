@@ -83,7 +83,7 @@ def test_confusion_is_normalised_by_row_and_absent_classes_are_grey():
     assert figure.axes[0].get_ylabel() == "annotated class"  # rows
 
 
-@pytest.mark.parametrize("count", [2, 12, 26, 60, 150])
+@pytest.mark.parametrize("count", [2, 3, 12, 16, 26, 60, 150])
 def test_confusion_labels_do_not_overlap(count):
     names = list(load_classes("ade20k").names[:count])
     figure = confusion_figure(torch.eye(count, dtype=torch.int64), names)
@@ -91,7 +91,10 @@ def test_confusion_labels_do_not_overlap(count):
     assert len(axes.get_xticklabels()) == len(axes.get_yticklabels()) == count
     assert overlapping(canvas, axes.get_xticklabels()) == overlapping(canvas, axes.get_yticklabels()) == 0
     frame = figure.bbox
-    for text in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title]:
+    bar = axes.child_axes[0].get_yticklabels()
+    assert "100%" in [text.get_text() for text in bar]
+    labels = [axes.title, axes.xaxis.label, axes.yaxis.label]
+    for text in [*axes.get_xticklabels(), *axes.get_yticklabels(), *bar, *labels]:
         box = text.get_window_extent(canvas.get_renderer())
         assert box.x0 >= frame.x0 and box.y0 >= frame.y0 and box.x1 <= frame.x1 and box.y1 <= frame.y1
 

@@ -110,7 +110,10 @@ def refusal(capsys, keys: dict) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"optim.lr": 0.5}, ["optim.lr: 0.001 in the checkpoint, 0.5 now", "run.overwrite", "run.resume="]),
+        (
+            {"optim.lr": 0.5},
+            ["optim.lr: 0.001 in the checkpoint, 0.5 now", "--run.overwrite true", "--run.resume "],
+        ),
         ({"train.steps": 9}, ["train.steps: 6 in the checkpoint, 9 now"]),
         ({"run.resume": "never"}, ["holds a run", "run.overwrite"]),
         (
@@ -262,3 +265,12 @@ def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tm
     assert output.exists() and (tmp_path / "elsewhere_confusion.png").exists()
     assert sorted(folder.rglob("*")) == before  # --output leaves the run folder alone
     assert seen == [torch.bfloat16, None]
+    for options, ending in (
+        (["--checkpoint", "last"], "last"),
+        (["--multiscale"], "multiscale"),
+        (["--multiscale", "--checkpoint", "last"], "multiscale_last"),
+    ):
+        files = [folder / f"results_{ending}.json", folder / "plots" / f"confusion_{ending}.png"]
+        assert not any(file.exists() for file in files)
+        assert run.main(["eval", str(folder), *options]) == 0
+        assert all(file.exists() for file in files)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import colorsys
 import csv
 import io
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,9 +380,17 @@ def list_pairs(root: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]
 
 
 def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, progress: bool):
-    """Yields dataset[0], dataset[1], ... computed by `workers` processes (0: here), with a progress bar."""
+    """Yields dataset[0], dataset[1], ... computed by `workers` processes (0: here), with a progress bar.
+
+    No more processes than this one may use cores: they only decode, and torch warns of more.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, num_workers=workers, collate_fn=_identity, generator=torch.Generator()
+        dataset,
+        batch_size=None,
+        num_workers=min(workers, cores),
+        collate_fn=_identity,
+        generator=torch.Generator(),
     )
     if not progress:
         yield from loader

@@ -10,6 +10,7 @@ import torch
 
 from train.ade20k import ClassList, each_sample, exif_orientation, ignore_index, list_pairs, read_pair
 from train.errors import UserError
+from train.predict import short_name
 
 
 @dataclass
@@ -34,6 +35,7 @@ class DataReport:
 
     splits: list[SplitReport]
     classes: ClassList
+    reduce_zero_label: bool = True
 
     @property
     def problems(self) -> list[str]:
@@ -48,7 +50,7 @@ class DataReport:
         lines = []
         for s in self.splits:
             lines.append(
-                f"{s.split}: {s.images} images, {s.annotations} annotations, {len(s.problems)} bad files"
+                f"{s.split}: {s.images} images, {s.annotations} annotations, {_bad_files(len(s.problems))}"
             )
             if s.pixels.sum() + s.ignored:
                 (h, w), (lh, lw) = s.smallest, s.largest
@@ -56,7 +58,9 @@ class DataReport:
                 share = s.ignored / (s.ignored + s.pixels.sum())
                 lines.append(f"  unlabelled pixels: {share:.2%}")
         names = self.classes.names
-        width = 32  # ADE20K's longest name lists seven synonyms
+        width = 24
+        unseen = [c for c in range(len(names)) if not any(s.images_with[c] for s in self.splits)]
+        left_out = set(unseen) if len(names) > 30 else set()
         lines += ["", "share of the labelled pixels, and images that show the class"]
         heads = "".join(f"{s.split[:20]:>22}" for s in self.splits)
         lines.append(f"{'':5} {'class':{width}}{heads}")
@@ -64,15 +68,33 @@ class DataReport:
             cells = "".join(
                 f"{s.pixels[c] / max(1, s.pixels.sum()):>13.3%} {s.images_with[c]:>8}" for s in self.splits
             )
-            lines.append(f"{c:5} {name[:width]:{width}}{cells}")
-        unseen = sum(not any(s.images_with[c] for s in self.splits) for c in range(len(names)))
+            if c not in left_out:
+                lines.append(f"{c:5} {short_name(name, width):{width}}{cells}")
         if unseen:
-            lines += ["", f"{unseen} of {len(names)} classes never occur"]
+            some = ", ".join(f"{c} {short_name(names[c], width)}" for c in unseen[:8])
+            more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
+            lines += ["", f"{len(unseen)} of {len(names)} classes never occur: {some}{more}"]
         lines.append("")
+        if self._may_start_at_0():
+            lines.append(
+                f"warning: the largest label is {len(names) - 1}, of {len(names)} classes, and some pixels count as "
+                "unlabelled: if 0 is the first class, give --data.reduce_zero_label false"
+            )
         lines += [f"warning: {warning}" for split in self.splits for warning in split.warnings]
         lines += self.problems
-        lines.append(f"{len(self.problems)} bad files" if self.problems else "no bad file")
+        lines.append(_bad_files(len(self.problems)))
         return "\n".join(lines)
+
+    def _may_start_at_0(self) -> bool:
+        """Whether the largest label is C - 1 and some are ignored, as it is where 0 is a class and not unlabelled."""
+        if not self.reduce_zero_label or not any(s.ignored for s in self.splits):
+            return False
+        seen = [0, *(np.flatnonzero(sum(s.images_with for s in self.splits)) + 1)]
+        return max(seen) == self.classes.num_classes - 1
+
+
+def _bad_files(count: int) -> str:
+    return f"{count or 'no'} bad file{'s' if count > 1 else ''}"
 
 
 class _Checked(torch.utils.data.Dataset):
@@ -148,4 +170,4 @@ def check_data(
             if area > report.largest[0] * report.largest[1]:
                 report.largest = size
         reports.append(report)
-    return DataReport(reports, classes)
+    return DataReport(reports, classes, reduce_zero_label)

@@ -219,10 +219,50 @@ def _refuse_unknown(nested: dict[str, Any], schema: type, prefix: str = "") -> N
             _refuse_unknown(value, hints[key], f"{dotted}.")
 
 
+# What other training programs call these keys, where no likeness of the words leads there.
+_SYNONYMS = {
+    "optim.name": "optimizer optimiser opt",
+    "optim.lr": "learning_rate learningrate base_lr init_lr max_lr",
+    "optim.min_lr": "final_lr end_lr eta_min",
+    "optim.weight_decay": "wd",
+    "optim.warmup_steps": "warmup warmup_iters",
+    "optim.clip_grad": "grad_clip gradient_clip gradient_clipping gradient_clip_val max_grad_norm clip_grad_norm",
+    "data.root": "dataset data_dir data_path data_root dataset_path",
+    "data.batch_size": "batch bs batchsize train_batch_size per_device_train_batch_size",
+    "data.workers": "num_workers n_workers dataloader_num_workers",
+    "data.classes": "num_classes n_classes nclasses class_names",
+    "data.crop_size": "image_size input_size resolution crop",
+    "data.reduce_zero_label": "ignore_zero",
+    "train.epochs": "epoch num_epochs max_epochs n_epochs num_train_epochs",
+    "train.steps": "max_steps num_steps iters iterations max_iters num_iterations",
+    "train.accumulate": "grad_accum accum_iter gradient_accumulation gradient_accumulation_steps",
+    "train.precision": "dtype amp fp16 bf16 mixed_precision",
+    "train.device": "gpu gpus accelerator",
+    "train.threads": "num_threads",
+    "train.ema_decay": "ema",
+    "train.eval_every": "eval_interval eval_steps val_interval",
+    "train.save_every": "save_interval save_steps checkpoint_interval",
+    "train.log_every": "log_interval logging_steps print_freq",
+    "model.name": "arch architecture decoder",
+    "model.backbone": "encoder backbone_name",
+    "model.drop_path_rate": "drop_path stochastic_depth",
+    "model.checkpoint_path": "weights pretrained_path",
+    "run.root": "output_dir out_dir work_dir save_dir output",
+    "run.name": "experiment exp_name run_name",
+    "run.resume": "resume_from resume_from_checkpoint",
+}
+
+
 def _nearest(dotted: str) -> str:
     known = _types(Config)
+    leaf = dotted.rpartition(".")[2].lower().replace("-", "_")
+    same = [key for key in known if key.rpartition(".")[2] == leaf]  # the right name in the wrong section
+    same = [key for key in same if key.count(".") == 1] or same  # train.seed rather than data.generate.seed
+    same = same or [key for key, others in _SYNONYMS.items() if leaf in others.split()]
+    if len(same) == 1:
+        return f"; did you mean {same[0]}?"
     close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.75)
-    if not close:  # the right name in the wrong section, or none
+    if not close:  # nearly the right name in the wrong section, or none
         leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(dotted.rpartition(".")[2], leaves, n=1)]
     if not close:

@@ -111,7 +111,7 @@ def _device(name: str, local_rank: int, size: int) -> torch.device:
     index = local_rank if device.index is None or size > 1 else device.index
     if index >= count:
         raise UserError(
-            f"train.device: cuda:{index} is not there ({count} CUDA devices); use train.device=cpu"
+            f"train.device: cuda:{index} is not there ({count} CUDA devices); use --train.device cpu"
         )
     return torch.device("cuda", index)
 

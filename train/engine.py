@@ -124,9 +124,9 @@ class Trainer:
             forward = torch.compile(forward)
         if world.size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            forward = DistributedDataParallel(
-                forward, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
+            # The argument of this name is deprecated from torch 2.13 on, its successor unknown before.
+            forward.broadcast_buffers = False
         self.forward = forward
 
     # -------------------------------------------------------------------------------------------- the loop
@@ -246,8 +246,8 @@ class Trainer:
         last = self.folder / "last.pt"
         kept = f"{last} is kept as it was before" if last.exists() else "No checkpoint had been written yet"
         return (
-            f"{kept}. Lower optim.lr, set optim.clip_grad (1.0), lengthen optim.warmup_steps or use "
-            "train.precision=fp32; `python train/run.py check-data` looks for bad files"
+            f"{kept}. Lower --optim.lr, set --optim.clip_grad 1.0, lengthen --optim.warmup_steps or use "
+            "--train.precision fp32; `python train/run.py check-data` looks for bad files"
         )
 
     def _report(self) -> None:

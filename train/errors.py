@@ -8,6 +8,22 @@ class UserError(Exception):
     """
 
 
+# What train/ imports of the packages of the extra `train` -> what pip calls it. docstring_parser and typeshed_client
+# come with jsonargparse[signatures], PIL with torchvision.
+EXTRA = {
+    "torchvision": "torchvision", "PIL": "Pillow", "torchmetrics": "torchmetrics", "jsonargparse": "jsonargparse",
+    "docstring_parser": "docstring-parser", "typeshed_client": "typeshed-client", "yaml": "PyYAML",
+    "tensorboard": "tensorboard", "matplotlib": "matplotlib", "rich": "rich",
+}  # fmt: skip
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install, where ``error`` is the absence of a package of the extra `train`; else None."""
+    if error.name not in EXTRA:
+        return None
+    return f'the package {EXTRA[error.name]} is not installed: train/ needs `pip install -e ".[train]"`'
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for quoting inside a one-line message."""
     text = str(error).strip()

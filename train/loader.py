@@ -158,7 +158,7 @@ def _raise_errors(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, Any
         if "worker" not in str(error):
             raise
         raise UserError(
-            f"a data worker died ({first_line(error)}); it may have run out of memory: lower data.workers "
+            f"a data worker died ({first_line(error)}); it may have run out of memory: lower --data.workers "
             "(0 loads in the training process) or enlarge /dev/shm"
         ) from error
 

@@ -77,13 +77,15 @@ class RunLog:
             self.say(f"{text}  {duration(remaining)} left")
 
     def evaluating(self, done: int, total: int, images_per_s: float) -> None:
-        """Progress of an evaluation: on a terminal beside the bar, elsewhere a line a minute."""
+        """Progress of an evaluation: on a terminal beside the bar, elsewhere a line a minute and one at the end."""
         if not self.main:
             return
+        if done == 1:  # the minute begins here
+            self._said = time.monotonic()
         text = f"evaluating {done}/{total}  {images_per_s:.1f} images/s"
         if self._progress is not None:
             self._progress.update(self._task, text=text)
-        elif done < total and time.monotonic() - self._said > 60:
+        elif done == total or time.monotonic() - self._said > 60:
             self._said = time.monotonic()
             self.say(text)
 
@@ -111,7 +113,7 @@ class RunLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.say("note: no TensorBoard files: `pip install tensorboard`, or train.tensorboard=false")
+            self.say("note: no TensorBoard files: `pip install tensorboard`, or --train.tensorboard false")
             return None
         # purge_step hides what an interrupted run wrote after the checkpoint.
         return SummaryWriter(self._folder / "tensorboard", purge_step=step + 1 if step else None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -194,10 +195,10 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
     count = len(names)
     few = count <= 25
     cell = 0.62 if few else 0.155
-    side = max(count * cell, 3.0)
+    side = max(count * cell, 4.4)
     heading = min(max(1.2 * side, 10), 18)
-    figure = Figure(figsize=(side + 3.1, side + 2.4), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(side, side))
+    axes = figure.add_axes((0, 0, 1, 1))
     colours = colormaps["Blues"].with_extremes(bad="#e9e9e9")
     shown = axes.imshow(
         np.ma.masked_invalid(share), cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest"
@@ -224,11 +225,25 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
         axes.set_yticks(np.arange(count) - 0.5, minor=True)
         axes.grid(which="minor", color="#eef0f3", linewidth=0.3)
         axes.tick_params(which="minor", length=0)
-    beside = axes.inset_axes((1.015, 0, 0.025, 1))  # exactly as high as the matrix
+    width = min(0.025 * side, 0.3)
+    beside = axes.inset_axes((1 + 0.6 * width / side, 0, width / side, 1))  # exactly as high as the matrix
     bar = figure.colorbar(shown, cax=beside)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bar.ax.tick_params(labelsize=0.75 * heading if heading > 12 else None)
     bar.outline.set_edgecolor(_GREY)
+    _enlarge_around(figure, axes, side)
     return figure
+
+
+def _enlarge_around(figure: Figure, axes: Axes, side: float, margin: float = 0.1) -> None:
+    """Keeps ``axes`` ``side`` inches wide and high, and makes the figure as large as what is written around them.
+
+    Constrained layout goes wrong here: it takes the room that a square matrix leaves beside it for the labels'.
+    """
+    around = axes.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).padded(margin * figure.dpi)
+    left, bottom, width, height = (value / figure.dpi for value in around.bounds)
+    figure.set_size_inches(width, height)
+    axes.set_position((-left / width, -bottom / height, side / width, side / height))
 
 
 def overlay_figure(samples: Sequence[Sample], classes: ClassList, max_entries: int = 24) -> Figure:

@@ -7,9 +7,9 @@
 
 RUN is a run folder such as runs/demo; --checkpoint takes best (the default), last, or a file. All take
 --section.key VALUE, for example --data.root for data that moved. Under torchrun, training and eval share the work.
-eval and predict compute in the run's train.precision. eval writes RUN/results_<checkpoint>.json (or
-results_multiscale.json) and RUN/plots/confusion_<checkpoint>.png, or --output FILE and FILE_confusion.png; the run's
-other plots stay as training left them.
+eval and predict compute in the run's train.precision. eval writes RUN/results_<checkpoint>.json, with --multiscale
+results_multiscale.json (results_multiscale_<checkpoint>.json where that is not best), and the confusion matrix of the
+same ending in RUN/plots/, or --output FILE and FILE_confusion.png; the run's other plots stay as training left them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file run
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from depict_kernels.backends import BackendUnavailable
-from train.errors import UserError, first_line, user_message
+from train.errors import UserError, first_line, missing_extra, user_message
 
 # Keys that change what is reported or where it goes, not what is trained.
 FREE_ON_RESUME = (
@@ -63,6 +63,12 @@ def main(arguments: list[str]) -> int:
         return status
     except UserError as error:
         print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
+        return 2
+    except ModuleNotFoundError as error:
+        message = missing_extra(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
     except BackendUnavailable as error:
         print(f"error: model.backend: {first_line(error)}", file=sys.stderr, flush=True)
@@ -112,7 +118,11 @@ def train_run(arguments: list[str]) -> int:
     trainer = Trainer(config, world, folder, resume)
     del resume
 
-    def open_folder() -> None:
+    def open_folder() -> None:  # not before, so that a start that fails leaves no empty folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
         if config.run.overwrite:  # not before the data and the model were found to be good
             for path in folder.iterdir():  # the folder itself may be a link
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -143,7 +153,7 @@ def prepare_torch(config: Any) -> None:
 def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     """Decides whether this run is new or goes on; the checkpoint's state in the latter case.
 
-    ``run.resume=PATH`` of another folder starts this one from there; once it has a checkpoint of its own, the same
+    ``--run.resume PATH`` of another folder starts this one from there; once it has a checkpoint of its own, the same
     command goes on from that. Nothing is deleted yet. Raises ``UserError`` rather than mix two runs in one folder.
     """
     from train import checkpoint
@@ -153,10 +163,6 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     over = config.run.overwrite
     if over and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: no run folder (it has no config.yaml), so run.overwrite leaves it alone")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     checkpoint.remove_leftovers(folder)
     path = Path(resume)
     path = path / "last.pt" if path.is_dir() else path
@@ -165,7 +171,7 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     if resume == "never":
         if last.exists() and not over:
             raise UserError(
-                f"{folder}: holds a run; give another run.name, or run.overwrite=true to start over"
+                f"{folder}: holds a run; give another --run.name, or --run.overwrite true to start over"
             )
         return None
     if resume == "auto" and (over or not last.exists()):
@@ -179,8 +185,8 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
         ]
         if changed:
             raise UserError(
-                f"{folder}: holds a run with another configuration ({'; '.join(changed)}). Give another run.name, "
-                f"run.overwrite=true to start over, or run.resume={last} to go on with the new values"
+                f"{folder}: holds a run with another configuration ({'; '.join(changed)}). Give another "
+                f"--run.name, --run.overwrite true to start over, or --run.resume {last} to go on with the new values"
             )
         return state
     state = checkpoint.load(path)
@@ -286,9 +292,12 @@ def report(folder: Path) -> None:
     print("\nresult on the validation split")
     for key, title in SCORES.items():
         print(f"  {title:<16}{results[key]:.4f}")
-    for key, title in (("untrained_miou", "untrained model"), ("pixel_baseline_miou", "colour and position")):
+    for key, title in (
+        ("untrained_miou", "mIoU of the untrained model"),
+        ("pixel_baseline_miou", "mIoU of a per-pixel classifier of colour and position"),
+    ):
         if key in results:
-            print(f"  {'mIoU of the ' + title:<36}{results[key]:.4f}")
+            print(f"  {title:<55}{results[key]:.4f}")
     print(f"see {folder}/results.json, {folder}/plots/, {folder}/metrics.jsonl", flush=True)
 
 
@@ -353,6 +362,14 @@ def open_run(
     return folder, config, classes, model, state, world
 
 
+def scored(which: str, multiscale: bool) -> str:
+    """What the names of an evaluation's files say of it; the best checkpoint's multi-scale one names no checkpoint."""
+    stem = f"_{Path(which).stem}"
+    if multiscale:
+        return "_multiscale" if which == "best" else f"_multiscale{stem}"
+    return stem
+
+
 def evaluate_run(arguments: list[str]) -> int:
     usage = "eval RUN [--multiscale] [--compare-stock] [--checkpoint best|last|FILE] [--output FILE] [--data.root DIR]"
     options = {"multiscale": False, "compare-stock": False, "checkpoint": True, "output": True}
@@ -393,11 +410,11 @@ def evaluate_run(arguments: list[str]) -> int:
             print(f"  {title:<16}{results[key]:.4f}")
         if comparison is not None:
             print(f"  {comparison}")
-        name = "results_multiscale.json" if multiscale else f"results_{Path(which).stem}.json"
+        name = f"results{scored(which, multiscale)}.json"
         output = Path(own["output"]) if "output" in own else folder / name
         extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale}
         write_results(output, metrics, {**extra, "confusion": metrics.confusion.tolist()})
-        picture = folder / "plots" / name.replace("results", "confusion").replace(".json", ".png")
+        picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
         if "output" in own:
             picture = output.with_name(f"{output.stem}_confusion.png")
         plot_confusion(metrics, picture)

@@ -126,8 +126,8 @@ def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: d
     if not pretrained and checkpoint_path is None:
         return timm.create_model(name, **options)
     go_on = (
-        "give a local file of these weights (checkpoint_path / model.checkpoint_path) or train from scratch "
-        "on purpose (pretrained=False / model.pretrained=false)"
+        "give a local file of these weights (checkpoint_path=FILE / --model.checkpoint_path FILE) or "
+        "train from scratch on purpose (pretrained=False / --model.pretrained false)"
     )
     overlay = None
     if checkpoint_path is not None:
