@@ -1,7 +1,7 @@
 """Records to tables, plots and the README's figures.
 
     python benchmarks/report.py [RECORD.json | FOLDER]    # pages and plots beside the records, the README's figures
-    python benchmarks/report.py --compare A.json B.json   # what changed; 1 where the same device became slower
+    python benchmarks/report.py --compare A.json B.json   # what changed; 1 where ours is slower on the same device
 
 Without arguments: every record in benchmarks/results/. The README takes the newest record of a CPU and of a GPU.
 """
