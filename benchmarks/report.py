@@ -105,9 +105,16 @@ def _where_not(data: dict, device: str) -> list[str]:
         f"the backbone the less a whole step gains: {ratios[high]:.2f} times for {high}, {ratios[low]:.2f} for {low}."
     ]
     if device == "cpu":
+        lost = tables.slower_than_eager(data)
         lines[0] += (
             " Nor do they help attention, mask head and decoder on a CPU, which have no kernel there: what they gain "
-            "over eager torch is SDPA's. Backbone and optimizer are counted with the smaller of their two times: on "
+            "over eager torch is SDPA's"
+            + (
+                f"; what `auto` takes is slower than eager for {', '.join(lost)}, in times eager"
+                if lost
+                else ""
+            )
+            + ". Backbone and optimizer are counted with the smaller of their two times: on "
             f"this shared machine the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "
             "column than in the other."
         )

@@ -200,6 +200,42 @@ def test_compare_ends_with_1_where_ours_became_slower_on_the_same_device(tmp_pat
     assert [status(a, b), status(b, a), status(a, a), status(a, c)] == [1, 0, 0, 0]
 
 
+def core(name, operator, passes, median, ratio=None):
+    more = {"operator": operator, "passes": passes, "case": f"{operator}-{passes}", "dtype": "float32"}
+    return row(name, median, device="cpu", **more, **({"ratio": ratio} if ratio else {}))
+
+
+CORES = [
+    core("eager", "subspace_self_attention", "fwd", 60.0),
+    core("torch", "subspace_self_attention", "fwd", 26.0, 1.42),
+    core("sdpa flash", "subspace_self_attention", "fwd", 35.0, 1.63),  # its minute was a busier one
+    core("eager", "mask_logits", "fwd+bwd", 10.0),
+    core("torch", "mask_logits", "fwd+bwd", 11.0, 0.71),
+    core("eager", "depict_ca_decoder", "fwd+bwd", 320.0),
+    core("auto", "depict_ca_decoder", "fwd+bwd", 330.0, 0.98),
+]
+
+
+def test_table_and_plot_of_the_cores_take_the_same_best_stock():
+    text = "\n".join(tables.operators_without_kernel(made(CORES)))
+    assert "| 60 ms | 1.63 (sdpa flash) | 1.42 (no kernel: takes `torch`) |" in text
+    assert "| 320 ms | eager alone was timed | 0.98 (no kernel: takes `torch`) |" in text
+    assert tables.RATIO in text and tables.RATIO in tables.page(made(CORES), "x")
+    bars = {name.split()[0]: (stock, ours) for name, stock, ours in plots.speedups(made(CORES))}
+    assert bars == {
+        "self_attention": (1.63, None),
+        "mask_logits": (0.71, None),
+        "depict_ca_decoder": (1.0, 0.98),
+    }
+
+
+def test_what_is_slower_than_eager_is_said():
+    found = tables.slower_than_eager(made(CORES))
+    assert found == ["mask_logits fwd+bwd (0.71)", "depict_ca_decoder fwd+bwd (0.98)"]
+    kernel = core("cpp", "mask_logits", "fwd+bwd", 1.0, 9.0)
+    assert tables.slower_than_eager(made([*CORES, kernel])) == found[1:]
+
+
 def test_page_holds_what_was_skipped_and_what_was_wrong():
     rows = [row("eager", 2.0), row("triton", 0.1), {**row("sdpa cudnn", 1.0), "skipped": "no such kernel"}]
     rows.append({**row("cuda", 1.0), "wrong": "output: error 1"})
