@@ -305,6 +305,38 @@ def model_growth(record: dict, device: str) -> list[str]:
     return table(["training step", "eager", "peak memory", "ours", "peak memory"], rows)
 
 
+# --- what a session of pytest prints ---
+
+
+def session(rows: list[dict], models: list[dict]) -> list[str]:
+    """Aligned lines: what was timed beside eager torch. Eager has a line of its own where nothing stands beside it."""
+    body = []
+    for case, found in goals.by_case({"operators": rows}).items():
+        timed = [row for row in found if row.get("median_ms") is not None]
+        eager = goals.best(timed, ("eager",))
+        for row in [row for row in timed if row is not eager] or timed:
+            base = row.get("baseline_ms") or (eager or {}).get("median_ms")
+            time = row.get("quiet_ms") or row["median_ms"]
+            body.append((case, row["implementation"], time, base, row.get("ratio") or (base and base / time)))
+    for row in models:
+        if row.get("total_ms") is None or row["way"] == "eager":
+            continue
+        key = ("model", "mode", "size", "batch", "classes", "device")
+        same = [r for r in models if r["way"] == "eager" and all(r[k] == row[k] for k in key)]
+        base = same[0].get("total_ms") if same else None
+        body.append((
+            f"{_label(row)}, {row['mode']}, {row['device']}", row["way"], row["total_ms"], base,
+            base and base / row["total_ms"],
+        ))  # fmt: skip
+    if not body:
+        return []
+    lines = [("case", "implementation", "time", "eager", "times eager")]
+    lines += [(c, name, ms(t), ms(base), f"{ratio:.3g}" if ratio else "") for c, name, t, base, ratio in body]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    return ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths)).rstrip() for line in lines]
+
+
 # --- everything ---
 
 

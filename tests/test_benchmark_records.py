@@ -236,6 +236,26 @@ def test_what_is_slower_than_eager_is_said():
     assert tables.slower_than_eager(made([*CORES, kernel])) == found[1:]
 
 
+def test_session_s_table_has_eager_and_the_ratio():
+    loss = {**row("cpp", 12.0, ratio=78.0), "quiet_ms": 11.7, "baseline_ms": 913.0}
+    alone = {**row("eager", 100.0), "case": "alone"}
+    skipped = {**row("triton", 1.0), "median_ms": None, "skipped": "no"}
+    gpu = [{**row(name, t), "case": "on a GPU"} for name, t in (("eager", 20.0), ("cuda", 0.5))]
+    model = {
+        "model": "depict_sa_vit_tiny",
+        "mode": "training",
+        "size": 64,
+        "batch": 1,
+        "classes": 5,
+        "device": "cpu",
+    }
+    models = [model | {"way": way, "total_ms": t} for way, t in (("eager", 300.0), ("auto", 200.0))]
+    lines = tables.session([row("eager", 950.0), loss, alone, skipped, *gpu], models)
+    assert [line.split("  ")[-1].strip() for line in lines] == ["times eager", "78", "1", "40", "1.5"]
+    assert lines[1].split()[1:] == ["cpp", "11.7", "ms", "913", "ms", "78"]
+    assert tables.session([skipped], []) == []
+
+
 def test_page_holds_what_was_skipped_and_what_was_wrong():
     rows = [row("eager", 2.0), row("triton", 0.1), {**row("sdpa cudnn", 1.0), "skipped": "no such kernel"}]
     rows.append({**row("cuda", 1.0), "wrong": "output: error 1"})
