@@ -2,9 +2,9 @@
 
 ``depict_kernels/_cpu.abi3.so`` holds the C++ kernels, ``_cuda.abi3.so`` the CUDA kernels, built where nvcc is found
 (with or without a GPU). They use torch's stable interface alone, so one binary serves every torch from TORCH_TARGET
-on and every Python from 3.10. What was built, with what, or why not, is written to ``depict_kernels/_build.json``;
-``python -m depict_kernels`` shows it. Without a compiler the package installs without the part and the operators run
-on stock torch.
+on and every Python from 3.10. What was built, with what, or why not, is written to ``_build.json`` beside them (in the
+tree for an in-place or editable build alone); ``python -m depict_kernels`` shows it. Without a compiler the package
+installs without the part and the operators run on stock torch.
 
 Environment variables:
     CXX                             the C++ compiler, with options if need be; nvcc takes it for the host's part
@@ -332,18 +332,20 @@ if emulate:
 
 
 class BuildPython(build_py):
-    """Writes the build record beside the modules, before they are copied."""
+    """Copies the modules alone: what an earlier build left, in the tree or in ``build_lib``, is not this build's."""
 
     def run(self) -> None:
-        write_record()
         super().run()
-        if reason is not None and not self.editable_mode:  # a library left by an earlier build in this tree
-            for library in (Path(self.build_lib) / "depict_kernels").glob("_*.abi3.so"):
+        package = RECORD.parent if self.editable_mode else Path(self.build_lib) / "depict_kernels"
+        if not self.editable_mode:
+            for library in package.glob("_*.abi3.so"):
                 library.unlink()
+        if not extensions:  # else it is written beside the libraries once they are there
+            write_record(package)
 
 
-def write_record() -> None:
-    RECORD.write_text(json.dumps(build_record(), indent=2) + "\n")
+def write_record(package: Path) -> None:
+    (package / RECORD.name).write_text(json.dumps(build_record(), indent=2) + "\n")
     if reason is not None:
         print(f"depict_kernels: the C++ kernels are not built: {reason}", file=sys.stderr)
     elif cuda_reason is not None:
@@ -356,7 +358,6 @@ if extensions:
 
     class BuildCpp(build_extension):
         def run(self) -> None:
-            write_record()
             for module in self.extensions:
                 if module.name not in object_builds:
                     continue
@@ -369,6 +370,8 @@ if extensions:
                         f"{module.name} did not compile, see above{hint if module.name.endswith('_cuda') else ''}"
                     ) from None
             super().run()
+            in_tree = self.inplace or self.editable_mode
+            write_record(RECORD.parent if in_tree else Path(self.build_lib) / "depict_kernels")
 
         def build_extension(self, module) -> None:
             # A folder for each: the bindings are compiled for the GPU and for the emulator.

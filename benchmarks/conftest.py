@@ -10,11 +10,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as train/ru
 import pytest
 import torch
 
-from benchmarks import cases, end_to_end, gate, implementations, record, timing
+from benchmarks import cases, end_to_end, gate, implementations, record, tables, timing
 from benchmarks.harness import Harness
 
 # A script of its own, which needs torchvision and ADE20K's images.
 collect_ignore = ["bench_loader.py"]
+HARNESS = pytest.StashKey[Harness]()
 
 
 def pytest_addoption(parser):
@@ -99,7 +100,20 @@ def harness(request) -> Harness:
 
             written.set("machine", machine.abilities(device))
         print(f"\nrecord: {path}")
-    return Harness(written, rounds=option("rounds"), threads=option("threads"), budget=option("budget"))
+    made = Harness(written, rounds=option("rounds"), threads=option("threads"), budget=option("budget"))
+    request.config.stash[HARNESS] = made
+    return made
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    """What was timed beside eager torch, which pytest-benchmark's own table does not know."""
+    made = config.stash.get(HARNESS, None)
+    lines = [] if made is None else tables.session(*(list(rows.values()) for rows in made.timed.values()))
+    if lines:
+        terminalreporter.section("against eager torch")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

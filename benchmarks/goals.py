@@ -48,6 +48,17 @@ def best(rows: Iterable[dict], names: Iterable[str], key: str = "median_ms") -> 
     return min(found, key=lambda row: row[key], default=None)
 
 
+def fastest(rows: Iterable[dict], names: Iterable[str]) -> dict | None:
+    """Like :func:`best`, by the ratio to eager torch where rows have one.
+
+    Medians of two implementations on a shared CPU are of different minutes; the ratio is to eager runs in between.
+    """
+    found = [row for row in rows if row["implementation"] in names]
+    return max(
+        (row for row in found if row.get("ratio")), key=lambda row: row["ratio"], default=best(found, names)
+    )
+
+
 def by_case(record: dict) -> dict[str, list[dict]]:
     cases: dict[str, list[dict]] = {}
     for row in record.get("operators", []):

@@ -10,7 +10,7 @@ import torch
 from benchmarks import gate, own_process, timing
 from benchmarks.cases import SIZES, Case
 from benchmarks.implementations import OURS, Unavailable, build
-from benchmarks.record import Record
+from benchmarks.record import KEYS, Record
 
 
 class Harness:
@@ -21,6 +21,7 @@ class Harness:
         self.rounds = rounds
         self.threads = threads
         self.end = None if budget is None else time.monotonic() + budget
+        self.timed: dict[str, dict[tuple, dict]] = {"operators": {}, "models": {}}  # of this session
         self._flush: timing.Flush | None = None
 
     def flush(self, device: str) -> timing.Flush:
@@ -33,6 +34,7 @@ class Harness:
         return self.end is not None and time.monotonic() > self.end
 
     def add(self, section: str, row: dict) -> None:
+        self.timed[section][tuple(row.get(key) for key in KEYS[section])] = row
         if self.record is not None:
             self.record.add(section, row)
 

@@ -1,7 +1,7 @@
 """Records to tables, plots and the README's figures.
 
     python benchmarks/report.py [RECORD.json | FOLDER]    # pages and plots beside the records, the README's figures
-    python benchmarks/report.py --compare A.json B.json   # what changed; 1 where the same device became slower
+    python benchmarks/report.py --compare A.json B.json   # what changed; 1 where ours is slower on the same device
 
 Without arguments: every record in benchmarks/results/. The README takes the newest record of a CPU and of a GPU.
 """
@@ -105,9 +105,16 @@ def _where_not(data: dict, device: str) -> list[str]:
         f"the backbone the less a whole step gains: {ratios[high]:.2f} times for {high}, {ratios[low]:.2f} for {low}."
     ]
     if device == "cpu":
+        lost = tables.slower_than_eager(data)
         lines[0] += (
             " Nor do they help attention, mask head and decoder on a CPU, which have no kernel there: what they gain "
-            "over eager torch is SDPA's. Backbone and optimizer are counted with the smaller of their two times: on "
+            "over eager torch is SDPA's"
+            + (
+                f"; what `auto` takes is slower than eager for {', '.join(lost)}, in times eager"
+                if lost
+                else ""
+            )
+            + ". Backbone and optimizer are counted with the smaller of their two times: on "
             f"this shared machine the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "
             "column than in the other."
         )

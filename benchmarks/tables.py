@@ -128,33 +128,54 @@ def growth(record: dict) -> list[str]:
     return table(["loss, forward + backward, 1 image, 150 classes, masks of 1/16", *head], rows)
 
 
+RATIO = (
+    "A ratio to eager (times eager) is the median over the quietest third of interleaved rounds, each set against the "
+    "eager run beside it; the plain medians are over all rounds, so that their quotient is another number."
+)
+
+
+def _without_upsampling(record: dict) -> list[list[dict]]:
+    """The rows of each case of attention, mask head and decoder on the CPU."""
+    cases = goals.by_case(record).values()
+    return [c for c in cases if c[0]["device"] == "cpu" and not c[0]["operator"].startswith("upsample")]
+
+
+def _taken(rows: list[dict]) -> tuple[dict | None, bool]:
+    """What ``auto`` takes on the CPU for a case, and whether that is a kernel of ours."""
+    if kernel := goals.fastest(rows, OURS):
+        return kernel, True
+    return goals.fastest(rows, ("auto",)) or goals.fastest(rows, ("torch",)), False
+
+
 def operators_without_kernel(record: dict) -> list[str]:
-    """Attention, mask head and decoder on the CPU: eager, stock operators, and ours where there is one."""
+    """Attention, mask head and decoder on the CPU: eager, stock operators, and what ``auto`` takes."""
     rows = []
-    for found in goals.by_case(record).values():
-        if found[0]["device"] != "cpu" or found[0]["operator"].startswith("upsample"):
+    for found in _without_upsampling(record):
+        eager, stock = goals.best(found, ("eager",)), goals.fastest(found, STOCK[1:])
+        taken, kernel = _taken(found)
+        if eager is None or taken is None or not taken.get("ratio"):
             continue
-        eager, ours = goals.best(found, ("eager",)), goals.best(found, (*OURS, "auto"))
-        # By the ratio to eager runs in between: the medians of two implementations are of different minutes.
-        stock = max(
-            (r for r in found if r["implementation"] in STOCK and r.get("ratio")), key=_ratio, default=None
-        )
-        if eager is None or stock is None:
-            continue
-        mine = f"{ours['ratio']:.2f} (`{ours['implementation']}`)" if ours else "no kernel: takes `torch`"
+        best = f"{stock['ratio']:.2f} ({stock['implementation']})" if stock else "eager alone was timed"
+        how = f"`{taken['implementation']}`" if kernel else "no kernel: takes `torch`"
         name = f"{short(found[0]).removesuffix(' fwd')}, {found[0]['passes']}"
-        rows.append([name, ms(eager["median_ms"]), f"{stock['ratio']:.2f} ({stock['implementation']})", mine])
+        rows.append([name, ms(eager["median_ms"]), best, f"{taken['ratio']:.2f} ({how})"])
     head = [
         "attention, mask head, decoder (float32)",
         "eager",
         "best stock, times eager",
         "ours, times eager",
     ]
-    return table(head, rows)
+    return [*table(head, rows), *([RATIO, ""] if rows else [])]
 
 
-def _ratio(row: dict) -> float:
-    return row["ratio"]
+def slower_than_eager(record: dict) -> list[str]:
+    """Of these, where what ``auto`` takes on the CPU is slower than plain eager torch."""
+    found = [(rows[0], *_taken(rows)) for rows in _without_upsampling(record)]
+    return [
+        f"{case['operator']} {case['passes']} ({taken['ratio']:.2f})"
+        for case, taken, _ in found
+        if taken and taken.get("ratio", 1) < 1
+    ]
 
 
 # --- end to end ---
@@ -284,6 +305,38 @@ def model_growth(record: dict, device: str) -> list[str]:
     return table(["training step", "eager", "peak memory", "ours", "peak memory"], rows)
 
 
+# --- what a session of pytest prints ---
+
+
+def session(rows: list[dict], models: list[dict]) -> list[str]:
+    """Aligned lines: what was timed beside eager torch. Eager has a line of its own where nothing stands beside it."""
+    body = []
+    for case, found in goals.by_case({"operators": rows}).items():
+        timed = [row for row in found if row.get("median_ms") is not None]
+        eager = goals.best(timed, ("eager",))
+        for row in [row for row in timed if row is not eager] or timed:
+            base = row.get("baseline_ms") or (eager or {}).get("median_ms")
+            time = row.get("quiet_ms") or row["median_ms"]
+            body.append((case, row["implementation"], time, base, row.get("ratio") or (base and base / time)))
+    for row in models:
+        if row.get("total_ms") is None or row["way"] == "eager":
+            continue
+        key = ("model", "mode", "size", "batch", "classes", "device")
+        same = [r for r in models if r["way"] == "eager" and all(r[k] == row[k] for k in key)]
+        base = same[0].get("total_ms") if same else None
+        body.append((
+            f"{_label(row)}, {row['mode']}, {row['device']}", row["way"], row["total_ms"], base,
+            base and base / row["total_ms"],
+        ))  # fmt: skip
+    if not body:
+        return []
+    lines = [("case", "implementation", "time", "eager", "times eager")]
+    lines += [(c, name, ms(t), ms(base), f"{ratio:.3g}" if ratio else "") for c, name, t, base, ratio in body]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    return ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths)).rstrip() for line in lines]
+
+
 # --- everything ---
 
 
@@ -337,6 +390,8 @@ def page(record: dict, stem: str) -> str:
         lines += [f"Measured here: copy {machine['copy_bytes_per_s'] / 1e9:.4g} GB/s; products {rates}.", ""]
     for name, part in record.get("parts", {}).items():
         lines += [f"- {name}: exit status {part['status']}, {part['seconds']:.0f} s: {part['summary']}"]
+    if any(row.get("ratio") for row in record.get("operators", [])):
+        lines += ["", RATIO]
     lines += ["", *goal_table(record)]
     for device in ("cpu", "cuda"):
         for mode in PARTS:

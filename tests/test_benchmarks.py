@@ -295,6 +295,7 @@ def test_rehearsal_writes_a_record(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "against eager torch" in done.stdout and "times eager" in done.stdout
     data = record.load(path)
     timed = {r["implementation"] for r in data["operators"] if "median_ms" in r}
     assert {"eager", "torch", "reference", "auto"} <= timed

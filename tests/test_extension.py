@@ -213,6 +213,70 @@ def test_private_operators_check_what_memory_safety_needs():
     assert op(*good) == -1
 
 
+def copy_sources(folder):
+    """What a clone holds that builds the package, without what was built in this tree."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    built = shutil.ignore_patterns("__pycache__", "*.so", "_build*.json")
+    shutil.copytree(ROOT / "depict_kernels", folder / "depict_kernels", ignore=built)
+
+
+# Makes the file that it is asked for, empty, so that builds take seconds: what is tested is where libraries go.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+    case $1 in
+        -o) : > "$2" ;;
+        -MF) echo "x:" > "$2" ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.mark.slow
+@needs_sources
+def test_a_package_holds_what_its_own_build_made_and_leaves_the_tree_alone(tmp_path):
+    copy_sources(tmp_path)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    package = tmp_path / "depict_kernels"
+    environment = {**os.environ, "CXX": str(compiler), "DEPICT_KERNELS_NO_CUDA": "1"}
+    environment["DEPICT_KERNELS_EMULATE_CUDA"] = "0"  # conftest.py may have set it
+
+    def build(command, **variables):
+        result = subprocess.run(
+            [sys.executable, "setup.py", "-q", *command.split()],
+            cwd=tmp_path, env=environment | variables, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    def libraries(folder):
+        return {path.name.partition(".")[0] for path in folder.glob("*.so")}
+
+    # In the tree: the record stands beside the libraries.
+    build("build_ext --inplace", DEPICT_KERNELS_EMULATE_CUDA="1")
+    assert libraries(package) == {"_cpu", "_cuda_emulated"}
+    record = (package / "_build.json").read_bytes()
+    assert json.loads(record)["cuda_emulated"]["built"] is True
+    # A package: without what the earlier build left in build/lib* and in the tree, and with a record of its own.
+    build("build")
+    (packed,) = (tmp_path / "build").glob("lib*/depict_kernels")
+    assert libraries(packed) == {"_cpu"}
+    assert json.loads((packed / "_build.json").read_bytes())["cuda_emulated"]["built"] is False
+    assert (package / "_build.json").read_bytes() == record
+    assert libraries(package) == {"_cpu", "_cuda_emulated"}
+    # An editable build, as setuptools' editable_wheel runs it, writes to the tree again.
+    build("editable_wheel --dist-dir out")
+    assert json.loads((package / "_build.json").read_bytes())["cuda_emulated"]["built"] is False
+    (packed / "_build.json").unlink()
+    build("editable_wheel --dist-dir out", DEPICT_KERNELS_NO_EXTENSIONS="1")
+    assert json.loads((package / "_build.json").read_bytes())["cpu"]["built"] is False
+    assert not (packed / "_build.json").exists()
+
+
 @pytest.mark.slow
 @needs_sources
 @pytest.mark.parametrize(
@@ -224,14 +288,8 @@ def test_private_operators_check_what_memory_safety_needs():
     ids=["no compiler", "switched off"],
 )
 def test_builds_without_the_compiled_part(tmp_path, variables, words):
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    copy_sources(tmp_path)
     # A library of an earlier build must not slip into a package that says it has none.
-    shutil.copytree(
-        ROOT / "depict_kernels", tmp_path / "depict_kernels", ignore=shutil.ignore_patterns("__pycache__")
-    )
     (tmp_path / "depict_kernels" / "_cpu.abi3.so").touch()
     result = subprocess.run(
         [sys.executable, "setup.py", "build", "--build-base", "out"],
@@ -280,6 +338,16 @@ def run_setup(code, environment):
     return subprocess.run(
         [sys.executable, "-c", begin + code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
+
+
+@needs_sources
+def test_readme_names_the_architectures_that_are_built():
+    variables = {"DEPICT_KERNELS_NO_CUDA": "1", "MAX_JOBS": "1"}
+    result = run_setup("print(module['CUDA_ARCHITECTURES'])", {**os.environ, **variables})
+    numbers = [entry.removesuffix("+PTX").rstrip("a") for entry in result.stdout.strip().split(";")]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"compute capability {', '.join(numbers[:-1])} and {numbers[-1]} unless" in text
+    assert len(numbers) == 4 and "compiles for four CUDA architectures" in text
 
 
 @needs_sources
