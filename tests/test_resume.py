@@ -169,6 +169,7 @@ def resumed(keys: dict, folder: Path) -> Trainer:
 
     config = load_config([], keys)
     state = run.prepare_folder(config, folder)
+    folder.mkdir(exist_ok=True)
     return Trainer(config, CPU, folder, state)
 
 

@@ -113,6 +113,7 @@ def train_run(arguments: list[str]) -> int:
     folder = Path(config.run.root) / config.run.name
     resume = distributed.on_main(world, lambda: prepare_folder(config, folder))
 
+    from train import plots  # noqa: F401  (drawn at the end: a package that is missing shows now)
     from train.engine import Trainer
 
     trainer = Trainer(config, world, folder, resume)
