@@ -1,5 +1,6 @@
 """The folder layout: class lists, annotations of every kind, and one clear error for every kind of bad file."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,17 @@ def test_no_damaged_byte_of_a_png_goes_unnoticed(tmp_path):
         except UserError:
             refused += 1
     assert refused == len(whole)
+
+
+def test_a_png_with_an_empty_chunk_of_right_checksum_is_named(tmp_path):
+    """PIL reads past the end of such a colour profile and lets the IndexError through."""
+    path = tmp_path / "empty.png"
+    Image.new("L", (4, 4)).save(path)
+    data, end = path.read_bytes(), b"\0\0\0\0IEND"
+    profile = b"\0\0\0\0iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big")
+    path.write_bytes(data.replace(end, profile + end))
+    with pytest.raises(UserError, match=r"empty\.png"):
+        read_image(path)
 
 
 def test_rgb_annotation_is_refused(tmp_path):

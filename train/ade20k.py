@@ -18,6 +18,7 @@ import colorsys
 import csv
 import io
 import os
+import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,11 @@ try:  # three times as fast as PIL, with the same pixels; torchvision means to d
 except ImportError:
     decode_jpeg = None
 
-# What PIL raises on files that it does not take.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What PIL raises on files that it does not take; of broken chunks its parsers let through whatever they meet.
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, Image.DecompressionBombError),
+    *(EOFError, AssertionError, LookupError, ArithmeticError, TypeError, struct.error, zlib.error),
+)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BUILT_IN_CLASSES = {"ade20k": Path(__file__).parent / "data" / "ade20k_classes.csv"}
 
