@@ -9,7 +9,7 @@ case $python in /*) ;; *) python=$PWD/$python ;; esac  # the tests run in anothe
 shift || true
 copy=build/asan
 mkdir -p "$copy"
-cp -r setup.py pyproject.toml csrc tests depict_kernels "$copy"
+cp -r setup.py pyproject.toml csrc tests benchmarks depict_kernels "$copy"
 for file in README.md LICENSE; do if [ -e "$file" ]; then cp "$file" "$copy"; fi; done
 cd "$copy"
 rm -f depict_kernels/*.so
@@ -19,5 +19,5 @@ runtime="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=l
 # Python and torch never free everything, and memory use is not what it is without the sanitizer.
 LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
   "$python" -m pytest -q -p no:cacheprovider tests/test_upsample*.py tests/test_extension.py tests/test_tiled_upsample.py \
-  tests/test_cuda_*.py --ignore tests/test_cuda_report.py \
+  tests/test_cuda_*.py \
   -k "not triton and not memory and not opcheck and not compile and not stable_interface" "$@"
