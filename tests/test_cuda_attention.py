@@ -2,18 +2,11 @@
 
 import pytest
 import torch
+from attention_checks import check_alignment, run_cross, run_self
 
 from depict_kernels import backends, ops
 from depict_kernels.ops.cuda_kernels import _library, attention
 from depict_kernels.testing import check_against_float64, value_and_gradients
-
-
-def run_self(w, scale=None):
-    return ops.subspace_self_attention(w, scale, backend="cuda")
-
-
-def run_cross(q, w, scale=None):
-    return ops.subspace_cross_attention(q, w, scale, backend="cuda")
 
 
 # Around every size for which there is a kernel (56, 104, 128), and every width of copy: 2, 4, 8 and 16 bytes.
@@ -52,20 +45,7 @@ def test_auto_takes_torch_beyond_the_largest_head_dim(run, cuda_device, monkeypa
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 def test_alignment_of_rows(offset, cuda_device):
-    """The same numbers at addresses that allow copies of 2 to 16 bytes give the same bits."""
-    w = torch.randn(2, 33, 3, 16, device=cuda_device).half()
-    grad = torch.randn(2, 33, 3, 16, device=cuda_device).half()
-
-    def shifted(t):
-        memory = torch.full((2, 33, 3, 16 + 8 + offset), torch.nan, dtype=t.dtype, device=t.device)
-        memory[..., offset : offset + 16] = t
-        return memory[..., offset : offset + 16]
-
-    expected = value_and_gradients(run_self, [w], grad)
-    leaf = shifted(w).requires_grad_()
-    out = run_self(leaf)
-    actual = out.detach(), torch.autograd.grad(out, leaf, shifted(grad))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    check_alignment(offset, torch.float16, cuda_device)
 
 
 def test_a_single_row_may_have_any_stride(cuda_device):

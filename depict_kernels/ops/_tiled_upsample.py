@@ -203,11 +203,9 @@ class TiledUpsample(ABC):
         target: Tensor,
         tiles: Tiles,
         scale: Tensor | None = None,
-        finish: Callable[[], Tensor | None] = lambda: (
-            None
-        ),  # to be called once all tiles are done; writes scale
+        finish: Callable[[], Tensor | None] = lambda: None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradient (B, C, h, w) and what ``finish`` returns."""
+        """Gradient (B, C, h, w) and what ``finish`` returns, which writes ``scale`` once all tiles are done."""
         batch, _, h, w = logits.shape
         size = target.shape[1:]
         per_row = self.tiles_per_row((h, w), size)
