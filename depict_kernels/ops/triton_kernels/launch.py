@@ -43,9 +43,10 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the kernel, its arguments by name (constexpr ones too) and the compiler's options."""
+    """One kernel launch: the kernel, its grid, its arguments by name (constexpr ones too), the compiler's options."""
 
     kernel: object
+    grid: tuple[int, ...]
     arguments: dict
     num_warps: int
     num_stages: int
@@ -112,7 +113,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, config: Config, 
     if 0 in grid:
         return
     if _recording is not None:
-        _recording[1].append(Launch(kernel, arguments, config.num_warps, config.num_stages))
+        _recording[1].append(Launch(kernel, grid, arguments, config.num_warps, config.num_stages))
         return
     # FP fusion is named because its default changes with Triton 3.10; the kernels count on fused multiply-adds.
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
@@ -147,7 +148,7 @@ def strides(prefix: str, t: Tensor, unit: int) -> dict[str, int]:
     }
 
 
-def _signature(recorded: Launch) -> tuple[dict, dict, dict]:
+def signature(recorded: Launch) -> tuple[dict, dict, dict]:
     """Types, constants and divisibility of a launch's arguments, as Triton's launcher specialises them."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(recorded.kernel.params):
@@ -176,7 +177,7 @@ def _signature(recorded: Launch) -> tuple[dict, dict, dict]:
 
 def fingerprint(recorded: Launch) -> tuple:
     """Equal for two launches that one compiled kernel serves."""
-    return (recorded.kernel.__name__, str(_signature(recorded)), recorded.num_warps, recorded.num_stages)
+    return (recorded.kernel.__name__, str(signature(recorded)), recorded.num_warps, recorded.num_stages)
 
 
 def compile_ahead(recorded: Launch, architecture: str):
@@ -190,7 +191,7 @@ def compile_ahead(recorded: Launch, architecture: str):
         "num_stages": recorded.num_stages,
         "enable_fp_fusion": True,
     }
-    return triton.compile(ASTSource(recorded.kernel, *_signature(recorded)), target=target, options=options)
+    return triton.compile(ASTSource(recorded.kernel, *signature(recorded)), target=target, options=options)
 
 
 def resources(compiled) -> Resources:

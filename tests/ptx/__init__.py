@@ -1,0 +1,1 @@
+"""Runs compiled kernels' PTX on the CPU: see machine.py."""

@@ -1,0 +1,2 @@
+class PtxError(RuntimeError):
+    """What a kernel did that it may not do, or an instruction that the machine does not know."""

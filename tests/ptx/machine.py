@@ -1,0 +1,293 @@
+"""Executes a kernel's PTX for all threads at once, as vectors of numpy: tests of compiled kernels without a GPU.
+
+Threads that stand at one instruction run it together, those furthest behind first. Reported as errors: accesses
+outside of the tensors a kernel was given or of its shared memory, misaligned ones, races in shared and global memory
+(on request), warp operations that not all named lanes reach, barriers that not all threads reach. Asynchronous copies
+land when they are waited for; shared memory starts as NaN; tensor cores cut sums off (tensor_cores.py). Instructions
+that are unknown are errors, never skipped.
+
+It says nothing of speed, beyond counts of instructions, bank conflicts and sectors (profile.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.ptx import arithmetic, tensor_cores, warp  # noqa: F401  (they register their instructions)
+from tests.ptx.errors import PtxError
+from tests.ptx.memory import Global, Region, Shared
+from tests.ptx.program import Not, Program, Register
+
+WARP = 32
+_RUNNING, _AT_BARRIER, _WAITING, _DONE = range(4)
+_MOST_LANES = 8192
+
+
+class Machine:
+    """``blocks`` of a grid, starting at ``first``, of ``threads`` each."""
+
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: bytes,
+        memory: Global,
+        shared_bytes: int,
+        first: int,
+        blocks: int,
+        races: bool,
+        profile=None,
+    ):
+        if threads % WARP:
+            raise PtxError(f"{threads} threads are no multiple of {WARP}")
+        if len(parameters) < program.parameter_bytes:
+            raise PtxError(
+                f"{program.name} takes {program.parameter_bytes} bytes of parameters, not {len(parameters)}"
+            )
+        self.program, self.parameters, self.memory = program, parameters, memory
+        self.grid, self.threads, self.blocks, self.profile = grid, threads, blocks, profile
+        self.lanes = blocks * threads
+        self.all = slice(0, self.lanes)
+        self.everyone = np.arange(self.lanes)
+        self.block = (self.everyone // threads).astype(np.int32)
+        self.warp = (self.everyone // WARP).astype(np.int32)
+        self.first = first
+        self.shared = Shared(blocks, program.static_shared_bytes + shared_bytes, races)
+        self.epoch = np.zeros(blocks, np.int32)
+        self.warp_epoch = np.zeros(self.lanes // WARP, np.int32)
+        self._registers: dict[Register, np.ndarray] = {}
+        self.copies = warp.Copies(self)
+        self.state = np.full(self.lanes, _RUNNING, np.int8)
+        self.pc = np.zeros(self.lanes, np.int32)
+        self.code = [self._compiled(instruction) for instruction in program.instructions]
+
+    # What instructions ask for.
+
+    def register(self, register: Register) -> np.ndarray:
+        if register not in self._registers:
+            if register.bits == 1:
+                array = np.zeros(self.lanes, bool)
+            else:  # not zeros: what is read before it was written should show
+                array = np.full(self.lanes, 0xFFFFFFFFFFFFFFFF >> (64 - register.bits), f"u{register.bits // 8}")
+            self._registers[register] = array
+        return self._registers[register]
+
+    def symbol(self, name: str):
+        """A special register (per thread or constant), an offset in shared memory or among parameters."""
+        if name in self.program.parameters:
+            return self.program.parameters[name].offset
+        if name in self.program.shared:
+            return self.program.shared[name]
+        index = self.first + self.block.astype(np.int64)
+        x, y, _ = self.grid
+        special = {
+            "%tid.x": lambda: self.everyone % self.threads,
+            "%ntid.x": lambda: self.threads,
+            "%ctaid.x": lambda: index % x,
+            "%ctaid.y": lambda: index // x % y,
+            "%ctaid.z": lambda: index // (x * y),
+            "%laneid": lambda: self.everyone % WARP,
+            "%warpid": lambda: self.everyone % self.threads // WARP,
+            **{f"%nctaid.{axis}": (lambda i=i: self.grid[i]) for i, axis in enumerate("xyz")},
+            **{f"%tid.{axis}": (lambda: 0) for axis in "yz"},
+            **{f"%ntid.{axis}": (lambda: 1) for axis in "yz"},
+        }
+        if name not in special:
+            raise PtxError(f"unknown symbol {name}")
+        return special[name]()
+
+    def ids(self, lanes) -> np.ndarray:
+        return self.everyone if isinstance(lanes, slice) else lanes
+
+    def size(self, lanes) -> int:
+        return self.lanes if isinstance(lanes, slice) else len(lanes)
+
+    def name(self, lane: int) -> str:
+        return f"{lane % self.threads} of block {self.first + lane // self.threads}"
+
+    def count(self, memory, addresses, size, lanes, what) -> None:
+        if self.profile is not None:
+            self.profile.access(self, memory, addresses, size, lanes, what)
+
+    # Execution.
+
+    def _compiled(self, instruction):
+        make = arithmetic.MAKERS.get(instruction.name)
+        if make is None:
+            make = arithmetic.MAKERS.get(".".join((instruction.name, *instruction.words[:1])))
+        if instruction.name in ("bra", "ret", "exit", "trap"):
+            return None
+        if make is None:
+            if instruction.name == "bar" and instruction.words[0] == "sync":
+                return None
+            raise PtxError(f"line {instruction.line}: unknown instruction {instruction.text}")
+        try:
+            return make(instruction, self)
+        except (PtxError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise PtxError(f"line {instruction.line}: {instruction.text}: {error!r}") from error
+
+    def _guarded(self, guard, lanes):
+        """The lanes whose guard holds: all, some or none."""
+        array = self._registers[guard.register if isinstance(guard, Not) else guard][lanes]
+        holds = ~array if isinstance(guard, Not) else array
+        if holds.all():
+            return lanes
+        return self.ids(lanes)[holds]
+
+    def run(self) -> None:
+        with np.errstate(all="ignore"):
+            while True:
+                running = self.state == _RUNNING
+                if not running.any():
+                    if (self.state == _DONE).all():
+                        break
+                    self._stuck()
+                pcs = self.pc[running]
+                at = int(pcs.min())
+                chosen = running & (self.pc == at)
+                ahead = pcs[pcs > at]
+                limit = int(ahead.min()) if len(ahead) else len(self.code) + 1
+                lanes = self.all if chosen.all() else np.flatnonzero(chosen)
+                self._straight(at, lanes, limit)
+        self.copies.check_finished()
+
+    def _straight(self, at: int, lanes, limit: int) -> None:
+        """Runs ``lanes`` from instruction ``at`` until they part, wait, end or meet others at ``limit``."""
+        instructions, code = self.program.instructions, self.code
+        while True:
+            if at >= len(code):
+                raise PtxError(f"{self.program.name}: a thread runs beyond the kernel's end")
+            instruction = instructions[at]
+            self.at = instruction
+            if self.profile is not None:
+                self.profile.issue(self, instruction, lanes)
+            active = lanes if instruction.guard is None else self._guarded(instruction.guard, lanes)
+            name = instruction.name
+            try:
+                if name == "bra":
+                    to = self.program.labels[instruction.operands[0].name]
+                    if active is lanes:
+                        at = to
+                        if at < limit or isinstance(lanes, slice):
+                            continue
+                        self.pc[lanes] = at
+                        return
+                    self.pc[lanes] = at + 1
+                    self.pc[active] = to
+                    return
+                if name in ("ret", "exit"):
+                    self._end(active)
+                    if active is lanes:
+                        return
+                    self.pc[lanes] = at + 1
+                    return
+                if name == "trap":
+                    if self.size(active):
+                        raise PtxError(f"trap in thread {self.name(self.ids(active)[0])}")
+                elif name == "bar" and instruction.words[0] == "sync":
+                    if active is not lanes:
+                        raise PtxError("a barrier under a guard that not all threads share")
+                    self._barrier(at, lanes)
+                    return
+                elif instruction.name in warp.NEED_WARPS or instruction.text.startswith("bar.warp"):
+                    whole = self._whole_warps(at, active)
+                    if whole is not active:
+                        # Those whose warps are not complete wait for the others.
+                        late = np.setdiff1d(self.ids(active), self.ids(whole))
+                        self.pc[late], self.state[late] = at, _WAITING
+                        rest = np.setdiff1d(self.ids(lanes), self.ids(active))
+                        self.pc[rest] = at + 1
+                        if self.size(whole) == 0:
+                            return
+                        self.state[whole] = _RUNNING
+                        self._run_one(at, whole)
+                        self.pc[whole] = at + 1
+                        return
+                    self._run_one(at, active)
+                elif self.size(active):
+                    self._run_one(at, active)
+            except PtxError as error:
+                if "line" in str(error)[:5]:
+                    raise
+                raise PtxError(
+                    f"line {instruction.line} of {self.program.name}: {instruction.text}: {error}"
+                ) from None
+            at += 1
+            if at >= limit:
+                self.pc[lanes] = at
+                return
+
+    def _run_one(self, at, lanes) -> None:
+        self.code[at](lanes)
+
+    def _whole_warps(self, at, lanes):
+        """``lanes``, and those that wait at the same instruction, as far as all lanes of their masks are there."""
+        if isinstance(lanes, slice):
+            return lanes
+        here = lanes
+        waiting = np.flatnonzero((self.state == _WAITING) & (self.pc == at))
+        if len(waiting):
+            here = np.union1d(lanes, waiting)
+        present = np.zeros(self.lanes // WARP, np.uint32)
+        np.bitwise_or.at(present, self.warp[here], np.uint32(1) << (here % WARP).astype(np.uint32))
+        needed = warp.member_mask(self.program.instructions[at], self)(here)
+        complete = (needed & ~present[self.warp[here]]) == 0
+        if complete.all() and len(here) == len(lanes):
+            return lanes
+        return here[complete]
+
+    def _barrier(self, at: int, lanes) -> None:
+        ids = self.ids(lanes)
+        self.pc[lanes] = at + 1
+        self.state[lanes] = _AT_BARRIER
+        self._release(np.unique(self.block[ids]))
+
+    def _release(self, blocks) -> None:
+        state = self.state.reshape(self.blocks, self.threads)[blocks]
+        arrived = ((state == _AT_BARRIER) | (state == _DONE)).all(1) & (state == _AT_BARRIER).any(1)
+        for block in blocks[arrived]:
+            whole = slice(block * self.threads, (block + 1) * self.threads)
+            part = self.state[whole]
+            part[part == _AT_BARRIER] = _RUNNING
+        self.epoch[blocks[arrived]] += 1
+
+    def _end(self, lanes) -> None:
+        ids = self.ids(lanes)
+        self.state[lanes] = _DONE
+        self._release(np.unique(self.block[ids]))
+
+    def _stuck(self) -> None:
+        lane = int(np.flatnonzero(self.state != _DONE)[0])
+        what = "a barrier" if self.state[lane] == _AT_BARRIER else "lanes of its warp"
+        at = self.program.instructions[self.pc[lane] - (self.state[lane] == _AT_BARRIER)]
+        raise PtxError(
+            f"line {at.line} of {self.program.name}: thread {self.name(lane)} waits at {at.text} for {what} that "
+            "others never reach"
+        )
+
+
+def launch(
+    program: Program,
+    grid: Sequence[int],
+    threads: int,
+    parameters: bytes,
+    regions: Sequence[Region],
+    shared_bytes: int = 0,
+    races: bool = False,
+    profile=None,
+) -> None:
+    """Runs a kernel on host memory; raises PtxError for what a kernel may not do."""
+    grid = tuple(grid) + (1,) * (3 - len(grid))
+    blocks = grid[0] * grid[1] * grid[2]
+    memory = Global(list(regions), races)
+    at_once = max(1, _MOST_LANES // threads)
+    for first in range(0, blocks, at_once):
+        count = min(at_once, blocks - first)
+        Machine(
+            program, grid, threads, parameters, memory, shared_bytes, first, count, races, profile
+        ).run()
+        memory.forget_accesses()
+    memory.write_back()

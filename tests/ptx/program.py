@@ -1,0 +1,294 @@
+"""PTX text as instructions: enough of the language for what nvcc and Triton write."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+# Registers' bits by the letters of their declared type; predicates are kept as booleans.
+_WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64}
+_SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4}
+_SIZES |= {"b64": 8, "u64": 8, "s64": 8, "f64": 8}
+
+
+@dataclass(frozen=True)
+class Register:
+    name: str
+    bits: int  # 1 for a predicate
+
+
+@dataclass(frozen=True)
+class Not:
+    """A predicate operand written as !%p."""
+
+    register: Register
+
+
+@dataclass(frozen=True)
+class Integer:
+    value: int
+
+
+@dataclass(frozen=True)
+class Float:
+    bits: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A special register (%tid.x), a parameter, shared memory or a label."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Address:
+    base: Register | Symbol | Integer
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    parts: tuple
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two results: %r1|%p2."""
+
+    first: Register | None
+    second: Register | None
+
+
+@dataclass
+class Instruction:
+    """``name`` is the opcode up to its first dot, ``words`` what follows the dots."""
+
+    name: str
+    words: tuple[str, ...]
+    operands: list
+    guard: Register | Not | None
+    text: str
+    line: int
+
+
+@dataclass
+class Parameter:
+    offset: int
+    size: int
+
+
+@dataclass
+class Program:
+    """One kernel."""
+
+    name: str
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    parameter_bytes: int = 0
+    shared: dict[str, int] = field(default_factory=dict)  # symbols' offsets in shared memory
+    static_shared_bytes: int = 0
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+
+
+def _without_comments(text: str) -> str:
+    text = re.sub(r"/\*.*?\*/", lambda found: "\n" * found[0].count("\n"), text, flags=re.S)
+    return re.sub(r"//[^\n]*", "", text)
+
+
+def _body(text: str, start: int) -> int:
+    """The index of the brace that closes the one at ``start``."""
+    depth = 0
+    for found in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if found[0] == "{" else -1
+        if depth == 0:
+            return found.start()
+    raise ValueError("a kernel's braces do not match")
+
+
+def _parameters(program: Program, text: str) -> None:
+    offset = 0
+    for declared in filter(str.strip, text.split(",")):
+        found = re.search(
+            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr[^%\w]*(?:\.\w+\s+|\d+\s+)*)?\s*"
+            r"([\w$]+)(?:\[(\d+)\])?\s*$",
+            declared.strip(),
+        )
+        if not found:
+            raise ValueError(f"parameter not understood: {declared.strip()!r}")
+        size = _SIZES[found[2]]
+        align = int(found[1] or size)
+        size *= int(found[4] or 1)
+        offset = -(-offset // align) * align
+        program.parameters[found[3]] = Parameter(offset, size)
+        offset += size
+    program.parameter_bytes = offset
+
+
+class _Scopes:
+    """Registers declared inside braces are others than those of the same name outside."""
+
+    def __init__(self):
+        self.stack: list[dict[str, Register]] = [{}]
+        self.ranges: list[tuple[str, int]] = []
+        self.count = 0
+
+    def declare(self, kind: str, names: str) -> None:
+        bits = 1 if kind == "pred" else 8 * _SIZES[kind]
+        for name in (part.strip() for part in names.split(",")):
+            if found := re.fullmatch(r"(%[\w$]*)<(\d+)>", name):
+                self.ranges.append((found[1], bits))
+            elif len(self.stack) > 1:
+                self.count += 1
+                self.stack[-1][name] = Register(f"{name}@{self.count}", bits)
+            else:
+                self.stack[0][name] = Register(name, bits)
+
+    def find(self, name: str) -> Register | None:
+        for scope in reversed(self.stack):
+            if name in scope:
+                return scope[name]
+        found = re.fullmatch(r"(%[A-Za-z_$]+)\d+", name)
+        for prefix, bits in self.ranges if found else ():
+            if prefix == found[1]:
+                register = self.stack[0][name] = Register(name, bits)
+                return register
+        return None
+
+
+def _integer(text: str) -> int | None:
+    if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
+        return int(text.rstrip("U"), 0)
+    return None
+
+
+def _operand(text: str, scopes: _Scopes):
+    text = text.strip()
+    if text.startswith("{"):
+        return Vector(tuple(_operand(part, scopes) for part in _split(text[1:-1])))
+    if text.startswith("["):
+        inner = re.sub(r"\s", "", text[1:-1])
+        found = re.fullmatch(r"([%\w$.]+?)(?:\+(-?\w+))?", inner)
+        if not found:
+            raise ValueError(f"address not understood: {text!r}")
+        return Address(_operand(found[1], scopes), int(found[2] or "0", 0))
+    if text.startswith("!"):
+        return Not(_operand(text[1:], scopes))
+    if text.startswith("-") and scopes.find(text[1:]):
+        raise ValueError(f"operand not understood: {text!r}")
+    if "|" in text:
+        first, second = (part.strip() for part in text.split("|"))
+        return Pair(*(None if part == "_" else scopes.find(part) for part in (first, second)))
+    if text == "_":
+        return None
+    if register := scopes.find(text):
+        return register
+    if (value := _integer(text)) is not None:
+        return Integer(value)
+    if found := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
+        return Float(int(found[1], 16), 32)
+    if found := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
+        return Float(int(found[1], 16), 64)
+    return Symbol(text)
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside of braces and brackets."""
+    parts, depth, start = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    rest = text[start:].strip()
+    return parts + [rest] if rest else parts
+
+
+_STATEMENT = re.compile(
+    r"\s*(?:"
+    r"(?P<loc>\.loc\b[^\n]*\n)"
+    r"|(?P<label>[$\w]+):(?!:)"
+    r"|(?P<open>\{)|(?P<close>\})"
+    r"|(?P<statement>[^;{}]*(?:\{[^;{}]*\}[^;{}]*)*);"
+    r")"
+)
+_OPCODE = re.compile(r"(?:@(!?[%\w$]+)\s+)?([a-z][a-z0-9]*)((?:[.:]+\w+)*)\s*(.*)", re.S)
+
+
+def _instructions(program: Program, text: str, first_line: int) -> None:
+    scopes, at, end = _Scopes(), 0, len(text.rstrip())
+    while at < end:
+        found = _STATEMENT.match(text, at)
+        if not found:
+            raise ValueError(f"not understood: {text[at : at + 80]!r}")
+        line = first_line + text.count("\n", 0, found.start(found.lastgroup))
+        at = found.end()
+        if found["label"]:
+            program.labels[found["label"]] = len(program.instructions)
+        elif found["open"]:
+            scopes.stack.append({})
+        elif found["close"]:
+            scopes.stack.pop()
+        elif statement := (found["statement"] or "").strip():
+            # .loc may stand between the braces of inline assembly and its instruction
+            statement = re.sub(r"\.loc\b[^\n]*\n", "", statement).strip()
+            if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S):
+                scopes.declare(declared[1], declared[2])
+            elif declared := re.match(
+                r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", statement
+            ):
+                _shared(program, declared)
+            elif not statement.startswith("."):
+                _add(program, statement, scopes, line)
+            elif not statement.startswith((".pragma", ".loc")):
+                raise ValueError(f"line {line}: not understood: {statement!r}")
+
+
+def _add(program: Program, statement: str, scopes: _Scopes, line: int) -> None:
+    found = _OPCODE.fullmatch(statement)
+    if not found:
+        raise ValueError(f"line {line}: not understood: {statement!r}")
+    words = tuple(word for word in re.split(r"[.:]+", found[3]) if word)
+    text = " ".join(statement.split())
+    try:
+        operands = [_operand(part, scopes) for part in _split(found[4])]
+        guard = _operand(found[1], scopes) if found[1] else None
+    except ValueError as error:
+        raise ValueError(f"line {line}: {error} in {text!r}") from None
+    program.instructions.append(Instruction(found[2], words, operands, guard, text, line))
+
+
+def _shared(program: Program, declared: re.Match) -> None:
+    align, size = int(declared[1]), _SIZES[declared[2]] * int(declared[4])
+    offset = -(-program.static_shared_bytes // align) * align
+    program.shared[declared[3]] = offset
+    program.static_shared_bytes = offset + size
+
+
+def kernel_names(text: str) -> list[str]:
+    return re.findall(r"\.entry\s+([\w$]+)", _without_comments(text))
+
+
+def parse(text: str, name: str | None = None) -> Program:
+    """The kernel called ``name``, or the only one."""
+    text = _without_comments(text)
+    names = re.findall(r"\.entry\s+([\w$]+)", text)
+    if name is None:
+        (name,) = names
+    if name not in names:
+        raise ValueError(f"no kernel {name} in {', '.join(names)}")
+    program = Program(name)
+    for declared in re.finditer(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.\w+\s+([\w$]+)\[\]", text):
+        program.shared[declared[1]] = -1  # behind what is declared with a size
+    entry = re.search(rf"\.entry\s+{re.escape(name)}\s*(?:\((.*?)\))?", text, re.S)
+    _parameters(program, entry[1] or "")
+    start = text.index("{", entry.end())
+    head = text[: entry.start()]
+    for declared in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", head):
+        _shared(program, declared)
+    _instructions(program, text[start + 1 : _body(text, start)], text.count("\n", 0, start) + 1)
+    for symbol, offset in program.shared.items():
+        if offset < 0:
+            program.shared[symbol] = -(-program.static_shared_bytes // 1024) * 1024
+    return program

@@ -1,0 +1,67 @@
+"""Runs Triton's host functions with their kernels compiled for a GPU and executed by the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+
+import torch
+
+from depict_kernels.ops.triton_kernels import launch
+from tests.ptx import machine, program
+
+_FORMATS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "fp32": "<f", "fp64": "<d"}
+_compiled: dict[tuple, tuple] = {}
+
+
+class Executor(list):
+    """Takes the place of the list of recorded launches; executes each instead and keeps the kernels' names."""
+
+    def __init__(self, architecture: str, races: bool, profile=None):
+        self.architecture, self.races, self.profile = architecture, races, profile
+
+    def append(self, recorded: launch.Launch) -> None:
+        key = (self.architecture, launch.fingerprint(recorded))
+        if key not in _compiled:
+            kernel = launch.compile_ahead(recorded, self.architecture)
+            _compiled[key] = program.parse(kernel.asm["ptx"]), kernel.metadata.shared
+        parsed, shared = _compiled[key]
+        kinds, _, _ = launch.signature(recorded)
+        values, regions = [], []
+        for name, kind in kinds.items():
+            value = recorded.arguments[name]
+            if kind == "constexpr":
+                continue
+            if isinstance(value, torch.Tensor):
+                values.append(struct.pack("<Q", value.data_ptr()))
+                storage = value.untyped_storage()
+                regions.append(machine.Region(storage.data_ptr(), storage.nbytes()))
+            else:
+                values.append(struct.pack(_FORMATS[kind], value))
+        blob = bytearray(parsed.parameter_bytes)  # what Triton appends (scratch memory) stays a null pointer
+        for packed, parameter in zip(values, parsed.parameters.values()):
+            assert parameter.size == len(packed), (parsed.name, parameter, packed)
+            blob[parameter.offset : parameter.offset + parameter.size] = packed
+        machine.launch(
+            parsed,
+            recorded.grid,
+            32 * recorded.num_warps,
+            bytes(blob),
+            regions,
+            shared_bytes=shared,
+            races=self.races,
+            profile=self.profile,
+        )
+        super().append(recorded.kernel.__name__)
+
+
+@contextlib.contextmanager
+def executing(architecture: str, races: bool = False, profile=None) -> Iterator[Executor]:
+    """Within the context host functions on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80")."""
+    executor = Executor(architecture, races, profile)
+    before, launch._recording = launch._recording, (architecture, executor)
+    try:
+        yield executor
+    finally:
+        launch._recording = before

@@ -1,0 +1,270 @@
+"""Instructions in which the lanes of a warp take part together, and asynchronous copies."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.ptx.arithmetic import DTYPES, address, maker, reader, writer
+from tests.ptx.errors import PtxError
+from tests.ptx.program import Integer, Pair
+
+NEED_WARPS = {"shfl", "vote", "match", "redux", "mma", "ldmatrix", "stmatrix", "wgmma"}
+_WARP = 32
+
+
+def member_mask(instruction, machine):
+    """A function of lanes that gives the lanes' masks of those who must take part."""
+    operands = instruction.operands
+    if instruction.name in ("shfl", "vote", "match", "redux") or instruction.text.startswith("bar.warp"):
+        read = reader(operands[-1], "b32", machine)
+        return lambda lanes: np.broadcast_to(read(lanes), lanes.shape)
+    return lambda lanes: np.full(lanes.shape, 0xFFFFFFFF, np.uint32)
+
+
+@maker("bar.warp")
+def _warp_barrier(instruction, machine):
+    def run(lanes):
+        machine.warp_epoch[np.unique(machine.warp[machine.ids(lanes)])] += 1
+
+    return run
+
+
+@maker("shfl")
+def _shuffle(instruction, machine):
+    mode = instruction.words[1]
+    to, value, by, clamp, _ = instruction.operands
+    first, second = (to.first, to.second) if isinstance(to, Pair) else (to, None)
+    write, write_inside = writer(first, "b32", machine), writer(second, "pred", machine)
+    source = reader(value, "b32", machine)
+    by, clamp = reader(by, "b32", machine), reader(clamp, "b32", machine)
+
+    def run(lanes):
+        ids = machine.ids(lanes)
+        lane, b, c = ids % _WARP, np.asarray(by(lanes)).astype(np.int64), np.asarray(clamp(lanes)).astype(np.int64)
+        segment, last = c >> 8 & 31, c & 31
+        most = (lane & segment) | (last & ~segment)
+        if mode == "bfly":
+            other, inside = lane ^ b, (lane ^ b) <= most
+        elif mode == "idx":
+            other = (lane & segment) | (b & 31 & ~segment)
+            inside = other <= most
+        elif mode == "down":
+            other, inside = lane + b, lane + b <= most
+        else:
+            other, inside = lane - b, lane - b >= most
+        other = np.where(inside, other, lane)
+        everyone = source(machine.all)
+        if np.ndim(everyone) == 0:
+            everyone = np.full(machine.lanes, everyone)
+        write(lanes, everyone[ids - lane + other])
+        write_inside(lanes, inside)
+
+    return run
+
+
+def _per_warp(machine, ids):
+    """The warps of ``ids``, and for every id the row of its warp."""
+    return np.unique(machine.warp[ids], return_inverse=True)
+
+
+@maker("vote")
+def _vote(instruction, machine):
+    mode = instruction.words[1]
+    to, source, _ = instruction.operands
+    read = reader(source, "pred", machine)
+    write = writer(to, "b32" if mode == "ballot" else "pred", machine)
+
+    def run(lanes):
+        ids = machine.ids(lanes)
+        holds = np.broadcast_to(read(lanes), ids.shape)
+        warps, row = _per_warp(machine, ids)
+        bits = np.zeros(len(warps), np.uint32)
+        np.bitwise_or.at(bits, row, holds.astype(np.uint32) << (ids % _WARP).astype(np.uint32))
+        if mode == "ballot":
+            return write(lanes, bits[row])
+        there = np.zeros(len(warps), np.uint32)
+        np.bitwise_or.at(there, row, np.uint32(1) << (ids % _WARP).astype(np.uint32))
+        results = {"any": bits != 0, "all": bits == there, "uni": (bits == there) | (bits == 0)}
+        write(lanes, results[mode][row])
+
+    return run
+
+
+@maker("match")
+def _match(instruction, machine):
+    if instruction.words[0] != "any":
+        raise PtxError(f"not supported: {instruction.text}")
+    to, source, _ = instruction.operands
+    kind = instruction.words[-1]
+    read, write = reader(source, kind, machine), writer(to, "b32", machine)
+
+    def run(lanes):
+        ids = machine.ids(lanes)
+        values = np.broadcast_to(read(lanes), ids.shape)
+        warps, row = _per_warp(machine, ids)
+        table = np.zeros((len(warps), _WARP), values.dtype)
+        there = np.zeros((len(warps), _WARP), bool)
+        table[row, ids % _WARP], there[row, ids % _WARP] = values, True
+        same = (table[row] == values[:, None]) & there[row]
+        write(lanes, (same.astype(np.uint32) << np.arange(_WARP, dtype=np.uint32)).sum(1, dtype=np.uint32))
+
+    return run
+
+
+@maker("redux")
+def _reduce(instruction, machine):
+    operation, kind = instruction.words[1:]
+    to, source, _ = instruction.operands
+    read, write = reader(source, kind, machine), writer(to, kind, machine)
+    function = {
+        "add": np.add, "min": np.minimum, "max": np.maximum,
+        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    }[operation]  # fmt: skip
+
+    def run(lanes):
+        ids = machine.ids(lanes)
+        values = np.broadcast_to(read(lanes), ids.shape)
+        warps, row = _per_warp(machine, ids)
+        order = np.argsort(row, kind="stable")
+        starts = np.searchsorted(row[order], np.arange(len(warps)))
+        write(lanes, function.reduceat(values[order], starts)[row])
+
+    return run
+
+
+def _rows(machine, place, lanes, count):
+    """Bytes (warps, count, 8, 16) of matrices' rows, whose addresses lanes 0 to 8 * count - 1 hold."""
+    ids = machine.ids(lanes).reshape(-1, _WARP)[:, : 8 * count].ravel()
+    addresses = place(lanes).reshape(-1, _WARP)[:, : 8 * count].ravel()
+    return ids, addresses
+
+
+@maker("ldmatrix")
+def _load_matrices(instruction, machine):
+    words = instruction.words
+    count = int(next(word for word in words if word in ("x1", "x2", "x4"))[1:])
+    transposed = "trans" in words
+    to, place = instruction.operands
+    place = address(place, machine)
+    writes = [writer(part, "b32", machine) for part in to.parts]
+    row, column = np.arange(_WARP) // 4, np.arange(_WARP) % 4 * 2
+
+    def run(lanes):
+        ids, addresses = _rows(machine, place, lanes, count)
+        halves = machine.shared.load(addresses, 8, 2, ids, machine)
+        values = np.stack(halves, 1).view(np.uint16).reshape(-1, count, 8, 8).astype(np.uint32)
+        if transposed:
+            values = values.swapaxes(2, 3)
+        for i, write in enumerate(writes):
+            matrix = values[:, i]
+            write(lanes, (matrix[:, row, column] | matrix[:, row, column + 1] << np.uint32(16)).ravel())
+
+    return run
+
+
+@maker("stmatrix")
+def _store_matrices(instruction, machine):
+    words = instruction.words
+    count = int(next(word for word in words if word in ("x1", "x2", "x4"))[1:])
+    transposed = "trans" in words
+    place, source = instruction.operands
+    place = address(place, machine)
+    reads = [reader(part, "b32", machine) for part in source.parts]
+    row, column = np.arange(_WARP) // 4, np.arange(_WARP) % 4 * 2
+
+    def run(lanes):
+        ids, addresses = _rows(machine, place, lanes, count)
+        values = np.zeros((machine.size(lanes) // _WARP, count, 8, 8), np.uint16)
+        for i, read in enumerate(reads):
+            register = read(lanes).reshape(-1, _WARP)
+            values[:, i, row, column] = register.astype(np.uint16)
+            values[:, i, row, column + 1] = (register >> np.uint32(16)).astype(np.uint16)
+        if transposed:
+            values = values.swapaxes(2, 3)
+        halves = np.ascontiguousarray(values).view(np.uint64).reshape(-1, 2)
+        machine.shared.store(addresses, [halves[:, 0], halves[:, 1]], 8, ids, machine)
+
+    return run
+
+
+class Copies:
+    """cp.async: what was asked for lands when its group is waited for."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.committed = np.zeros(machine.lanes, np.int32)
+        self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, ids, at, values) -> None:
+        self.pending.append((ids, at, values, self.committed[ids].copy()))
+
+    def wait(self, ids, groups_left: int) -> None:
+        """Copies of all but the last ``groups_left`` groups of these threads land."""
+        asked = np.zeros(self.machine.lanes, bool)
+        asked[ids] = True
+        left = []
+        for who, at, values, group in self.pending:
+            lands = asked[who] & (group < self.committed[who] - groups_left)
+            if lands.any():
+                size = values.shape[1]
+                where = (at[lands][:, None] + np.arange(size)).ravel()
+                self.machine.shared.put(where, [values[lands].ravel()], 1, np.repeat(who[lands], size), self.machine)
+            if not lands.all():
+                left.append((who[~lands], at[~lands], values[~lands], group[~lands]))
+        self.pending = left
+
+    def check_finished(self) -> None:
+        if self.pending:
+            raise PtxError("a kernel ended before its asynchronous copies were waited for")
+
+
+@maker("cp")
+def _copy_async(instruction, machine):
+    words = instruction.words
+    if words[0] != "async":
+        raise PtxError(f"not supported: {instruction.text}")
+    if words[1] == "commit_group":
+
+        def run(lanes):
+            machine.copies.committed[lanes] += 1
+
+        return run
+    if words[1] in ("wait_group", "wait_all"):
+        groups = instruction.operands[0].value if words[1] == "wait_group" else -1
+
+        def run(lanes):
+            machine.copies.wait(machine.ids(lanes), groups)
+
+        return run
+    if "shared" not in words or "global" not in words:
+        raise PtxError(f"not supported: {instruction.text}")
+    to, source, size, *rest = instruction.operands
+    to, source = address(to, machine), address(source, machine)
+    size = size.value
+    given = reader(rest[0] if rest else Integer(size), "b32", machine)
+
+    def run(lanes):
+        ids, to_address, from_address = machine.ids(lanes), to(lanes), source(lanes)
+        filled = np.broadcast_to(given(lanes), ids.shape).astype(np.int64)
+        if (filled > size).any():
+            raise PtxError(f"an asynchronous copy of {size} bytes is to read {filled.max()}")
+        at = machine.shared.locate(to_address, size, 1, ids, machine)
+        machine.count(machine.shared, to_address, size, ids, "store")
+        if (from_address % np.uint64(size)).any():
+            raise PtxError(f"an asynchronous copy reads from an address that is not aligned to {size} bytes")
+        values = np.zeros((len(ids), size), np.uint8)
+        for count in np.unique(filled[filled > 0]):
+            chosen = filled == count
+            first = machine.memory.place(from_address[chosen], int(count), ids[chosen], machine)
+            machine.count(machine.memory, from_address[chosen], int(count), ids[chosen], "load")
+            each = first[:, None] + np.arange(count)
+            if machine.memory.races:
+                machine.memory.races.on_read(each.ravel(), np.repeat(ids[chosen], count), machine)
+            values[chosen, :count] = machine.memory.bytes[each]
+        if machine.shared.races:  # it may land at once, so nobody may still read what was there
+            where = (at[:, None] + np.arange(size)).ravel()
+            changed = np.ones(len(where), bool)
+            machine.shared.races.on_write(where, np.repeat(ids, size), machine, changed)
+        machine.copies.add(ids, at, values)
+
+    return run
