@@ -13,6 +13,7 @@
 // results alone, is summed in double.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -59,8 +60,18 @@ struct Attachment {           // a thread's state, dropped before every block
 };
 std::unique_ptr<Attachment>& attachment(int thread);
 
+struct Launch {
+  const void* kernel;  // the host's function
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  const void* const* arguments;
+  const size_t* sizes;
+  int count;
+};
+
 // Runs every block; returns the first error or null.
-const char* run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+const char* run(const Launch& launch, const std::function<void()>& kernel);
 
 }  // namespace depict::emulated
 
@@ -275,7 +286,17 @@ template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, Stream,
                    A... arguments) {
   std::tuple<P...> parameters(arguments...);
-  return emulated::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, parameters); });
+  const auto addresses = std::apply(
+      [](const P&... each) { return std::array<const void*, sizeof...(P)>{&each...}; }, parameters);
+  constexpr std::array<size_t, sizeof...(P)> sizes{sizeof(P)...};
+  const emulated::Launch all{reinterpret_cast<const void*>(kernel),
+                             blocks,
+                             threads,
+                             shared_bytes,
+                             addresses.data(),
+                             sizes.data(),
+                             sizeof...(P)};
+  return emulated::run(all, [&] { std::apply(kernel, parameters); });
 }
 
 }  // namespace depict::cuda

@@ -92,7 +92,7 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
 
 
-def _without_comments(text: str) -> str:
+def without_comments(text: str) -> str:
     text = re.sub(r"/\*.*?\*/", lambda found: "\n" * found[0].count("\n"), text, flags=re.S)
     return re.sub(r"//[^\n]*", "", text)
 
@@ -267,12 +267,12 @@ def _shared(program: Program, declared: re.Match) -> None:
 
 
 def kernel_names(text: str) -> list[str]:
-    return re.findall(r"\.entry\s+([\w$]+)", _without_comments(text))
+    return re.findall(r"\.entry\s+([\w$]+)", without_comments(text))
 
 
 def parse(text: str, name: str | None = None) -> Program:
     """The kernel called ``name``, or the only one."""
-    text = _without_comments(text)
+    text = without_comments(text)
     names = re.findall(r"\.entry\s+([\w$]+)", text)
     if name is None:
         (name,) = names
