@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# An architecture ("sm_80"): kernels on the CPU are compiled for it and their PTX is executed (tests/ptx).
+PTX = os.environ.get("DEPICT_TEST_PTX")
+
 # What the extras bring. Where only the core and pytest are installed, as on some GPU machines, test modules that
 # need more skip; with the extras nothing is skipped, since their packages are found.
 EXTRAS = {
@@ -102,6 +105,18 @@ def _skip_unless_it_runs(backend: str, device: str) -> None:
         reason = extension.load("cuda" if device == "cuda" else "cuda_emulated")
         if reason is not None:
             pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=PTX is not None)
+def cuda_kernels_as_ptx():
+    """The CUDA kernels' PTX in the place of the emulator."""
+    from tests.ptx import cuda_runs
+
+    if reason := cuda_runs.why_not():
+        pytest.skip(reason)
+    races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
+    with cuda_runs.executing(PTX + "a" * (PTX == "sm_90"), races):
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 // Attention with one tensor as key and value, forward: online softmax in base 2 over tiles of keys, each of
 // which is loaded once and serves both products. Also the row sums that backward subtracts.
+#include <algorithm>
+
 #include "attention_launch.h"
 #include "attention_tiles.h"
 
@@ -137,20 +139,47 @@ struct DeltaArguments {
   float scale;
 };
 
-// One warp per row.
-template <class T>
+constexpr int kDeltaLanes = 8;  // per row
+
+// Batch, query and head of a row in the order of the output, in 32 bits where they do: 64-bit divisions take
+// longer than all the rest.
+template <class I>
+__device__ __forceinline__ void locate_row(const DeltaArguments& a, int64_t row, int64_t& batch,
+                                           int64_t& query, int64_t& head) {
+  const I r = static_cast<I>(row), heads = static_cast<I>(a.heads), queries = static_cast<I>(a.queries);
+  const I token = r / heads, in_batch = token / queries;
+  head = r - token * heads, query = token - in_batch * queries, batch = in_batch;
+}
+
+template <class T, int Bytes>
 __global__ void __launch_bounds__(256) delta_kernel(DeltaArguments a) {
-  const int64_t row = block_index() * (thread_count() / 32) + thread_index() / 32;
-  if (row >= a.total) return;
-  const int lane = thread_index() % 32;
-  const int64_t query = row % a.queries, head = row / a.queries % a.heads, batch = row / a.queries / a.heads;
-  const T* grad = static_cast<const T*>(a.grad.data) + batch * a.grad.batch_stride +
-                  query * a.grad.row_stride + head * a.grad.head_stride;
-  const T* out = static_cast<const T*>(a.out) + ((batch * a.queries + query) * a.heads + head) * a.dim;
+  constexpr int V = Bytes / sizeof(T);
+  struct alignas(Bytes) Vector {
+    T values[V];
+  };
+  const int64_t row = (block_index() * thread_count() + thread_index()) / kDeltaLanes;
+  const int lane = thread_index() % kDeltaLanes;
+  int64_t batch = 0, query = 0, head = 0;
   float sum = 0;
-  for (int c = lane; c < a.dim; c += 32) sum += to_float(grad[c]) * to_float(out[c]);
-  sum = warp_sum(sum);
-  if (lane == 0) a.delta[row] = a.scale * sum;
+  if (row < a.total) {
+    if (a.total <= 0xffffffffLL)
+      locate_row<uint32_t>(a, row, batch, query, head);
+    else
+      locate_row<uint64_t>(a, row, batch, query, head);
+    const T* grad = static_cast<const T*>(a.grad.data) + batch * a.grad.batch_stride +
+                    query * a.grad.row_stride + head * a.grad.head_stride;
+    const T* out = static_cast<const T*>(a.out) + row * a.dim;
+#pragma unroll 4
+    for (int c = lane * V; c < a.dim; c += kDeltaLanes * V) {
+      const Vector x = *reinterpret_cast<const Vector*>(grad + c),
+                   y = *reinterpret_cast<const Vector*>(out + c);
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum += to_float(x.values[i]) * to_float(y.values[i]);
+    }
+  }
+#pragma unroll
+  for (int mask = kDeltaLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (lane == 0 && row < a.total) a.delta[(batch * a.heads + head) * a.queries + query] = a.scale * sum;
 }
 
 }  // namespace
@@ -176,7 +205,20 @@ const char* attention_delta(const AttentionShape& s, const Rows& grad, const voi
   if (rows == 0) return nullptr;
   const DeltaArguments a{grad, out, delta, s.queries, s.heads, rows, s.dim, s.scale};
   return with_type(s.type, [&](auto element) {
-    return launch(delta_kernel<typename decltype(element)::type>, (rows + 7) / 8, 256, 0, stream, a);
+    using T = typename decltype(element)::type;
+    const auto run = [&](auto kernel) {
+      constexpr int threads = 256, per_block = threads / kDeltaLanes;
+      return launch(kernel, (rows + per_block - 1) / per_block, threads, 0, stream, a);
+    };
+    const int64_t tokens = s.heads * s.dim;
+    const int bytes = std::min(vector_bytes(grad, s, sizeof(T)),
+                               vector_bytes({out, s.queries * tokens, tokens, s.dim}, s, sizeof(T)));
+    if (bytes == 16) return run(delta_kernel<T, 16>);
+    if (bytes == 8) return run(delta_kernel<T, 8>);
+    if constexpr (sizeof(T) == 2)
+      return bytes == 4 ? run(delta_kernel<T, 4>) : run(delta_kernel<T, 2>);
+    else
+      return run(delta_kernel<T, 4>);
   });
 }
 

@@ -155,7 +155,8 @@ constexpr int kGatherWarps = 8;
 // Blocks of 32 samples x 32 classes: what the tiles of the (at most) four cells around each sample wrote for
 // it, in a fixed order. Reads with lanes = classes, writes with lanes = samples.
 __global__ void gather_kernel(const GatherArguments a) {
-  float* const block = reinterpret_cast<float*>(shared_memory());  // [32 samples][33]
+  float* const block = reinterpret_cast<float*>(shared_memory());      // [32 samples][33]
+  int64_t* const slots = reinterpret_cast<int64_t*>(block + 32 * 33);  // [32 samples][4 cells]
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   // why_not() keeps the cells of the batch below 2^31, and with them the samples.
   const uint32_t h = static_cast<uint32_t>(a.grid.y.axis.in), w = static_cast<uint32_t>(a.grid.x.axis.in);
@@ -166,26 +167,32 @@ __global__ void gather_kernel(const GatherArguments a) {
   const int64_t c0 = index % class_blocks * 32, c = c0 + lane;
   const uint32_t n0 = static_cast<uint32_t>(a.first) * w + index / class_blocks * 32;  // over the batch
   const int32_t parts_y = a.grid.y.parts, parts_x = a.grid.x.parts, across = a.grid.x.tiles;
-#pragma unroll
-  for (int i = warp; i < 32; i += kGatherWarps) {
-    const uint32_t n = n0 + i, row = n / w, x = n % w, y = row % h;
-    if (n >= end || c >= classes) continue;
-    float total = 0;
+  // Where the first tile of each cell put the sample, once for all classes: divisions cost more than the
+  // sums.
+  if (thread_index() < 128) {
+    const uint32_t n = n0 + thread_index() / 4, row = n / w, x = n - row * w, image = row / h,
+                   y = row - image * h;
+    const int second_y = thread_index() / 2 % 2, second_x = thread_index() % 2;
     // Sample (y, x) is the first of cell (y, x) and the second of cell (y - 1, x - 1), whose tiles begin at
     // row and column y + 1, x + 1 and y, x, times the parts. The border cell -1 put everything into its first
     // sample.
-    const uint32_t lower = (row / h * (h + 1) + y + 1) % held, upper = (lower == 0 ? held : lower) - 1;
+    const uint32_t lower = (image * (h + 1) + y + 1) % held, upper = (lower == 0 ? held : lower) - 1;
+    const int64_t tile_row = int64_t{second_y ? upper : lower} * parts_y;
+    const int64_t tile = tile_row * across + (int64_t{x} + 1 - second_x) * parts_x;
+    slots[thread_index()] = tile * 4 + (y > 0 ? 2 * second_y : 0) + (x > 0 ? second_x : 0);
+  }
+  barrier();
+#pragma unroll
+  for (int i = warp; i < 32; i += kGatherWarps) {
+    if (n0 + i >= end || c >= classes) continue;
+    float total = 0;
     for (int part_y = 0; part_y < parts_y; ++part_y)
       for (int part_x = 0; part_x < parts_x; ++part_x) {
+        const int64_t part = (int64_t{part_y} * across + part_x) * 4;
         float of_cell[4];  // loads first: they wait for each other otherwise
 #pragma unroll
-        for (int cell = 0; cell < 4; ++cell) {
-          const int second_y = cell / 2, second_x = cell % 2;
-          const int64_t tile_row = int64_t{second_y ? upper : lower} * parts_y + part_y;
-          const int64_t tile = tile_row * across + (int64_t{x} + 1 - second_x) * parts_x + part_x;
-          const int slot = (y > 0 ? 2 * second_y : 0) + (x > 0 ? second_x : 0);
-          of_cell[cell] = a.samples[(tile * 4 + slot) * classes + c];
-        }
+        for (int cell = 0; cell < 4; ++cell)
+          of_cell[cell] = a.samples[(slots[4 * i + cell] + part) * classes + c];
         total += (of_cell[0] + of_cell[1]) + (of_cell[2] + of_cell[3]);
       }
     block[i * 33 + lane] = total;
@@ -230,7 +237,8 @@ const char* upsample_finish(const FinishArguments& a, void* stream) {
 
 const char* upsample_gather(const GatherArguments& a, void* stream) {
   const int64_t blocks = (a.rows * a.grid.x.axis.in + 31) / 32 * ((a.grid.classes + 31) / 32);
-  return launch(gather_kernel, blocks, 32 * kGatherWarps, 32 * 33 * sizeof(float), stream, a);
+  constexpr size_t shared = 32 * 33 * sizeof(float) + 32 * 4 * sizeof(int64_t);
+  return launch(gather_kernel, blocks, 32 * kGatherWarps, shared, stream, a);
 }
 
 }  // namespace depict::cuda

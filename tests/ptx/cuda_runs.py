@@ -68,29 +68,37 @@ def _symbols(library: str) -> dict[int, str]:
 
 
 @lru_cache
-def _compiled(architecture: str) -> dict[str, tuple[str, str]]:
-    """The PTX text and the mangled name of every kernel, by demangled name."""
+def _sources() -> dict[str, Path]:
+    """Where each kernel is defined, by its name without template arguments."""
     kernels = {}
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for source in sorted(SOURCES.glob("*.cu")):
-            out = Path(folder) / f"{source.stem}.ptx"
-            command = [nvcc(), *FLAGS, f"-arch=compute_{architecture.removeprefix('sm_')}", "-ptx", str(source)]
-            command += ["-o", str(out)]
-            running.append((out, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
-        for out, process in running:
-            printed, _ = process.communicate()
-            if process.returncode:
-                raise RuntimeError(printed.decode())
-            text = program.without_comments(out.read_text())
-            names = program.kernel_names(text)
-            kernels.update(zip(_demangled(names), ((text, name) for name in names)))
+    for source in sorted(SOURCES.glob("*.cu")):
+        for found in re.finditer(r"__global__[^;{]*?(\w+)\([^()]*\)\s*\{", source.read_text()):
+            kernels.setdefault(found[1], []).append(source)
     return kernels
 
 
 @lru_cache
+def _compiled(architecture: str, source: Path) -> dict[str, tuple[str, str]]:
+    """The PTX text and the mangled name of every kernel in a file, by demangled name."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernels.ptx"
+        command = [nvcc(), *FLAGS, f"-arch=compute_{architecture.removeprefix('sm_')}", "-ptx", str(source)]
+        done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        text = program.without_comments(out.read_text())
+    names = program.kernel_names(text)
+    return dict(zip(_demangled(names), ((text, name) for name in names)))
+
+
+@lru_cache
 def _parsed(architecture: str, kernel: str) -> program.Program:
-    return program.parse(*_compiled(architecture)[kernel])
+    (name,) = re.findall(r"(\w+)(?:<[^()]*>)?\(", kernel.replace("(anonymous namespace)", ""))
+    for source in _sources()[name]:
+        compiled = _compiled(architecture, source)
+        if kernel in compiled:
+            return program.parse(*compiled[kernel])
+    raise RuntimeError(f"{kernel} is not among the compiled kernels")
 
 
 class Executor(list):
@@ -149,6 +157,7 @@ def executing(architecture: str, races: bool = False, profile=None) -> Iterator[
     """Within the context the CUDA operators on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80")."""
     executor = Executor(architecture, races, profile)
     modules = [importlib.import_module(f"depict_kernels.ops.cuda_kernels.{stem}") for stem in STEMS]
+    modules.append(importlib.import_module("depict_kernels.ops.cuda_kernels._library"))
     before = [module.call for module in modules]
     for module, call in zip(modules, before):
         module.call = lambda *a, call=call, **k: executor.call(call, *a, **k)
