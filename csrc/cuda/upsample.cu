@@ -179,7 +179,7 @@ __global__ void gather_kernel(const GatherArguments a) {
     const uint32_t lower = (image * (h + 1) + y + 1) % held, upper = (lower == 0 ? held : lower) - 1;
     const int64_t tile_row = int64_t{second_y ? upper : lower} * parts_y;
     const int64_t tile = tile_row * across + (int64_t{x} + 1 - second_x) * parts_x;
-    slots[thread_index()] = tile * 4 + (y > 0 ? 2 * second_y : 0) + (x > 0 ? second_x : 0);
+    slots[thread_index()] = (tile * 4 + (y > 0 ? 2 * second_y : 0) + (x > 0 ? second_x : 0)) * classes;
   }
   barrier();
 #pragma unroll
@@ -188,11 +188,10 @@ __global__ void gather_kernel(const GatherArguments a) {
     float total = 0;
     for (int part_y = 0; part_y < parts_y; ++part_y)
       for (int part_x = 0; part_x < parts_x; ++part_x) {
-        const int64_t part = (int64_t{part_y} * across + part_x) * 4;
+        const float* const part = a.samples + (int64_t{part_y} * across + part_x) * 4 * classes + c;
         float of_cell[4];  // loads first: they wait for each other otherwise
 #pragma unroll
-        for (int cell = 0; cell < 4; ++cell)
-          of_cell[cell] = a.samples[(slots[4 * i + cell] + part) * classes + c];
+        for (int cell = 0; cell < 4; ++cell) of_cell[cell] = part[slots[4 * i + cell]];
         total += (of_cell[0] + of_cell[1]) + (of_cell[2] + of_cell[3]);
       }
     block[i * 33 + lane] = total;
