@@ -12,7 +12,7 @@ import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # "sm_90": Triton's kernels on CPU tensors are compiled for that architecture, and their PTX is executed (tests/ptx).
-PTX = os.environ.get("DEPICT_TEST_PTX", "")
+PTX = os.environ.get("DEPICT_TEST_PTX")
 # Without a GPU Triton's interpreter runs the kernels on the CPU. It must be chosen before they are defined.
 if PTX:
     os.environ.pop("TRITON_INTERPRET", None)

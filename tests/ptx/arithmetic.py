@@ -163,6 +163,11 @@ _simple(["neg"], np.negative)
 _simple(["abs"], np.abs)
 
 
+@maker("copysign")  # the second operand with the sign of the first
+def _copy_sign(instruction, machine):
+    return _elementwise(instruction, machine, _kind(instruction), lambda a, b: np.copysign(b, a))
+
+
 @maker("max", "min")
 def _extreme(instruction, machine):
     name = instruction.name
@@ -207,9 +212,7 @@ def _multiply(instruction, machine):
         function = (lambda a, b, c: product(a, b) + c) if plus else product
         return _elementwise(instruction, machine, _widened(kind), function, inputs)
     product = _high if "hi" in words else np.multiply
-    return _elementwise(
-        instruction, machine, kind, (lambda a, b, c: product(a, b) + c) if plus else product
-    )
+    return _elementwise(instruction, machine, kind, (lambda a, b, c: product(a, b) + c) if plus else product)
 
 
 @maker("fma")
@@ -259,7 +262,9 @@ def _approximation(name, exact):
         if name == "lg2":
             unit = np.where(np.abs(true) < 1, 2.0**-23, unit)
         error = (hashed / 32767.5 - 1) * (_ULPS[name] - 0.5) * unit  # and half a unit by rounding
-        return np.where((near == 0) | (near == 1) | ~np.isfinite(near), near, (true + error).astype(np.float32))
+        return np.where(
+            (near == 0) | (near == 1) | ~np.isfinite(near), near, (true + error).astype(np.float32)
+        )
 
     return function
 
@@ -456,7 +461,10 @@ def _set_predicate(instruction, machine):
 def _select(instruction, machine):
     kind = _kind(instruction)
     a, b = (reader(operand, kind, machine) for operand in instruction.operands[1:3])
-    p, write = reader(instruction.operands[3], "pred", machine), writer(instruction.operands[0], kind, machine)
+    p, write = (
+        reader(instruction.operands[3], "pred", machine),
+        writer(instruction.operands[0], kind, machine),
+    )
     return lambda lanes: write(lanes, np.where(p(lanes), a(lanes), b(lanes)))
 
 
@@ -531,7 +539,10 @@ def _convert(instruction, machine):
 
         return run
     if to == "tf32":  # half away from zero
-        read, write = reader(instruction.operands[1], "b32", machine), writer(instruction.operands[0], "b32", machine)
+        read, write = (
+            reader(instruction.operands[1], "b32", machine),
+            writer(instruction.operands[0], "b32", machine),
+        )
         finite = np.uint32(0x7F800000)
 
         def run(lanes):
@@ -540,7 +551,10 @@ def _convert(instruction, machine):
             write(lanes, np.where(bits & finite == finite, bits, rounded))
 
         return run
-    read, write = reader(instruction.operands[1], source, machine), writer(instruction.operands[0], to, machine)
+    read, write = (
+        reader(instruction.operands[1], source, machine),
+        writer(instruction.operands[0], to, machine),
+    )
     dtype, integer = DTYPES[to], lambda kind: kind[0] in "usb" and kind != "bf16"
     if integer(to) and not integer(source):
         prepare = _TO_FLOAT.get(source, lambda value: value)

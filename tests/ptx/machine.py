@@ -73,7 +73,9 @@ class Machine:
             if register.bits == 1:
                 array = np.zeros(self.lanes, bool)
             else:  # not zeros: what is read before it was written should show
-                array = np.full(self.lanes, 0xFFFFFFFFFFFFFFFF >> (64 - register.bits), f"u{register.bits // 8}")
+                array = np.full(
+                    self.lanes, 0xFFFFFFFFFFFFFFFF >> (64 - register.bits), f"u{register.bits // 8}"
+                )
             self._registers[register] = array
         return self._registers[register]
 
@@ -293,7 +295,17 @@ def launch(
     for first in range(0, blocks, at_once):
         count = min(at_once, blocks - first)
         Machine(
-            program, grid, threads, parameters, memory, shared_bytes, first, count, races, profile, approximate
+            program,
+            grid,
+            threads,
+            parameters,
+            memory,
+            shared_bytes,
+            first,
+            count,
+            races,
+            profile,
+            approximate,
         ).run()
         memory.forget_accesses()
     memory.write_back()

@@ -20,7 +20,12 @@ class Executor(list):
     """Takes the place of the list of recorded launches; executes each instead and keeps the kernels' names."""
 
     def __init__(self, architecture: str, races: bool, profile=None, approximate: bool = False):
-        self.architecture, self.races, self.profile, self.approximate = architecture, races, profile, approximate
+        self.architecture, self.races, self.profile, self.approximate = (
+            architecture,
+            races,
+            profile,
+            approximate,
+        )
         self.lock = threading.Lock()
 
     def append(self, recorded: launch.Launch) -> None:
