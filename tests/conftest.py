@@ -11,9 +11,14 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# "sm_90": Triton's kernels on CPU tensors are compiled for that architecture, and their PTX is executed (tests/ptx).
+PTX = os.environ.get("DEPICT_TEST_PTX")
 # Without a GPU Triton's interpreter runs the kernels on the CPU. It must be chosen before they are defined.
-if not torch.cuda.is_available():
+if PTX:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
     os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -54,19 +59,49 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ptx_executor():
+    """Of the whole process, as autograd has threads of its own: Triton's launches on CPU tensors execute PTX."""
+    if not PTX:
+        yield None
+        return
+    from depict_kernels import backends
+    from tests.ptx import triton_runs
+
+    why = backends.why_unavailable
+
+    def as_on_a_gpu(backend, operator, device, dtype):
+        if backend == "triton" and torch.device(device).type == "cpu":
+            device = "cuda"
+        return why(backend, operator, device, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "why_unavailable", as_on_a_gpu)
+        races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
+        with triton_runs.executing(PTX, races, approximate=True) as executor:
+            yield executor
+
+
 class Kernels(NamedTuple):
-    """A kernel backend on a device: in Triton's interpreter or the CUDA emulator on "cpu", compiled on "cuda"."""
+    """A kernel backend on a device: interpreted, executed as PTX or emulated on "cpu", compiled on "cuda"."""
 
     backend: str
     device: str
     dtype: torch.dtype
 
+    @property
+    def interpreted(self) -> bool:
+        """Runs in Triton's interpreter: slow, float32 instead of TF32, wrong bfloat16 products."""
+        return (self.backend, self.device) == ("triton", "cpu") and INTERPRETED
+
+    @property
+    def as_on_a_gpu(self) -> bool:
+        """Instructions of a GPU, from it or from the machine that executes PTX."""
+        return self.device == "cuda" or (self.backend == "triton" and bool(PTX))
+
 
 def pytest_generate_tests(metafunc):
-    """``kernels``: every kernel backend and dtype, ``kernels32``: in float32 alone.
-
-    Triton's interpreter is slow and gets bfloat16 products wrong: float32 alone there.
-    """
+    """``kernels``: every kernel backend and dtype, ``kernels32``: in float32 alone, as Triton's interpreter always."""
     name = lambda *parts: "-".join(str(part).removeprefix("torch.") for part in parts)
     for fixture in ("kernels", "kernels32"):
         if fixture not in metafunc.fixturenames:
@@ -75,7 +110,7 @@ def pytest_generate_tests(metafunc):
         for backend in ("triton", "cuda"):
             for device in ("cpu", "cuda"):
                 dtypes = [torch.float32, torch.float16, torch.bfloat16]
-                if fixture == "kernels32" or (backend, device) == ("triton", "cpu"):
+                if fixture == "kernels32" or Kernels(backend, device, dtypes[0]).interpreted:
                     dtypes = dtypes[:1]
                 marks = [pytest.mark.gpu] if device == "cuda" else []
                 for dtype in dtypes:
@@ -86,9 +121,10 @@ def pytest_generate_tests(metafunc):
         dtypes = [torch.float32]
         if "triton_dtype" in metafunc.fixturenames:
             dtypes += [torch.float16, torch.bfloat16]
-        cases = [pytest.param(("cpu", torch.float32), id=name("cpu", torch.float32))]
-        for dtype in dtypes:
-            cases.append(pytest.param(("cuda", dtype), id=name("cuda", dtype), marks=pytest.mark.gpu))
+        cases = []
+        for device, marks in (("cpu", []), ("cuda", [pytest.mark.gpu])):
+            for dtype in dtypes[:1] if device == "cpu" and INTERPRETED else dtypes:
+                cases.append(pytest.param((device, dtype), id=name(device, dtype), marks=marks))
         metafunc.parametrize("triton_case", cases, indirect=True)
 
 
@@ -97,7 +133,7 @@ def _skip_unless_it_runs(backend: str, device: str) -> None:
         pytest.importorskip("triton")
         if INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
             pytest.fail("another test changed TRITON_INTERPRET and left it so")
-        if device == "cpu" and not INTERPRETED:
+        if device == "cpu" and not INTERPRETED and not PTX:
             pytest.skip("Triton's interpreter is off (TRITON_INTERPRET is not 1)")
     else:
         from depict_kernels import extension
@@ -146,8 +182,13 @@ def cuda_device(request) -> str:
 
 @pytest.fixture
 def triton_device(triton_case) -> str:
-    """ "cpu" runs Triton's kernels in its interpreter, "cuda" compiled."""
+    """ "cpu" runs Triton's kernels in its interpreter or executes their PTX, "cuda" runs them compiled."""
     return triton_case[0]
+
+
+@pytest.fixture
+def triton_interpreted(triton_device) -> bool:
+    return triton_device == "cpu" and INTERPRETED
 
 
 @pytest.fixture
@@ -178,12 +219,15 @@ def threads():
 
 
 @pytest.fixture
-def triton_launches(monkeypatch) -> list[str]:
-    """The names of the Triton kernels that ran, in order: counted where Triton itself starts them."""
+def triton_launches(monkeypatch, ptx_executor) -> list[str]:
+    """The names of the Triton kernels that ran, in order: counted where Triton itself starts them, or the machine."""
     import triton
 
     names: list[str] = []
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if ptx_executor is not None:
+        names = ptx_executor
+        names.clear()
+    elif os.environ.get("TRITON_INTERPRET") == "1":
         from triton.runtime.interpreter import GridExecutor
 
         run = GridExecutor.__call__

@@ -1,7 +1,10 @@
 """Attention of every kernel backend: on the CPU in an interpreter or emulator, compiled on a GPU."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depict_kernels import ops
 from depict_kernels.testing import check_against_float64, value_and_gradients
@@ -74,7 +77,7 @@ def test_float16_in_the_interpreter(shape, kernels32):
 @pytest.mark.parametrize("dim", [100, 50])
 def test_tokens_of_the_decoder(dim, kernels, monkeypatch):
     """N = 1024 + 150 tokens, as at 512 x 512 pixels; large blocks where the interpreter would be slow."""
-    if (kernels.backend, kernels.device) == ("triton", "cpu"):
+    if kernels.interpreted:
         from depict_kernels.ops.triton_kernels import tuning
 
         monkeypatch.setattr(tuning, "attention", lambda *_: tuning.Config(256, 256, 4, 1))
@@ -92,23 +95,47 @@ def test_any_scale(scale, kernels):
     check_self(kernels, w, scale)
 
 
+def plain(q, w):
+    """In plain torch, whose products a dispatch mode sees."""
+    q, w = q.transpose(1, 2), w.transpose(1, 2)
+    return ((q @ w.mT * q.shape[-1] ** -0.5).softmax(-1) @ w).transpose(1, 2)
+
+
+class RoundedToTF32(TorchDispatchMode):
+    """Products on the CPU with operands as a GPU's library rounds them: to 10 bits, to the nearest."""
+
+    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.PRODUCTS:
+            args = [self.rounded(a) if i >= len(args) - 2 else a for i, a in enumerate(args)]
+        return function(*args, **(kwargs or {}))
+
+    def rounded(self, t):
+        if t.dtype != torch.float32:
+            return t
+        return (t.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
 def test_tf32(kernels32):
-    """As torch's setting says; the peer's own products follow it too. (The interpreter computes in float32.)"""
-    if kernels32[:2] == ("cuda", "cpu"):
-        pytest.skip("the emulator rounds to TF32 and the peer on a CPU does not")
+    """As torch's setting says; the peer's own products follow it too. (Triton's interpreter computes in float32.)"""
     q, w = tensors((1, 130, 19, 2, 100), torch.float32, kernels32.device)
-    # On a GPU Triton's products cut operands to TF32 where the peer's may round them: twice the largest error, all of
-    # one sign. With both emulated on this test's inputs the errors' ratio is 2.3 to 4.1.
-    cut = kernels32[:2] == ("triton", "cuda")
+    # Triton's products cut operands to TF32 on the GPU, where the peer's may round them: twice the largest error, all
+    # of one sign. With both emulated on this test's inputs the errors' ratio is 2.3 to 4.1.
+    cut = kernels32.backend == "triton" and kernels32.as_on_a_gpu
+    peer = contextlib.nullcontext()
+    if kernels32.device == "cpu" and not kernels32.interpreted:
+        peer = RoundedToTF32()
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        check_against_float64(
-            lambda q, w: ops.subspace_cross_attention(q, w, backend=kernels32.backend),
-            lambda q, w: ops.subspace_cross_attention(q, w, backend="reference"),
-            [q, w],
-            factor=8 if cut else 4,
-        )
+        with peer:
+            check_against_float64(
+                lambda q, w: ops.subspace_cross_attention(q, w, backend=kernels32.backend),
+                plain,
+                [q, w],
+                factor=8 if cut else 4,
+            )
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -1,6 +1,6 @@
 """The whole DEPICT decoder on every kernel backend: training steps compiled, captured, on streams, under autocast, DDP.
 
-The same bodies run in the interpreter, tiny, where a CUDA graph or a stream is plain execution.
+The same bodies run on the CPU, tiny, where a CUDA graph or a stream is plain execution.
 """
 
 import contextlib
@@ -233,7 +233,7 @@ def test_a_device_that_is_not_the_current_one(mode, backend):
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
 def test_autocast(mode, scaled, kernels):
     """float32 parameters and patches, 16-bit products; a loss scaler's factor goes through the kernels' backward."""
-    dtype = torch.float16 if kernels.device == "cpu" else kernels.dtype
+    dtype = kernels.dtype if kernels.as_on_a_gpu else torch.float16
     decoder, *batch = make(mode, *kernels[:2])
 
     def run(decoder, patches, target):

@@ -163,6 +163,11 @@ _simple(["neg"], np.negative)
 _simple(["abs"], np.abs)
 
 
+@maker("copysign")  # the second operand with the sign of the first
+def _copy_sign(instruction, machine):
+    return _elementwise(instruction, machine, _kind(instruction), lambda a, b: np.copysign(b, a))
+
+
 @maker("max", "min")
 def _extreme(instruction, machine):
     name = instruction.name
@@ -207,9 +212,7 @@ def _multiply(instruction, machine):
         function = (lambda a, b, c: product(a, b) + c) if plus else product
         return _elementwise(instruction, machine, _widened(kind), function, inputs)
     product = _high if "hi" in words else np.multiply
-    return _elementwise(
-        instruction, machine, kind, (lambda a, b, c: product(a, b) + c) if plus else product
-    )
+    return _elementwise(instruction, machine, kind, (lambda a, b, c: product(a, b) + c) if plus else product)
 
 
 @maker("fma")
@@ -240,26 +243,63 @@ def _full_division(a, b):
     """div.full: beyond 2^126 the quotient is zero."""
     size = np.abs(b)
     zero = (size > 2.0**126) & np.isfinite(b) & np.isfinite(a)
-    return np.where(zero, np.float32(0), a / b)
+    return np.where(zero, np.asarray(b).dtype.type(0), a / b)
+
+
+# Of the approximations, in units of the last place: the error that PTX's specification allows (of ex2 a relative one of
+# 2^-22, which is two to four units; of lg2 between 1/2 and 2 an absolute one of that size).
+_ULPS = {"div": 2, "ex2": 2, "lg2": 2, "rcp": 1, "rsqrt": 1, "sqrt": 1}
+
+
+def _approximation(name, exact):
+    """``exact`` in float64, off by up to what is allowed: always the same by the same result."""
+
+    def function(*values):
+        true = np.asarray(exact(*(np.asarray(value, np.float64) for value in values)))
+        near = true.astype(np.float32)
+        hashed = bits_of(near) * np.uint32(2654435761) >> np.uint32(16)
+        unit = np.spacing(np.abs(near)).astype(np.float64)
+        if name == "lg2":
+            unit = np.where(np.abs(true) < 1, 2.0**-23, unit)
+        error = (hashed / 32767.5 - 1) * (_ULPS[name] - 0.5) * unit  # and half a unit by rounding
+        return np.where(
+            (near == 0) | (near == 1) | ~np.isfinite(near), near, (true + error).astype(np.float32)
+        )
+
+    return function
+
+
+def _approximable(instruction, machine, exact):
+    kind = _kind(instruction)
+    if machine.approximate and {"approx", "full"} & set(instruction.words):
+        if kind == "f32":
+            exact = _approximation(instruction.name, exact)
+        else:  # rcp.approx.ftz.f64 is a start for Newton's iteration: 20 bits
+            plain, high = exact, np.uint64(0xFFFFFFFF00000000)
+            exact = lambda x: (bits_of(np.asarray(plain(x))) & high).view(np.float64)
+    return _elementwise(instruction, machine, kind, exact)
 
 
 @maker("div", "rem")
 def _divide(instruction, machine):
     kind = _kind(instruction)
     if DTYPES[kind].kind == "f":
-        function = _full_division if {"full", "approx"} & set(instruction.words) else np.divide
-    elif instruction.name == "div":
-        function = _truncated
-    else:
-        function = lambda a, b: a - _truncated(a, b) * b
-    return _elementwise(instruction, machine, kind, function)
+        approximate = {"full", "approx"} & set(instruction.words)
+        return _approximable(instruction, machine, _full_division if approximate else np.divide)
+    if instruction.name == "div":
+        return _elementwise(instruction, machine, kind, _truncated)
+    return _elementwise(instruction, machine, kind, lambda a, b: a - _truncated(a, b) * b)
 
 
-_simple(["ex2"], np.exp2)
-_simple(["lg2"], np.log2)
-_simple(["sqrt"], np.sqrt)
-_simple(["rcp"], lambda x: x.dtype.type(1) / x)
-_simple(["rsqrt"], lambda x: x.dtype.type(1) / np.sqrt(x))
+@maker("ex2", "lg2", "sqrt", "rcp", "rsqrt")
+def _root_or_exponential(instruction, machine):
+    exact = {
+        "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt, "rcp": lambda x: x.dtype.type(1) / x,
+        "rsqrt": lambda x: x.dtype.type(1) / np.sqrt(x),
+    }[instruction.name]  # fmt: skip
+    if _kind(instruction) not in ("f32", "f64"):
+        raise PtxError(f"not supported: {instruction.text}")
+    return _approximable(instruction, machine, exact)
 
 
 @maker("shl", "shr")
@@ -421,7 +461,10 @@ def _set_predicate(instruction, machine):
 def _select(instruction, machine):
     kind = _kind(instruction)
     a, b = (reader(operand, kind, machine) for operand in instruction.operands[1:3])
-    p, write = reader(instruction.operands[3], "pred", machine), writer(instruction.operands[0], kind, machine)
+    p, write = (
+        reader(instruction.operands[3], "pred", machine),
+        writer(instruction.operands[0], kind, machine),
+    )
     return lambda lanes: write(lanes, np.where(p(lanes), a(lanes), b(lanes)))
 
 
@@ -496,7 +539,10 @@ def _convert(instruction, machine):
 
         return run
     if to == "tf32":  # half away from zero
-        read, write = reader(instruction.operands[1], "b32", machine), writer(instruction.operands[0], "b32", machine)
+        read, write = (
+            reader(instruction.operands[1], "b32", machine),
+            writer(instruction.operands[0], "b32", machine),
+        )
         finite = np.uint32(0x7F800000)
 
         def run(lanes):
@@ -505,7 +551,10 @@ def _convert(instruction, machine):
             write(lanes, np.where(bits & finite == finite, bits, rounded))
 
         return run
-    read, write = reader(instruction.operands[1], source, machine), writer(instruction.operands[0], to, machine)
+    read, write = (
+        reader(instruction.operands[1], source, machine),
+        writer(instruction.operands[0], to, machine),
+    )
     dtype, integer = DTYPES[to], lambda kind: kind[0] in "usb" and kind != "bf16"
     if integer(to) and not integer(source):
         prepare = _TO_FLOAT.get(source, lambda value: value)

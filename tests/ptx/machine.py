@@ -40,6 +40,7 @@ class Machine:
         blocks: int,
         races: bool,
         profile=None,
+        approximate: bool = False,
     ):
         if threads % WARP:
             raise PtxError(f"{threads} threads are no multiple of {WARP}")
@@ -49,6 +50,7 @@ class Machine:
             )
         self.program, self.parameters, self.memory = program, parameters, memory
         self.grid, self.threads, self.blocks, self.profile = grid, threads, blocks, profile
+        self.approximate = approximate
         self.lanes = blocks * threads
         self.all = slice(0, self.lanes)
         self.everyone = np.arange(self.lanes)
@@ -71,7 +73,9 @@ class Machine:
             if register.bits == 1:
                 array = np.zeros(self.lanes, bool)
             else:  # not zeros: what is read before it was written should show
-                array = np.full(self.lanes, 0xFFFFFFFFFFFFFFFF >> (64 - register.bits), f"u{register.bits // 8}")
+                array = np.full(
+                    self.lanes, 0xFFFFFFFFFFFFFFFF >> (64 - register.bits), f"u{register.bits // 8}"
+                )
             self._registers[register] = array
         return self._registers[register]
 
@@ -278,8 +282,12 @@ def launch(
     shared_bytes: int = 0,
     races: bool = False,
     profile=None,
+    approximate: bool = False,
 ) -> None:
-    """Runs a kernel on host memory; raises PtxError for what a kernel may not do."""
+    """Runs a kernel on host memory; raises PtxError for what a kernel may not do.
+
+    ``approximate``: results of ex2.approx and its like err by as much as they may, else they are the nearest floats.
+    """
     grid = tuple(grid) + (1,) * (3 - len(grid))
     blocks = grid[0] * grid[1] * grid[2]
     memory = Global(list(regions), races)
@@ -287,7 +295,17 @@ def launch(
     for first in range(0, blocks, at_once):
         count = min(at_once, blocks - first)
         Machine(
-            program, grid, threads, parameters, memory, shared_bytes, first, count, races, profile
+            program,
+            grid,
+            threads,
+            parameters,
+            memory,
+            shared_bytes,
+            first,
+            count,
+            races,
+            profile,
+            approximate,
         ).run()
         memory.forget_accesses()
     memory.write_back()

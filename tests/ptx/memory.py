@@ -37,7 +37,9 @@ class Races:
         # How many barriers of its block, and of its warp, the thread had passed.
         self.written, self.read = np.zeros(size, np.int32), np.zeros(size, np.int32)
         self.written_warp, self.read_warp = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self.shared_by_warps = np.zeros(size, bool)  # more than one warp read it since its block's last barrier
+        self.shared_by_warps = np.zeros(
+            size, bool
+        )  # more than one warp read it since its block's last barrier
 
     def forget(self) -> None:
         self.writer[:] = self.reader[:] = -1
@@ -107,7 +109,8 @@ class Memory:
         if (addresses % size).any():
             i = (addresses % size != 0).argmax()
             raise PtxError(
-                f"thread {machine.name(lanes[i])}: address {int(addresses[i]):#x} in {self.what} is not aligned to {size} bytes"
+                f"thread {machine.name(lanes[i])}: address {int(addresses[i]):#x} in {self.what} is not aligned to "
+                f"{size} bytes"
             )
         return at
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.ptx.arithmetic import bfloat16_to_float, maker, reader, writer
 from tests.ptx.errors import PtxError
-from tests.ptx.program import Integer, Vector
+from tests.ptx.program import Vector
 
 _WARP = 32
 _TO_FLOAT = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -18,10 +19,20 @@ _compiled: dict[tuple, tuple] = {}
 class Executor(list):
     """Takes the place of the list of recorded launches; executes each instead and keeps the kernels' names."""
 
-    def __init__(self, architecture: str, races: bool, profile=None):
-        self.architecture, self.races, self.profile = architecture, races, profile
+    def __init__(self, architecture: str, races: bool, profile=None, approximate: bool = False):
+        self.architecture, self.races, self.profile, self.approximate = (
+            architecture,
+            races,
+            profile,
+            approximate,
+        )
+        self.lock = threading.Lock()
 
     def append(self, recorded: launch.Launch) -> None:
+        with self.lock:  # tensors are copied in and out: two launches at once would undo each other
+            self._run(recorded)
+
+    def _run(self, recorded: launch.Launch) -> None:
         key = (self.architecture, launch.fingerprint(recorded))
         if key not in _compiled:
             kernel = launch.compile_ahead(recorded, self.architecture)
@@ -52,14 +63,20 @@ class Executor(list):
             shared_bytes=shared,
             races=self.races,
             profile=self.profile,
+            approximate=self.approximate,
         )
         super().append(recorded.kernel.__name__)
 
 
 @contextlib.contextmanager
-def executing(architecture: str, races: bool = False, profile=None) -> Iterator[Executor]:
-    """Within the context host functions on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80")."""
-    executor = Executor(architecture, races, profile)
+def executing(
+    architecture: str, races: bool = False, profile=None, approximate: bool = False
+) -> Iterator[Executor]:
+    """Within the context host functions on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80").
+
+    ``approximate``: exponentials, logarithms and divisions are as far off as a GPU's may be.
+    """
+    executor = Executor(architecture, races, profile, approximate)
     before, launch._recording = launch._recording, (architecture, executor)
     try:
         yield executor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.ptx.arithmetic import DTYPES, address, maker, reader, writer
+from tests.ptx.arithmetic import address, maker, reader, writer
 from tests.ptx.errors import PtxError
 from tests.ptx.program import Integer, Pair
 
@@ -40,7 +40,11 @@ def _shuffle(instruction, machine):
 
     def run(lanes):
         ids = machine.ids(lanes)
-        lane, b, c = ids % _WARP, np.asarray(by(lanes)).astype(np.int64), np.asarray(clamp(lanes)).astype(np.int64)
+        lane, b, c = (
+            ids % _WARP,
+            np.asarray(by(lanes)).astype(np.int64),
+            np.asarray(clamp(lanes)).astype(np.int64),
+        )
         segment, last = c >> 8 & 31, c & 31
         most = (lane & segment) | (last & ~segment)
         if mode == "bfly":
@@ -208,7 +212,9 @@ class Copies:
             if lands.any():
                 size = values.shape[1]
                 where = (at[lands][:, None] + np.arange(size)).ravel()
-                self.machine.shared.put(where, [values[lands].ravel()], 1, np.repeat(who[lands], size), self.machine)
+                self.machine.shared.put(
+                    where, [values[lands].ravel()], 1, np.repeat(who[lands], size), self.machine
+                )
             if not lands.all():
                 left.append((who[~lands], at[~lands], values[~lands], group[~lands]))
         self.pending = left

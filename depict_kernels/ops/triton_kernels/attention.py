@@ -28,6 +28,7 @@ from depict_kernels.ops.triton_kernels.tiles import (
     load_rows,
     scale_rows,
     store_rows,
+    sum_of_products,
     zero_rows,
 )
 
@@ -132,7 +133,7 @@ def attention_delta(
     out = tl.load(out_ptr + (row * (heads * DIM) + column), mask=mask, other=0.0).to(tl.float32)
     row = tl.arange(0, BLOCK)
     delta_ptr += (batch * heads + head) * queries + first
-    tl.store(delta_ptr + row, tl.sum(grad * out, 1) * scale, mask=row < left)
+    tl.store(delta_ptr + row, sum_of_products(grad, out, 1) * scale, mask=row < left)
 
 
 @triton.jit

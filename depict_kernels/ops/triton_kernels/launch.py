@@ -157,7 +157,8 @@ def signature(recorded: Launch) -> tuple[dict, dict, dict]:
         if parameter.is_constexpr or value is None:
             kind = "constexpr"
         elif isinstance(value, Tensor):
-            kind, aligned = f"*{_TYPES[value.dtype]}", True  # as torch's allocations are
+            kind = f"*{_TYPES[value.dtype]}"
+            aligned = value.is_meta or value.data_ptr() % 16 == 0  # as torch's allocations are
         elif isinstance(value, bool):
             kind = "i1"
         elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:

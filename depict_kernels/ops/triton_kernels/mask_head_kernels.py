@@ -7,7 +7,7 @@ of going through the classes: all of them at once, in registers, or (LOOP) block
 import triton
 import triton.language as tl
 
-from depict_kernels.ops.triton_kernels.tiles import zero_chunk, zero_rows
+from depict_kernels.ops.triton_kernels.tiles import rounded_product, sum_of_products, zero_chunk, zero_rows
 
 
 @triton.jit
@@ -59,8 +59,7 @@ def _products(
         column = tl.arange(0, BLOCK_D)
         x_tile = _tile(x[0] + at, x[1], row, column, x[2], width - at)
         if NORMS:
-            square = x_tile.to(tl.float32) * x_tile.to(tl.float32)
-            x_squares += tl.sum(square, 1)
+            x_squares += sum_of_products(x_tile.to(tl.float32), x_tile.to(tl.float32), 1)
         new_products, new_squares = (), ()
         for i in tl.static_range(len(WIDTHS)):
             classes = _class_range(STARTS[i], WIDTHS[i])
@@ -68,8 +67,8 @@ def _products(
             product = tl.dot(x_tile, tl.trans(q_tile), products[i], input_precision=PRECISION)
             new_products = new_products + (product,)
             if NORMS:
-                square = q_tile.to(tl.float32) * q_tile.to(tl.float32)
-                new_squares = new_squares + (q_squares[i] + tl.sum(square, 1),)
+                squares = sum_of_products(q_tile.to(tl.float32), q_tile.to(tl.float32), 1)
+                new_squares = new_squares + (q_squares[i] + squares,)
             else:
                 new_squares = new_squares + (q_squares[i],)
         products, q_squares = new_products, new_squares
@@ -110,7 +109,7 @@ def _cosines(
         if write:
             classes = _class_range(start + STARTS[i], WIDTHS[i])
             tl.store(inv_q_ptr + classes, inv_q, mask=classes < q[2])
-        cosines = cosines + (products[i] * inv_x[:, None] * inv_q[None, :],)
+        cosines = cosines + (rounded_product(products[i] * inv_x[:, None], inv_q[None, :]),)
     return cosines, inv_x
 
 
@@ -126,7 +125,7 @@ def _merge(mean, deviation, cosines, start, class_count, STARTS: tl.constexpr, W
     for i in tl.static_range(len(WIDTHS)):
         valid = _class_range(start + STARTS[i], WIDTHS[i]) < class_count
         centred = tl.where(valid[None, :], cosines[i] - own[:, None], 0.0)
-        squares += tl.sum(centred * centred, 1)
+        squares += sum_of_products(centred, centred, 1)
     merged = start + count
     step = own - mean
     return mean + step * (count / merged), deviation + (squares + step * step * (start * count / merged))
@@ -235,7 +234,7 @@ def _upstream(
     inv_q = tl.load(inv_q_ptr + classes, mask=valid, other=0.0)
     m = product * inv_x[:, None] * inv_q[None, :]
     z = (m - mean[:, None]) * rstd[:, None]
-    return grad, grad * weight[None, :], m, z, inv_q
+    return grad, rounded_product(grad, weight[None, :]), m, z, inv_q
 
 
 @triton.jit
@@ -250,7 +249,7 @@ def _add_sums(
             patch_count, class_count, rows, WIDE,
         )  # fmt: skip
         mean_g += tl.sum(g, 1)
-        mean_gz += tl.sum(g * z, 1)
+        mean_gz += sum_of_products(g, z, 1)
     return mean_g, mean_gz
 
 
@@ -275,8 +274,8 @@ def _finish(
         t = grad_m * inv_x[:, None] * inv_q[None, :]
         mask = (rows[:, None] < left) & valid[None, :]
         tl.store(t_ptr + (rows[:, None] * t_row + classes[None, :]), t.to(t_ptr.dtype.element_ty), mask=mask)
-        product = grad_m * m
-        tl.store(sums_ptr + classes, tl.sum(grad * z, 0), mask=valid)
+        product = rounded_product(grad_m, m)
+        tl.store(sums_ptr + classes, sum_of_products(grad, z, 0), mask=valid)
         tl.store(sums_ptr + sums_stride + classes, tl.sum(grad, 0), mask=valid)
         tl.store(sums_ptr + 2 * sums_stride + classes, tl.sum(product, 0), mask=valid)
         along += tl.sum(product, 1)

@@ -112,6 +112,23 @@ def zero_rows(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b, rounded before it is added to anything.
+
+    What is summed over lanes must be: the compiler fuses a product with the addition that follows it, in each lane its
+    own, so that lanes which are to hold one and the same sum differ by a rounding. Which of them writes to shared
+    memory is undefined. (x + 0.0 would not do: of a square the compiler knows that it is not -0.0.)
+    """
+    return tl.fma(a, b, tl.full([], 0.0, a.dtype))
+
+
+@triton.jit
+def sum_of_products(a, b, axis: tl.constexpr):
+    """tl.sum(a * b, axis), the same in every lane that holds it."""
+    return tl.sum(rounded_product(a, b), axis)
+
+
+@triton.jit
 def dot_rows(a, b, PRECISION: tl.constexpr):
     """a b^T of two matrices in chunks of columns: one accumulator, no product with padding past a chunk."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)

@@ -6,6 +6,7 @@ For tiles that upsample_loss.py left because their logits spread too far for flo
 import triton
 import triton.language as tl
 
+from depict_kernels.ops.triton_kernels.tiles import sum_of_products
 from depict_kernels.ops.triton_kernels.upsample_cells import (
     corners_of,
     first_bad,
@@ -110,10 +111,10 @@ def _careful_tile(
                     grad -= smooth[:, None]
                 else:
                     grad -= smooth[:, None] * tl.load(weights[0] + c, mask=c < CLASSES, other=0.0)[None, :]
-            tl.store(samples_ptr + c, tl.sum(grad * ((1 - ty) * (1 - tx))[:, None], 0))
-            tl.store(samples_ptr + LANES + c, tl.sum(grad * ((1 - ty) * tx)[:, None], 0))
-            tl.store(samples_ptr + 2 * LANES + c, tl.sum(grad * (ty * (1 - tx))[:, None], 0))
-            tl.store(samples_ptr + 3 * LANES + c, tl.sum(grad * (ty * tx)[:, None], 0))
+            tl.store(samples_ptr + c, sum_of_products(grad, ((1 - ty) * (1 - tx))[:, None], 0))
+            tl.store(samples_ptr + LANES + c, sum_of_products(grad, ((1 - ty) * tx)[:, None], 0))
+            tl.store(samples_ptr + 2 * LANES + c, sum_of_products(grad, (ty * (1 - tx))[:, None], 0))
+            tl.store(samples_ptr + 3 * LANES + c, sum_of_products(grad, (ty * tx)[:, None], 0))
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -16,6 +16,7 @@ place of its own; upsample_reduce.py adds them in a fixed order: no float atomic
 import triton
 import triton.language as tl
 
+from depict_kernels.ops.triton_kernels.tiles import rounded_product, sum_of_products
 from depict_kernels.ops.triton_kernels.upsample_cells import (
     NO_BAD,
     NONE,
@@ -327,9 +328,12 @@ def gradient_series(
     hit_lr = hit_right * ty[:, None]
     coming = tl.min(tl.where(label >= 0, label, NONE))  # the next label that occurs in the tile
     if SMOOTHING > 0:
-        smooth_right, smooth_lower = smooth * pixel_tx, smooth * ty[:, None]
-        s_all, s_right, s_lower = tl.sum(smooth), tl.sum(smooth_right), tl.sum(smooth_lower)
-        s_lr = tl.sum(smooth_right * ty[:, None])
+        smooth_right = rounded_product(smooth, pixel_tx)
+        s_all, s_right = tl.sum(smooth + 0.0), tl.sum(smooth_right)  # (+ 0.0: see rounded_product)
+        s_lower, s_lr = (
+            sum_of_products(smooth, ty[:, None], None),
+            sum_of_products(smooth_right, ty[:, None], None),
+        )
 
     u_ptr += local * COLUMNS * ROWS + row
     u = ()
@@ -344,10 +348,12 @@ def gradient_series(
         for i in tl.static_range(1, COLUMNS):
             moment = moment * r + total
             total = total * r + u[COLUMNS - 1 - i]
-        total *= e
-        moment *= e * r
+        total, moment = rounded_product(total, e), rounded_product(moment, e * r)
         g_all, g_moment = tl.sum(total, 0), tl.sum(moment, 0)
-        g_lower, g_lower_moment = tl.sum(total * ty[:, None], 0), tl.sum(moment * ty[:, None], 0)
+        g_lower, g_lower_moment = (
+            sum_of_products(total, ty[:, None], 0),
+            sum_of_products(moment, ty[:, None], 0),
+        )
         g_right, g_lr = tx * g_all + step * g_moment, tx * g_lower + step * g_lower_moment
         while coming < c0 + BLOCK_C:  # the one-hot part, one label after the other: a tile has few
             here, is_class = label == coming, c == coming
