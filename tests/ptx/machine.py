@@ -134,11 +134,8 @@ class Machine:
                 return None
             if warp.is_barrier(instruction):
                 return self._barrier_of(instruction)
-            make = (
-                arithmetic.MAKERS.get(instruction.name)
-                or arithmetic.MAKERS[f"{instruction.name}.{instruction.words[0]}"]
-            )
-            run = make(instruction, self)
+            name = "bar.warp" if instruction.name == "bar" else instruction.name
+            run = arithmetic.MAKERS[name](instruction, self)
             mask = warp.member_mask(instruction, self) if warp.together(instruction) else None
             if mask is not None:
                 run.mask = mask

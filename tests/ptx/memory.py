@@ -65,8 +65,9 @@ class _Accesses:
             if recent[i] and not same_warp[i]:
                 away = machine.warp[first[i]] != machine.warp[lanes[i]]
                 return f"thread {machine.name(first[i] if away else last[i])}"
-            block = machine.first + machine.block[lanes[i]] + 1
-            return f"block {(self.first_block[at[i]] if self.first_block[at[i]] != block else self.last_block[at[i]]) - 1}"
+            first_block, last_block = self.first_block[at[i]] - 1, self.last_block[at[i]] - 1
+            away = first_block != machine.first + machine.block[lanes[i]]
+            return f"block {first_block if away else last_block}"
 
         if self.between_blocks:
             block = machine.first + machine.block[lanes] + 1
@@ -82,10 +83,8 @@ class _Accesses:
         low = np.where(in_warp, np.minimum(self.first_in_warp[at] - 1, lanes), lanes)
         high = np.where(in_warp, np.maximum(self.last_in_warp[at] - 1, lanes), lanes)
         self.first_in_warp[at[::-1]], self.last_in_warp[at] = low[::-1] + 1, high + 1
-        self.epoch[at], self.warp_epoch[at] = (
-            machine.epoch[machine.block[lanes]],
-            machine.warp_epoch[machine.warp[lanes]],
-        )
+        self.epoch[at] = machine.epoch[machine.block[lanes]]
+        self.warp_epoch[at] = machine.warp_epoch[machine.warp[lanes]]
         if self.between_blocks:
             block = machine.first + machine.block[lanes] + 1
             before = self.first_block[at]
@@ -165,7 +164,8 @@ class Memory:
         if (addresses % size).any():
             i = (addresses % size != 0).argmax()
             raise PtxError(
-                f"thread {machine.name(lanes[i])}: address {int(addresses[i]):#x} in {self.what} is not aligned to {size} bytes"
+                f"thread {machine.name(lanes[i])}: address {int(addresses[i]):#x} in {self.what} is not aligned to "
+                f"{size} bytes"
             )
         return at
 
@@ -279,8 +279,8 @@ class Shared(Memory):
         bad = (writer >= 0) & (machine.fences[writer] == fences)
         if bad.any():
             raise PtxError(
-                f"tensor cores read what thread {machine.name(writer[bad].ravel()[0])} wrote to shared memory without a "
-                "fence.proxy.async after it"
+                f"tensor cores read what thread {machine.name(writer[bad].ravel()[0])} wrote to shared memory "
+                "without a fence.proxy.async after it"
             )
 
     def place(self, addresses, size, lanes, machine):
