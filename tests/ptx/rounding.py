@@ -44,7 +44,8 @@ def _odd(value, error):
     """``value``, the nearest to the exact value + error, rounded to odd instead."""
     even = (value.view(f"u{value.dtype.itemsize}") & 1) == 0
     inexact = (error != 0) & np.isfinite(value) & np.isfinite(error)
-    return np.where(inexact & even, np.nextafter(value, np.copysign(value.dtype.type(np.inf), error)), value)
+    away = np.copysign(value.dtype.type(np.inf), error.astype(value.dtype))
+    return np.where(inexact & even, np.nextafter(value, away), value)
 
 
 def _sum(a, b):
