@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.ptx import rounding
 from tests.ptx.errors import PtxError
 from tests.ptx.program import Address, Float, Integer, Not, Pair, Register, Symbol, Vector
 
@@ -60,10 +61,13 @@ def reader(operand, kind: str, machine):
         narrow = _UNSIGNED[dtype.itemsize]
         return lambda lanes: array[lanes].astype(narrow).view(dtype)
     if isinstance(operand, Float):
-        raw = np.array(operand.bits, _UNSIGNED[operand.width // 8]).view(f"f{operand.width // 8}")
-        value = raw.view(dtype)[()] if raw.dtype.itemsize == dtype.itemsize else raw.astype(dtype)[()]
+        if operand.width != 8 * dtype.itemsize:
+            raise PtxError(f"a floating-point constant of {operand.width} bits as .{kind}")
+        value = np.array(operand.bits, _UNSIGNED[operand.width // 8]).view(dtype)[()]
         return lambda lanes: value
     if isinstance(operand, Integer):
+        if dtype.kind == "f":
+            raise PtxError(f"the integer constant {operand.value} as .{kind}")
         unsigned = _UNSIGNED[dtype.itemsize]
         value = np.array(operand.value % 2 ** (8 * dtype.itemsize), unsigned).view(dtype)[()]
         return lambda lanes: value
@@ -109,26 +113,12 @@ def writer(operand, kind: str, machine):
     return put
 
 
-def flush(value: np.ndarray) -> np.ndarray:
-    """Subnormal float32 values as zeros of their sign."""
-    return np.where(np.abs(value) < np.float32(2.0**-126), np.copysign(np.float32(0), value), value)
-
-
-def bfloat16_to_float(bits) -> np.ndarray:
-    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def float_to_bfloat16(value) -> np.ndarray:
-    bits = np.asarray(value, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
-
-
 def _elementwise(instruction, machine, kind, function, inputs=None):
     reads = [reader(o, k, machine) for o, k in zip(instruction.operands[1:], inputs or [kind] * 9)]
     write = writer(instruction.operands[0], kind, machine)
     if "ftz" in instruction.words:
-        plain, function = function, lambda *values: flush(plain(*map(flush, values)))
+        plain, flush = function, rounding.flush
+        function = lambda *values: flush(plain(*map(flush, values)))
     if len(reads) == 1:
         (a,) = reads
         return lambda lanes: write(lanes, function(a(lanes)))
@@ -143,14 +133,10 @@ def _kind(instruction):
     return instruction.words[-1]
 
 
-def _simple(names, function, floats=None):
+def _simple(names, function):
     @maker(*names)
     def make(instruction, machine):
-        kind = _kind(instruction)
-        if kind in ("bf16", "f16x2", "bf16x2"):
-            raise PtxError(f"not supported: {instruction.text}")
-        chosen = floats if floats is not None and DTYPES.get(kind, DTYPES["b8"]).kind == "f" else function
-        return _elementwise(instruction, machine, kind, chosen)
+        return _elementwise(instruction, machine, _kind(instruction), function)
 
 
 _simple(["add"], np.add)
@@ -159,26 +145,31 @@ _simple(["and"], np.bitwise_and)
 _simple(["or"], np.bitwise_or)
 _simple(["xor"], np.bitwise_xor)
 _simple(["not"], np.bitwise_not)
-_simple(["neg"], np.negative)
-_simple(["abs"], np.abs)
+_simple(["copysign"], lambda sign, size: np.copysign(size, sign))
 
 
-@maker("copysign")  # the second operand with the sign of the first
-def _copy_sign(instruction, machine):
-    return _elementwise(instruction, machine, _kind(instruction), lambda a, b: np.copysign(b, a))
+@maker("abs", "neg")
+def _sign(instruction, machine):
+    kind, negate = _kind(instruction), instruction.name == "neg"
+    if kind not in ("bf16", "f16x2", "bf16x2"):
+        return _elementwise(instruction, machine, kind, np.negative if negate else np.abs)
+    signs = DTYPES[kind].type(0x80008000 if kind.endswith("x2") else 0x8000)
+    return _elementwise(instruction, machine, kind, lambda a: a ^ signs if negate else a & ~signs)
 
 
 @maker("max", "min")
 def _extreme(instruction, machine):
-    name = instruction.name
-    if DTYPES[_kind(instruction)].kind == "f":
-        function = {
-            "max": np.maximum if "NaN" in instruction.words else np.fmax,
-            "min": np.minimum if "NaN" in instruction.words else np.fmin,
-        }[name]
-    else:
-        function = np.maximum if name == "max" else np.minimum
-    return _elementwise(instruction, machine, _kind(instruction), function)
+    kind, greater = _kind(instruction), instruction.name == "max"
+    if DTYPES[kind].kind != "f":
+        return _elementwise(instruction, machine, kind, np.maximum if greater else np.minimum)
+    through = "NaN" in instruction.words
+    pick = (np.maximum if through else np.fmax) if greater else (np.minimum if through else np.fmin)
+
+    def function(a, b):  # +0 is greater than -0
+        zero = a + b if greater else -(-a - b)
+        return rounding.canonical(np.where((a == 0) & (b == 0), zero, pick(a, b)))
+
+    return _elementwise(instruction, machine, kind, function)
 
 
 def _high(a, b):
@@ -218,14 +209,7 @@ def _multiply(instruction, machine):
 @maker("fma")
 def _fused(instruction, machine):
     kind = _kind(instruction)
-    if kind == "f32":
-        wide = np.float64
-        function = lambda a, b, c: (np.asarray(a).astype(wide) * b + c).astype(np.float32)
-    elif kind == "f64":
-        wide = np.longdouble
-        function = lambda a, b, c: (np.asarray(a).astype(wide) * b + c).astype(np.float64)
-    else:
-        raise PtxError(f"not supported: {instruction.text}")
+    function = {"f32": rounding.fused_float, "f64": rounding.fused_double}[kind]
     return _elementwise(instruction, machine, kind, function)
 
 
@@ -237,13 +221,6 @@ def _truncated(a, b):
     quotient = a // safe
     quotient = quotient + ((quotient * safe != a) & ((a < 0) != (safe < 0))).astype(quotient.dtype)
     return np.where(b == 0, np.asarray(b).dtype.type(-1), quotient)
-
-
-def _full_division(a, b):
-    """div.full: beyond 2^126 the quotient is zero."""
-    size = np.abs(b)
-    zero = (size > 2.0**126) & np.isfinite(b) & np.isfinite(a)
-    return np.where(zero, np.asarray(b).dtype.type(0), a / b)
 
 
 # Of the approximations, in units of the last place: the error that PTX's specification allows (of ex2 a relative one of
@@ -262,43 +239,59 @@ def _approximation(name, exact):
         if name == "lg2":
             unit = np.where(np.abs(true) < 1, 2.0**-23, unit)
         error = (hashed / 32767.5 - 1) * (_ULPS[name] - 0.5) * unit  # and half a unit by rounding
-        return np.where(
-            (near == 0) | (near == 1) | ~np.isfinite(near), near, (true + error).astype(np.float32)
-        )
+        off = (true + error).astype(np.float32)
+        return np.where((near == 0) | (near == 1) | ~np.isfinite(near), near, off)
 
     return function
 
 
 def _approximable(instruction, machine, exact):
-    kind = _kind(instruction)
-    if machine.approximate and {"approx", "full"} & set(instruction.words):
-        if kind == "f32":
-            exact = _approximation(instruction.name, exact)
-        else:  # rcp.approx.ftz.f64 is a start for Newton's iteration: 20 bits
-            plain, high = exact, np.uint64(0xFFFFFFFF00000000)
-            exact = lambda x: (bits_of(np.asarray(plain(x))) & high).view(np.float64)
-    return _elementwise(instruction, machine, kind, exact)
+    if machine.approximate and {"approx", "full"} & set(instruction.words) and _kind(instruction) == "f32":
+        exact = _approximation(instruction.name, exact)
+    return _elementwise(instruction, machine, _kind(instruction), exact)
+
+
+def _approximate_division(a, b):
+    """div.approx: a * (1 / b), where the reciprocal of what is beyond 2^126 is zero."""
+    beyond = (np.abs(b) > 2.0**126) & np.isfinite(b)
+    return np.where(beyond, a * np.copysign(np.float32(0), b), a / b)
 
 
 @maker("div", "rem")
 def _divide(instruction, machine):
     kind = _kind(instruction)
     if DTYPES[kind].kind == "f":
-        approximate = {"full", "approx"} & set(instruction.words)
-        return _approximable(instruction, machine, _full_division if approximate else np.divide)
+        approximate = "approx" in instruction.words
+        return _approximable(instruction, machine, _approximate_division if approximate else np.divide)
     if instruction.name == "div":
-        return _elementwise(instruction, machine, kind, _truncated)
-    return _elementwise(instruction, machine, kind, lambda a, b: a - _truncated(a, b) * b)
+        function = _truncated
+    else:
+        function = lambda a, b: a - _truncated(a, b) * b
+    return _elementwise(instruction, machine, kind, function)
 
 
-@maker("ex2", "lg2", "sqrt", "rcp", "rsqrt")
+@maker("rcp")
+def _reciprocal(instruction, machine):
+    if instruction.words != ("approx", "ftz", "f64"):
+        return _approximable(instruction, machine, lambda x: x.dtype.type(1) / x)
+    read = reader(instruction.operands[1], "b64", machine)
+    write = writer(instruction.operands[0], "f64", machine)
+    upper = np.uint64(0xFFFFFFFF00000000)
+
+    def function(bits):  # of the upper 32 bits, to the upper 32 bits
+        value = np.asarray(bits & upper).view(np.float64)
+        small = lambda x: np.where(np.abs(x) < 2.0**-1022, np.copysign(0.0, x), x)
+        result = np.asarray(small(1.0 / small(value)))
+        return np.where(np.isnan(result), result, (result.view(np.uint64) & upper).view(np.float64))
+
+    return lambda lanes: write(lanes, function(read(lanes)))
+
+
+@maker("ex2", "lg2", "sqrt", "rsqrt")
 def _root_or_exponential(instruction, machine):
     exact = {
-        "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt, "rcp": lambda x: x.dtype.type(1) / x,
-        "rsqrt": lambda x: x.dtype.type(1) / np.sqrt(x),
+        "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt, "rsqrt": lambda x: x.dtype.type(1) / np.sqrt(x),
     }[instruction.name]  # fmt: skip
-    if _kind(instruction) not in ("f32", "f64"):
-        raise PtxError(f"not supported: {instruction.text}")
     return _approximable(instruction, machine, exact)
 
 
@@ -336,8 +329,8 @@ def _extract(instruction, machine):
                 top = min(at + count - 1, bits - 1)
                 if (value >> top) & 1:
                     field |= -1 << min(count, bits)
-            out[i] = field
-        return out.astype(object).astype(np.int64).astype(DTYPES[kind])
+            out[i] = field % 2**bits
+        return out.astype(_UNSIGNED[bits // 8]).view(DTYPES[kind])
 
     def small(a, position, length):  # both immediate, as compilers write it
         at, count = int(position) & 0xFF, int(length) & 0xFF
@@ -360,31 +353,38 @@ def _popc(instruction, machine):
 
 @maker("brev")
 def _brev(instruction, machine):
+    kind = _kind(instruction)
+    bits = int(kind[1:])
+
     def function(a):
-        out = np.zeros_like(a)
-        for i in range(32):
-            out |= ((a >> np.uint32(i)) & np.uint32(1)) << np.uint32(31 - i)
+        one, out = a.dtype.type(1), np.zeros_like(a)
+        for i in range(bits):
+            out |= ((a >> a.dtype.type(i)) & one) << a.dtype.type(bits - 1 - i)
         return out
 
-    return _elementwise(instruction, machine, "b32", function)
+    return _elementwise(instruction, machine, kind, function)
 
 
 @maker("bfind", "clz")
 def _bfind(instruction, machine):
-    if _kind(instruction) not in ("u32", "b32"):
-        raise PtxError(f"not supported: {instruction.text}")
-    read = reader(instruction.operands[1], "u32", machine)
+    kind = _kind(instruction)
+    bits = int(kind[1:])
+    read = reader(instruction.operands[1], kind, machine)
     write = writer(instruction.operands[0], "u32", machine)
 
     def run(lanes):
-        value = read(lanes)
-        highest = np.floor(np.log2(np.maximum(value, 1).astype(np.float64))).astype(np.uint32)
+        value = np.asarray(read(lanes))
+        if kind[0] == "s":
+            value = np.where(value < 0, ~value, value)
+        value = value.view(_UNSIGNED[bits // 8])
+        highest = np.full(value.shape, -1)
+        for i in range(bits):
+            highest = np.where(value >> value.dtype.type(i) & value.dtype.type(1), i, highest)
         if instruction.name == "clz":
-            result = np.where(value == 0, np.uint32(32), np.uint32(31) - highest)
+            result = bits - 1 - highest
         else:
-            found = np.uint32(31) - highest if "shiftamt" in instruction.words else highest
-            result = np.where(value == 0, np.uint32(0xFFFFFFFF), found)
-        write(lanes, result)
+            result = np.where((highest >= 0) & ("shiftamt" in instruction.words), bits - 1 - highest, highest)
+        write(lanes, result.astype(np.int32).view(np.uint32))
 
     return run
 
@@ -415,6 +415,9 @@ _COMPARE = {
 
 
 def comparison(word: str, kind: str):
+    if kind == "bf16":
+        compare, to_float = comparison(word, "f32"), rounding.bfloat16_to_float
+        return lambda a, b: compare(to_float(a), to_float(b))
     if DTYPES[kind].kind != "f":
         return _COMPARE[word]
     nan = lambda a, b: np.isnan(a) | np.isnan(b)
@@ -433,6 +436,9 @@ def comparison(word: str, kind: str):
 def _set_predicate(instruction, machine):
     kind, words = _kind(instruction), [w for w in instruction.words if w != "ftz"]
     compare = comparison(words[0], kind)
+    if "ftz" in instruction.words:
+        exact, flush = compare, rounding.flush
+        compare = lambda a, b: exact(flush(a), flush(b))
     joins = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
     join = joins.get(words[1])
     a, b = (reader(operand, kind, machine) for operand in instruction.operands[1:3])
@@ -470,8 +476,6 @@ def _select(instruction, machine):
 
 @maker("cvta")
 def _convert_address(instruction, machine):
-    if "shared" in instruction.words or "local" in instruction.words:
-        raise PtxError(f"not supported: {instruction.text}")
     return MAKERS["mov"](instruction, machine)
 
 
@@ -506,32 +510,39 @@ def _move(instruction, machine):
     return lambda lanes: write(lanes, read(lanes))
 
 
-def _to_integer(value, kind, rounding):
-    rounded = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding](value)
-    limits = np.iinfo(DTYPES[kind])
-    wide = rounded.astype(np.longdouble)  # holds 64-bit limits exactly
-    clamped = np.clip(wide, np.longdouble(limits.min), np.longdouble(limits.max))
-    return np.where(np.isnan(value), 0, clamped).astype(DTYPES[kind])
+_ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-_TO_FLOAT = {
-    "bf16": bfloat16_to_float,
-    "f16": lambda value: value.astype(np.float32),
-}
+def _to_integer(value, to, source, how):
+    rounded = _ROUND[how](value)
+    limits = np.iinfo(DTYPES[to])
+    # The largest integer of 64 bits is no float: what reaches the power of two above it is clamped apart.
+    above = rounded >= 2.0 ** (limits.bits - (to[0] == "s"))
+    below = rounded <= float(limits.min)
+    unknown = np.isnan(value)
+    inside = np.where(above | below | unknown, 0, rounded).astype(DTYPES[to])
+    nan = limits.min if to[0] == "s" else 1 << (limits.bits - 1)
+    if source != "f64" and limits.bits < 64:
+        nan = 0
+    result = np.where(
+        above, DTYPES[to].type(limits.max), np.where(below, DTYPES[to].type(limits.min), inside)
+    )
+    return np.where(unknown, DTYPES[to].type(nan), result)
 
 
 @maker("cvt")
 def _convert(instruction, machine):
-    words = list(instruction.words)
+    words = instruction.words
     to, source = words[-2:]
-    rounding = words[0] if len(words) > 2 else None
-    unknown = set(words[:-2]) - {"rn", "rna", "rni", "rzi", "rmi", "rpi", "rz", "ftz"}
-    if unknown or ("rz" in words and to != "f32"):
-        raise PtxError(f"not supported: {instruction.text}")
+    how = words[0]
     if to in ("bf16x2", "f16x2"):
         first, second = (reader(operand, source, machine) for operand in instruction.operands[1:3])
         write = writer(instruction.operands[0], "b32", machine)
-        half = float_to_bfloat16 if to == "bf16x2" else lambda v: np.asarray(v).astype("f2").view("u2")
+        half = (
+            rounding.float_to_bfloat16
+            if to == "bf16x2"
+            else lambda v: rounding.float_to_float16(v).view(np.uint16)
+        )
 
         def run(lanes):
             high, low = half(first(lanes)).astype(np.uint32), half(second(lanes)).astype(np.uint32)
@@ -555,20 +566,26 @@ def _convert(instruction, machine):
         reader(instruction.operands[1], source, machine),
         writer(instruction.operands[0], to, machine),
     )
-    dtype, integer = DTYPES[to], lambda kind: kind[0] in "usb" and kind != "bf16"
+    dtype, integer = DTYPES[to], lambda kind: kind[0] in "us"
+    to_float = rounding.bfloat16_to_float if source == "bf16" else np.asarray
     if integer(to) and not integer(source):
-        prepare = _TO_FLOAT.get(source, lambda value: value)
-        function = lambda value: _to_integer(prepare(value), to, rounding)
+        function = lambda value: _to_integer(to_float(value), to, source, how)
     elif to == "bf16":
-        function = lambda value: float_to_bfloat16(np.asarray(value).astype(np.float32))
-    elif source in _TO_FLOAT and to != source:
-        function = lambda value: _TO_FLOAT[source](value).astype(dtype)
-    elif to == source and rounding in ("rni", "rzi", "rmi", "rpi"):
-        function = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
-    else:
+        function = lambda value: rounding.double_to_bfloat16(value.astype(np.float64))
+    elif how in _ROUND:
+        function = lambda value: rounding.canonical(_ROUND[how](value))
+    elif to == "f16":  # through float64, which holds every integer that is not infinite as float16
+        function = lambda value: rounding.float_to_float16(np.asarray(value).astype(np.float64))
+    elif integer(source):
         function = lambda value: np.asarray(value).astype(dtype)
-    if "ftz" in words:
-        plain, function = function, lambda value: plain(flush(value))
+    else:
+        function = lambda value: rounding.canonical(to_float(value).astype(dtype))
+    if "ftz" in words:  # of float32 alone, what goes in and what comes out
+        exact, flush = function, rounding.flush
+        function = lambda value: exact(flush(value)) if source == "f32" else exact(value)
+        if to == "f32":
+            inner = function
+            function = lambda value: flush(inner(value))
     return lambda lanes: write(lanes, function(read(lanes)))
 
 
@@ -590,32 +607,47 @@ def parts(operand) -> tuple:
     return operand.parts if isinstance(operand, Vector) else (operand,)
 
 
+def _memory(words, machine):
+    return machine.shared if "shared" in words else machine.memory
+
+
+def _strong(words) -> bool:
+    """Whether accesses of several threads at once are no race, as with atomic ones."""
+    return not {"volatile", "relaxed", "acquire", "release"}.isdisjoint(words)
+
+
 @maker("ld")
 def _load(instruction, machine):
     words, kind = instruction.words, _kind(instruction)
     to, place = parts(instruction.operands[0]), address(instruction.operands[1], machine)
-    size = DTYPES[kind].itemsize
+    size, dtype = DTYPES[kind].itemsize, DTYPES[kind]
+    _count_parts(words, to)
     writes = [writer(operand, kind, machine) for operand in to]
-    dtype = DTYPES[kind]
     if words[0] == "param":
         blob = np.frombuffer(machine.parameters, np.uint8)
 
         def run(lanes):
-            at = place(lanes)[:, None] + np.arange(size, dtype=np.uint64)
+            at = place(lanes).astype(np.int64)
+            if (at % (size * len(writes))).any() or (at + size * len(writes) > len(blob)).any():
+                raise PtxError(f"parameters at {at[0]}: misaligned, or beyond their {len(blob)} bytes")
             for i, write in enumerate(writes):
-                write(lanes, blob[(at + np.uint64(i * size)).astype(np.int64)].view(dtype)[:, 0])
+                write(lanes, blob[at[:, None] + np.arange(i * size, (i + 1) * size)].view(dtype)[:, 0])
 
         return run
-    memory = machine.shared if words[0] == "shared" else machine.memory
-    if words[0] not in ("shared", "global", *DTYPES):
-        raise PtxError(f"not supported: {instruction.text}")
+    memory, strong = _memory(words, machine), _strong(words)
 
     def run(lanes):
-        values = memory.load(place(lanes), size, len(writes), machine.ids(lanes), machine)
+        values = memory.load(place(lanes), size, len(writes), machine.ids(lanes), machine, strong)
         for write, value in zip(writes, values):
             write(lanes, value.view(dtype))
 
     return run
+
+
+def _count_parts(words, operands) -> None:
+    (count,) = [int(word[1:]) for word in words if word in ("v2", "v4", "v8")] or [1]
+    if len(operands) != count:
+        raise PtxError(f"{len(operands)} registers, not {count}")
 
 
 @maker("st")
@@ -623,15 +655,14 @@ def _store(instruction, machine):
     words, kind = instruction.words, _kind(instruction)
     place, values = address(instruction.operands[0], machine), parts(instruction.operands[1])
     size, dtype = DTYPES[kind].itemsize, DTYPES[kind]
+    _count_parts(words, values)
     reads = [reader(operand, kind, machine) for operand in values]
-    memory = machine.shared if words[0] == "shared" else machine.memory
-    if words[0] not in ("shared", "global", *DTYPES):
-        raise PtxError(f"not supported: {instruction.text}")
+    memory, strong = _memory(words, machine), _strong(words)
 
     def run(lanes):
         count = machine.size(lanes)
         bits = [np.broadcast_to(bits_of(np.asarray(read(lanes), dtype)), (count,)) for read in reads]
-        memory.store(place(lanes), bits, size, machine.ids(lanes), machine)
+        memory.store(place(lanes), bits, size, machine.ids(lanes), machine, strong)
 
     return run
 
@@ -639,20 +670,25 @@ def _store(instruction, machine):
 @maker("atom", "red")
 def _atomic(instruction, machine):
     words, kind = instruction.words, _kind(instruction)
-    memory = machine.shared if words[0] == "shared" else machine.memory
-    dtype = DTYPES[kind]
+    memory, dtype = _memory(words, machine), DTYPES[kind]
     operands = instruction.operands if instruction.name == "atom" else [None, *instruction.operands]
     write, place = writer(operands[0], kind, machine), address(operands[1], machine)
     reads = [reader(operand, kind, machine) for operand in operands[2:]]
+    add = lambda old, new: old + new
+    if kind == "f32" and "shared" not in words:  # as on global memory
+        add = lambda old, new: rounding.flush(rounding.flush(old) + rounding.flush(new))
     combine = {
-        "add": lambda old, new: old + new, "min": min, "max": max, "exch": lambda old, new: new,
-        "or": lambda old, new: old | new, "and": lambda old, new: old & new,
+        "add": add, "min": min, "max": max, "exch": lambda old, new: new,
+        "or": lambda old, new: old | new, "and": lambda old, new: old & new, "xor": lambda old, new: old ^ new,
     }  # fmt: skip
     (name,) = [word for word in words if word in combine or word == "cas"]
 
     def run(lanes):
         ids, addresses = machine.ids(lanes), place(lanes)
-        at = memory.locate(addresses, dtype.itemsize, 1, ids, machine) // dtype.itemsize
+        at = memory.locate(addresses, dtype.itemsize, 1, ids, machine)
+        machine.count(memory, addresses, dtype.itemsize, ids, "atomic")
+        memory.note_atomic(at, dtype.itemsize, ids, machine)
+        at = at // dtype.itemsize
         view = memory.bytes.view(dtype)
         values = [np.broadcast_to(read(lanes), ids.shape) for read in reads]
         old = np.zeros(len(ids), dtype)
@@ -668,6 +704,12 @@ def _atomic(instruction, machine):
     return run
 
 
-@maker("fence", "membar", "nanosleep", "prefetch", "griddepcontrol", "wgmma.fence")
+@maker("fence", "membar", "nanosleep", "prefetch", "griddepcontrol")
 def _nothing(instruction, machine):
+    if instruction.words[:2] == ("proxy", "async") and "global" not in instruction.words:
+
+        def run(lanes):
+            machine.fences[lanes] += 1
+
+        return run
     return lambda lanes: None

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.ptx import arithmetic, tensor_cores, warp  # noqa: F401  (they register their instructions)
+from tests.ptx import arithmetic, forms, tensor_cores, warp
 from tests.ptx.errors import PtxError
 from tests.ptx.memory import Global, Region, Shared
 from tests.ptx.program import Not, Program, Register
@@ -44,6 +44,9 @@ class Machine:
     ):
         if threads % WARP:
             raise PtxError(f"{threads} threads are no multiple of {WARP}")
+        most = program.most_threads
+        if most is not None and (threads > most or (program.exactly and threads != most)):
+            raise PtxError(f"{program.name} is compiled for {most} threads, not {threads}")
         if len(parameters) < program.parameter_bytes:
             raise PtxError(
                 f"{program.name} takes {program.parameter_bytes} bytes of parameters, not {len(parameters)}"
@@ -57,14 +60,17 @@ class Machine:
         self.block = (self.everyone // threads).astype(np.int32)
         self.warp = (self.everyone // WARP).astype(np.int32)
         self.first = first
-        self.shared = Shared(blocks, program.static_shared_bytes + shared_bytes, races)
+        self.shared = Shared(blocks, program.shared_bytes(shared_bytes), races)
         self.epoch = np.zeros(blocks, np.int32)
         self.warp_epoch = np.zeros(self.lanes // WARP, np.int32)
         self._registers: dict[Register, np.ndarray] = {}
-        self.copies = warp.Copies(self)
+        self.fences = np.zeros(self.lanes, np.int32)  # of the asynchronous proxy
+        self.copies, self.products = warp.Copies(self), tensor_cores.Products(self)
         self.state = np.full(self.lanes, _RUNNING, np.int8)
         self.pc = np.zeros(self.lanes, np.int32)
+        self.barrier = np.zeros(self.lanes, np.int32)  # which of the block's sixteen a thread waits at
         self.code = [self._compiled(instruction) for instruction in program.instructions]
+        self.together = [warp.together(instruction) for instruction in program.instructions]
 
     # What instructions ask for.
 
@@ -112,6 +118,11 @@ class Machine:
     def name(self, lane: int) -> str:
         return f"{lane % self.threads} of block {self.first + lane // self.threads}"
 
+    def live_lanes(self) -> np.ndarray:
+        """Bits of every warp's lanes that have not ended."""
+        bits = np.int64(1) << np.arange(WARP)
+        return ((self.state != _DONE).reshape(-1, WARP) * bits).sum(1)
+
     def count(self, memory, addresses, size, lanes, what) -> None:
         if self.profile is not None:
             self.profile.access(self, memory, addresses, size, lanes, what)
@@ -119,23 +130,36 @@ class Machine:
     # Execution.
 
     def _compiled(self, instruction):
-        make = arithmetic.MAKERS.get(instruction.name)
-        if make is None:
-            make = arithmetic.MAKERS.get(".".join((instruction.name, *instruction.words[:1])))
-        if instruction.name in ("bra", "ret", "exit", "trap"):
-            return None
-        if make is None:
-            if instruction.name == "bar" and instruction.words[0] == "sync":
-                return None
-            raise PtxError(f"line {instruction.line}: unknown instruction {instruction.text}")
         try:
-            return make(instruction, self)
-        except (PtxError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise PtxError(f"line {instruction.line}: {instruction.text}: {error!r}") from error
+            forms.check(instruction)
+            if instruction.name in ("bra", "ret", "exit", "trap"):
+                return None
+            if warp.is_barrier(instruction):
+                return self._barrier_of(instruction)
+            name = "bar.warp" if instruction.name == "bar" else instruction.name
+            run = arithmetic.MAKERS[name](instruction, self)
+            mask = warp.member_mask(instruction, self) if warp.together(instruction) else None
+            if mask is not None:
+                run.mask = mask
+            return run
+        except (PtxError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            what = str(error) if isinstance(error, PtxError) else repr(error)
+            raise PtxError(f"line {instruction.line}: {instruction.text}: {what}") from error
+
+    def _barrier_of(self, instruction):
+        """A function of lanes that gives the barrier they arrive at."""
+        number, *count = (arithmetic.reader(operand, "u32", self) for operand in instruction.operands)
+
+        def run(lanes):
+            if count and (np.asarray(count[0](lanes)) != self.threads).any():
+                raise PtxError("a barrier of some of a block's threads is not supported")
+            return number(lanes)
+
+        return run
 
     def _guarded(self, guard, lanes):
         """The lanes whose guard holds: all, some or none."""
-        array = self._registers[guard.register if isinstance(guard, Not) else guard][lanes]
+        array = self.register(guard.register if isinstance(guard, Not) else guard)[lanes]
         holds = ~array if isinstance(guard, Not) else array
         if holds.all():
             return lanes
@@ -157,6 +181,7 @@ class Machine:
                 lanes = self.all if chosen.all() else np.flatnonzero(chosen)
                 self._straight(at, lanes, limit)
         self.copies.check_finished()
+        self.products.check_finished()
 
     def _straight(self, at: int, lanes, limit: int) -> None:
         """Runs ``lanes`` from instruction ``at`` until they part, wait, end or meet others at ``limit``."""
@@ -166,7 +191,7 @@ class Machine:
                 raise PtxError(f"{self.program.name}: a thread runs beyond the kernel's end")
             instruction = instructions[at]
             self.at = instruction
-            if self.profile is not None:
+            if self.profile is not None and not self.together[at]:
                 self.profile.issue(self, instruction, lanes)
             active = lanes if instruction.guard is None else self._guarded(instruction.guard, lanes)
             name = instruction.name
@@ -191,31 +216,34 @@ class Machine:
                 if name == "trap":
                     if self.size(active):
                         raise PtxError(f"trap in thread {self.name(self.ids(active)[0])}")
-                elif name == "bar" and instruction.words[0] == "sync":
-                    if active is not lanes:
-                        raise PtxError("a barrier under a guard that not all threads share")
-                    self._barrier(at, lanes)
+                elif warp.is_barrier(instruction):
+                    if self.size(active):
+                        self._barrier(at, active)
+                    if active is lanes:
+                        return
+                    rest = np.setdiff1d(self.ids(lanes), self.ids(active))
+                    self.pc[rest] = at + 1
                     return
-                elif instruction.name in warp.NEED_WARPS or instruction.text.startswith("bar.warp"):
-                    whole = self._whole_warps(at, active)
+                elif self.together[at]:
+                    whole = self._complete(at, active)
+                    if self.profile is not None and self.size(whole):
+                        self.profile.issue(self, instruction, whole)
                     if whole is not active:
                         # Those whose warps are not complete wait for the others.
                         late = np.setdiff1d(self.ids(active), self.ids(whole))
                         self.pc[late], self.state[late] = at, _WAITING
                         rest = np.setdiff1d(self.ids(lanes), self.ids(active))
                         self.pc[rest] = at + 1
-                        if self.size(whole) == 0:
-                            return
-                        self.state[whole] = _RUNNING
-                        self._run_one(at, whole)
-                        self.pc[whole] = at + 1
+                        if self.size(whole):
+                            self.state[whole] = _RUNNING
+                            self.code[at](whole)
+                            self.pc[whole] = at + 1
                         return
-                    self._run_one(at, active)
+                    if self.size(active):
+                        self.code[at](active)
                 elif self.size(active):
-                    self._run_one(at, active)
+                    self.code[at](active)
             except PtxError as error:
-                if "line" in str(error)[:5]:
-                    raise
                 raise PtxError(
                     f"line {instruction.line} of {self.program.name}: {instruction.text}: {error}"
                 ) from None
@@ -224,43 +252,74 @@ class Machine:
                 self.pc[lanes] = at
                 return
 
-    def _run_one(self, at, lanes) -> None:
-        self.code[at](lanes)
-
-    def _whole_warps(self, at, lanes):
-        """``lanes``, and those that wait at the same instruction, as far as all lanes of their masks are there."""
-        if isinstance(lanes, slice):
+    def _complete(self, at, lanes):
+        """``lanes``, and those that wait at the same instruction, as far as all who must take part are there."""
+        mask = getattr(self.code[at], "mask", None)
+        size = self.together[at]
+        if isinstance(lanes, slice) and (mask is None or warp.names_everyone(self.program.instructions[at])):
+            if self.threads % size:
+                raise PtxError(f"{self.threads} threads are no multiple of {size}")
             return lanes
-        here = lanes
+        here = self.ids(lanes)
         waiting = np.flatnonzero((self.state == _WAITING) & (self.pc == at))
         if len(waiting):
-            here = np.union1d(lanes, waiting)
-        present = np.zeros(self.lanes // WARP, np.uint32)
-        np.bitwise_or.at(present, self.warp[here], np.uint32(1) << (here % WARP).astype(np.uint32))
-        needed = warp.member_mask(self.program.instructions[at], self)(here)
-        complete = (needed & ~present[self.warp[here]]) == 0
-        if complete.all() and len(here) == len(lanes):
+            here = np.union1d(here, waiting)
+        if not len(here):
+            return lanes
+        if mask is None:
+            group = here // size
+            if (self.state.reshape(-1, size)[group] == _DONE).any():
+                raise PtxError("some of the warp's threads have ended")
+            complete = np.bincount(group, minlength=self.lanes // size)[group] == size
+        else:
+            masks, lane = mask(here).astype(np.int64), here % WARP
+            if not (masks >> lane & 1).all():
+                i = int((masks >> lane & 1).argmin())
+                raise PtxError(
+                    f"thread {self.name(here[i])} is not in the mask {int(masks[i]):#x} that it names"
+                )
+            _, row = np.unique(self.warp[here].astype(np.int64) << 32 | masks, return_inverse=True)
+            present = np.zeros(row.max() + 1, np.int64)
+            np.bitwise_or.at(present, row, np.int64(1) << lane)
+            complete = (masks & self.live_lanes()[self.warp[here]] & ~present[row]) == 0
+        if complete.all() and len(here) == self.size(lanes):
             return lanes
         return here[complete]
 
     def _barrier(self, at: int, lanes) -> None:
-        ids = self.ids(lanes)
+        self.barrier[lanes] = self.code[at](lanes)
         self.pc[lanes] = at + 1
         self.state[lanes] = _AT_BARRIER
-        self._release(np.unique(self.block[ids]))
+        self._release(np.unique(self.block[self.ids(lanes)]))
 
     def _release(self, blocks) -> None:
-        state = self.state.reshape(self.blocks, self.threads)[blocks]
-        arrived = ((state == _AT_BARRIER) | (state == _DONE)).all(1) & (state == _AT_BARRIER).any(1)
-        for block in blocks[arrived]:
-            whole = slice(block * self.threads, (block + 1) * self.threads)
-            part = self.state[whole]
-            part[part == _AT_BARRIER] = _RUNNING
-        self.epoch[blocks[arrived]] += 1
+        """Lets blocks go on all of whose threads wait or have ended."""
+        shape = (self.blocks, self.threads)
+        state = self.state.reshape(shape)[blocks]
+        waits = state == _AT_BARRIER
+        arrived = blocks[(waits | (state == _DONE)).all(1) & waits.any(1)]
+        for block in arrived:
+            threads = np.arange(block * self.threads, (block + 1) * self.threads)
+            threads = threads[self.state[threads] == _AT_BARRIER]
+            if len(np.unique(self.barrier[threads])) > 1:
+                raise PtxError(f"threads of block {self.first + block} wait at different barriers")
+            _, first, row = np.unique(self.warp[threads], return_index=True, return_inverse=True)
+            apart = self.pc[threads] != self.pc[threads][first][row]
+            if apart.any():
+                raise PtxError(
+                    f"thread {self.name(threads[apart.argmax()])} waits at another barrier instruction than its warp"
+                )
+            self.state[threads] = _RUNNING
+        self.epoch[arrived] += 1
 
     def _end(self, lanes) -> None:
         ids = self.ids(lanes)
         self.state[lanes] = _DONE
+        if not len(ids):
+            return
+        # Who waited for them waits no longer, or finds that it waits in vain.
+        ended = np.isin(self.warp, np.unique(self.warp[ids])) & (self.state == _WAITING)
+        self.state[ended] = _RUNNING
         self._release(np.unique(self.block[ids]))
 
     def _stuck(self) -> None:

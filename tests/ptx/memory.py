@@ -24,81 +24,136 @@ class Region:
     size: int
 
 
-class Races:
-    """Who wrote and read every byte last, to notice accesses that no barrier orders (as racecheck does).
+class _Accesses:
+    """Of every byte, who accessed it in one way: the least and the greatest thread since the last barrier.
 
-    Two threads' accesses to one byte, one of them a write, are ordered by a block's barrier, within a warp by a
-    warp's; between blocks by nothing.
+    Two threads, the least and the greatest, are enough to tell whether anybody else than a given thread (or warp, or
+    block) is among them.
     """
 
-    def __init__(self, size: int, what: str):
-        self.what = what
-        self.writer, self.reader = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
-        # How many barriers of its block, and of its warp, the thread had passed.
-        self.written, self.read = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self.written_warp, self.read_warp = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self.shared_by_warps = np.zeros(
-            size, bool
-        )  # more than one warp read it since its block's last barrier
+    def __init__(self, size: int, between_blocks: bool):
+        self.size, self.between_blocks = size, between_blocks
+        if between_blocks:  # grid-wide numbers plus one, never forgotten
+            self.first_block, self.last_block = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self.forget()
 
     def forget(self) -> None:
-        self.writer[:] = self.reader[:] = -1
-        self.shared_by_warps[:] = False
+        # Threads plus one, of one block; those of its warp since the warp's last barrier. Zeros take no memory.
+        self.first, self.last = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
+        self.first_in_warp, self.last_in_warp = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
+        self.epoch, self.warp_epoch = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
 
-    def _unordered(self, other, epoch, warp_epoch, machine, lanes):
-        block, warp = machine.block[lanes], machine.warp[lanes]
-        same_block = machine.block[other] == block
-        same_warp = machine.warp[other] == warp
-        late = epoch == machine.epoch[block]
-        late_warp = warp_epoch == machine.warp_epoch[warp]
-        hazard = np.where(same_block, late & (~same_warp | late_warp), True)
-        return (other >= 0) & (other != lanes) & hazard
+    def _recent(self, at, lanes, machine):
+        first, last, block = self.first[at] - 1, self.last[at] - 1, machine.block[lanes]
+        recent = (first >= 0) & (machine.block[last] == block) & (self.epoch[at] == machine.epoch[block])
+        warp = machine.warp[lanes]
+        same_warp = (machine.warp[first] == warp) & (machine.warp[last] == warp)
+        in_warp = recent & (machine.warp[self.last_in_warp[at] - 1] == warp)
+        in_warp &= self.warp_epoch[at] == machine.warp_epoch[warp]
+        return first, last, recent, same_warp, in_warp
+
+    def others(self, at, lanes, machine):
+        """Where accesses by others are unordered with one by ``lanes`` now, and a description of the other."""
+        first, last, recent, same_warp, in_warp = self._recent(at, lanes, machine)
+        first_in_warp, last_in_warp = self.first_in_warp[at] - 1, self.last_in_warp[at] - 1
+        bad = recent & ~same_warp
+        bad |= in_warp & same_warp & ((first_in_warp != lanes) | (last_in_warp != lanes))
+
+        def describe(i):
+            if in_warp[i] and same_warp[i]:
+                return f"thread {machine.name(first_in_warp[i] if first_in_warp[i] != lanes[i] else last_in_warp[i])}"
+            if recent[i] and not same_warp[i]:
+                away = machine.warp[first[i]] != machine.warp[lanes[i]]
+                return f"thread {machine.name(first[i] if away else last[i])}"
+            first_block, last_block = self.first_block[at[i]] - 1, self.last_block[at[i]] - 1
+            away = first_block != machine.first + machine.block[lanes[i]]
+            return f"block {first_block if away else last_block}"
+
+        if self.between_blocks:
+            block = machine.first + machine.block[lanes] + 1
+            before = self.first_block[at]
+            bad |= (before > 0) & ((before != block) | (self.last_block[at] != block))
+        return bad, describe
+
+    def record(self, at, lanes, machine) -> None:
+        first, last, recent, _, in_warp = self._recent(at, lanes, machine)
+        # Of several threads at one byte the last assignment stays: threads ascend, so backwards it is the least.
+        self.first[at[::-1]] = np.where(recent, np.minimum(first, lanes), lanes)[::-1] + 1
+        self.last[at] = np.where(recent, np.maximum(last, lanes), lanes) + 1
+        low = np.where(in_warp, np.minimum(self.first_in_warp[at] - 1, lanes), lanes)
+        high = np.where(in_warp, np.maximum(self.last_in_warp[at] - 1, lanes), lanes)
+        self.first_in_warp[at[::-1]], self.last_in_warp[at] = low[::-1] + 1, high + 1
+        self.epoch[at] = machine.epoch[machine.block[lanes]]
+        self.warp_epoch[at] = machine.warp_epoch[machine.warp[lanes]]
+        if self.between_blocks:
+            block = machine.first + machine.block[lanes] + 1
+            before = self.first_block[at]
+            self.first_block[at[::-1]] = np.where(before > 0, np.minimum(before, block), block)[::-1]
+            self.last_block[at] = np.maximum(self.last_block[at], block)
+
+
+class Races:
+    """Notices accesses that no barrier orders (as compute-sanitizer's racecheck does, and for global memory too).
+
+    Two threads' accesses to one byte, one of them a write, are ordered by a block's barrier, within a warp by a
+    warp's of all its threads; between blocks by nothing. Atomic accesses may meet each other, and nothing is ordered
+    by them: a kernel whose blocks hand over data through a counter is reported. Writes that change nothing are not.
+    """
+
+    def __init__(self, size: int, what: str, between_blocks: bool):
+        self.what = what
+        self._new = lambda: _Accesses(size, between_blocks)
+        self._by = {}
+
+    def forget(self) -> None:
+        for accesses in self._by.values():
+            accesses.forget()
+
+    def _check(self, at, lanes, machine, verb, conflicts, only=None) -> None:
+        for done in conflicts:
+            if done not in self._by:
+                continue
+            bad, describe = self._by[done].others(at, lanes, machine)
+            if only is not None:
+                bad &= only
+            if bad.any():
+                i = int(bad.argmax())
+                raise PtxError(
+                    f"race in {self.what}: thread {machine.name(lanes[i])} {verb} what {describe(i)} {done} "
+                    "without a barrier between them"
+                )
+
+    def _record(self, at, lanes, machine, done) -> None:
+        if done not in self._by:
+            self._by[done] = self._new()
+        self._by[done].record(at, lanes, machine)
 
     def on_read(self, at, lanes, machine) -> None:
-        writer = self.writer[at]
-        bad = self._unordered(writer, self.written[at], self.written_warp[at], machine, lanes)
-        if bad.any():
-            i = bad.argmax()
-            raise PtxError(
-                f"race in {self.what}: thread {machine.name(lanes[i])} reads what thread "
-                f"{machine.name(writer[i])} wrote without a barrier between them"
-            )
-        block = machine.block[lanes]
-        before = self.reader[at]
-        again = (before >= 0) & (machine.block[before] == block) & (self.read[at] == machine.epoch[block])
-        self.shared_by_warps[at] = again & (
-            self.shared_by_warps[at] | (machine.warp[before] != machine.warp[lanes])
-        )
-        self.reader[at], self.read[at] = lanes, machine.epoch[block]
-        self.read_warp[at] = machine.warp_epoch[machine.warp[lanes]]
+        self._check(at, lanes, machine, "reads", ("wrote", "changed atomically"))
+        self._record(at, lanes, machine, "read")
 
     def on_write(self, at, lanes, machine, changed) -> None:
-        for last, epoch, warp_epoch, verb in (
-            (self.writer[at], self.written[at], self.written_warp[at], "wrote"),
-            (self.reader[at], self.read[at], self.read_warp[at], "read"),
-        ):
-            bad = self._unordered(last, epoch, warp_epoch, machine, lanes)
-            if verb == "read":
-                block = machine.block[lanes]
-                bad |= (last >= 0) & self.shared_by_warps[at] & (epoch == machine.epoch[block])
-            bad &= changed  # the same value again does no harm
-            if bad.any():
-                i = bad.argmax()
-                raise PtxError(
-                    f"race in {self.what}: thread {machine.name(lanes[i])} writes what thread "
-                    f"{machine.name(last[i])} {verb} without a barrier between them"
-                )
-        self.writer[at], self.written[at] = lanes, machine.epoch[machine.block[lanes]]
-        self.written_warp[at] = machine.warp_epoch[machine.warp[lanes]]
+        self._check(
+            at, lanes, machine, "writes", ("wrote", "read", "changed atomically", "read atomically"), changed
+        )
+        self._record(at, lanes, machine, "wrote")
+
+    def on_strong_read(self, at, lanes, machine) -> None:
+        self._check(at, lanes, machine, "reads atomically", ("wrote",))
+        self._record(at, lanes, machine, "read atomically")
+
+    def on_atomic(self, at, lanes, machine) -> None:
+        self._check(at, lanes, machine, "changes atomically", ("wrote", "read"))
+        self._record(at, lanes, machine, "changed atomically")
 
 
 class Memory:
     """Bytes under addresses; reads and writes of vectors of equal size by many threads at once."""
 
-    def __init__(self, size: int, what: str, races: bool):
+    def __init__(self, size: int, what: str, races: bool, between_blocks: bool = False):
         self.bytes = np.zeros(-(-size // 16) * 16, np.uint8)
         self.what = what
-        self.races = Races(len(self.bytes), what) if races else None
+        self.races = Races(len(self.bytes), what, between_blocks) if races else None
         self._views = {size: self.bytes.view(f"u{size}") for size in (1, 2, 4, 8)}
 
     def place(self, addresses, size: int, lanes, machine) -> np.ndarray:
@@ -119,23 +174,35 @@ class Memory:
         at = self.place(addresses, size * count, lanes, machine)
         return self._aligned(at, addresses, size * count, lanes, machine)
 
-    def load(self, addresses, size: int, count: int, lanes, machine) -> list[np.ndarray]:
+    def note_read(self, at, size: int, lanes, machine, strong=False) -> None:
+        """For races; ``size`` bytes from each index."""
+        if self.races:
+            each = (at[:, None] + np.arange(size)).ravel()
+            note = self.races.on_strong_read if strong else self.races.on_read
+            note(each, np.repeat(lanes, size), machine)
+
+    def note_atomic(self, at, size: int, lanes, machine) -> None:
+        if self.races:
+            each = (at[:, None] + np.arange(size)).ravel()
+            self.races.on_atomic(each, np.repeat(lanes, size), machine)
+
+    def load(self, addresses, size: int, count: int, lanes, machine, strong=False) -> list[np.ndarray]:
         at = self.locate(addresses, size, count, lanes, machine)
         machine.count(self, addresses, size * count, lanes, "load")
-        if self.races:
-            each = (at[:, None] + np.arange(size * count)).ravel()
-            self.races.on_read(each, np.repeat(lanes, size * count), machine)
+        self.note_read(at, size * count, lanes, machine, strong)
         view, first = self._views[size], at // size
         return [view[first + i] for i in range(count)]
 
-    def store(self, addresses, values: list[np.ndarray], size: int, lanes, machine) -> None:
+    def store(self, addresses, values: list[np.ndarray], size: int, lanes, machine, strong=False) -> None:
         at = self.locate(addresses, size, len(values), lanes, machine)
         machine.count(self, addresses, size * len(values), lanes, "store")
-        self.put(at, values, size, lanes, machine)
+        self.put(at, values, size, lanes, machine, strong)
 
-    def put(self, at, values: list[np.ndarray], size: int, lanes, machine) -> None:
+    def put(self, at, values: list[np.ndarray], size: int, lanes, machine, strong=False) -> None:
         view, first = self._views[size], at // size
-        if self.races:
+        if strong:
+            self.note_atomic(at, size * len(values), lanes, machine)
+        elif self.races:
             each = (at[:, None] + np.arange(size * len(values))).ravel()
             changed = np.stack([view[first + i] != value for i, value in enumerate(values)], 1)
             who = np.repeat(lanes, size * len(values))
@@ -157,7 +224,7 @@ class Global(Memory):
             offsets.append(at + region.address % 16)
             at = -(-(offsets[-1] + region.size + _GAP) // 16) * 16
         self.offsets = np.array(offsets, np.int64)
-        super().__init__(at, "global memory", races)
+        super().__init__(at, "global memory", races, between_blocks=True)
         for region, offset in zip(self.regions, offsets):
             self.bytes[offset : offset + region.size] = _host(region)
 
@@ -175,7 +242,7 @@ class Global(Memory):
         found = np.searchsorted(self.starts, addresses, side="right") - 1
         inside = found >= 0
         if len(self.regions):
-            inside &= addresses + np.uint64(size) <= self.ends[found]
+            inside &= (addresses < self.ends[found]) & (self.ends[found] - addresses >= np.uint64(size))
         if not inside.all():
             i = (~inside).argmax()
             raise PtxError(
@@ -192,10 +259,33 @@ class Shared(Memory):
         self.pitch = -(-max(size, 1) // 16) * 16
         super().__init__(blocks * self.pitch, "shared memory", races)
         self.bytes[:] = 0xFF
+        # Who wrote each byte, and how many fences of the proxy it had passed: what tensor cores read must be fenced.
+        self.proxy: tuple[np.ndarray, np.ndarray] | None = None
+
+    def watch_proxy(self) -> None:
+        if self.proxy is None:
+            self.proxy = np.full(len(self.bytes), -1, np.int32), np.zeros(len(self.bytes), np.int32)
+
+    def put(self, at, values, size, lanes, machine, strong=False) -> None:
+        super().put(at, values, size, lanes, machine, strong)
+        if self.proxy:
+            each = (at[:, None] + np.arange(size * len(values))).ravel()
+            who = np.repeat(lanes, size * len(values))
+            self.proxy[0][each], self.proxy[1][each] = who, machine.fences[who]
+
+    def check_fenced(self, at, machine) -> None:
+        """Bytes that tensor cores read through the asynchronous proxy."""
+        writer, fences = self.proxy[0][at], self.proxy[1][at]
+        bad = (writer >= 0) & (machine.fences[writer] == fences)
+        if bad.any():
+            raise PtxError(
+                f"tensor cores read what thread {machine.name(writer[bad].ravel()[0])} wrote to shared memory "
+                "without a fence.proxy.async after it"
+            )
 
     def place(self, addresses, size, lanes, machine):
         addresses = addresses.astype(np.int64, copy=False)
-        outside = addresses + size > self.size
+        outside = (addresses < 0) | (addresses + size > self.size)
         if outside.any():
             i = outside.argmax()
             raise PtxError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -90,6 +91,12 @@ class Program:
     static_shared_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    dynamic_shared: int | None = None  # where dynamic shared memory starts, if the kernel names it
+    most_threads: int | None = None  # of a block, as the kernel was compiled for
+    exactly: bool = False
+
+    def shared_bytes(self, dynamic: int) -> int:
+        return (self.static_shared_bytes if self.dynamic_shared is None else self.dynamic_shared) + dynamic
 
 
 def without_comments(text: str) -> str:
@@ -131,29 +138,43 @@ class _Scopes:
 
     def __init__(self):
         self.stack: list[dict[str, Register]] = [{}]
-        self.ranges: list[tuple[str, int]] = []
+        self.ranges: list[list[tuple[str, int, int]]] = [[]]  # prefix, how many, bits
         self.count = 0
+
+    def open(self) -> None:
+        self.stack.append({})
+        self.ranges.append([])
+
+    def close(self) -> None:
+        self.stack.pop()
+        self.ranges.pop()
 
     def declare(self, kind: str, names: str) -> None:
         bits = 1 if kind == "pred" else 8 * _SIZES[kind]
         for name in (part.strip() for part in names.split(",")):
             if found := re.fullmatch(r"(%[\w$]*)<(\d+)>", name):
-                self.ranges.append((found[1], bits))
-            elif len(self.stack) > 1:
-                self.count += 1
-                self.stack[-1][name] = Register(f"{name}@{self.count}", bits)
+                self.ranges[-1].append((found[1], int(found[2]), bits))
             else:
-                self.stack[0][name] = Register(name, bits)
+                self._add(len(self.stack) - 1, name, bits)
+
+    def _add(self, depth: int, name: str, bits: int) -> Register:
+        self.count += 1
+        register = Register(f"{name}@{self.count}" if depth else name, bits)
+        self.stack[depth][name] = register
+        return register
 
     def find(self, name: str) -> Register | None:
-        for scope in reversed(self.stack):
-            if name in scope:
-                return scope[name]
-        found = re.fullmatch(r"(%[A-Za-z_$]+)\d+", name)
-        for prefix, bits in self.ranges if found else ():
-            if prefix == found[1]:
-                register = self.stack[0][name] = Register(name, bits)
-                return register
+        found = re.fullmatch(r"(%[\w$]*?)(\d+)", name)
+        for depth in reversed(range(len(self.stack))):
+            if name in self.stack[depth]:
+                return self.stack[depth][name]
+            for prefix, count, bits in self.ranges[depth] if found else ():
+                if (
+                    name.startswith(prefix)
+                    and name[len(prefix) :] == str(int(found[2]))
+                    and int(found[2]) < count
+                ):
+                    return self._add(depth, name, bits)
         return None
 
 
@@ -225,19 +246,19 @@ def _instructions(program: Program, text: str, first_line: int) -> None:
         line = first_line + text.count("\n", 0, found.start(found.lastgroup))
         at = found.end()
         if found["label"]:
+            if found["label"] in program.labels:
+                raise ValueError(f"line {line}: the label {found['label']} stands twice")
             program.labels[found["label"]] = len(program.instructions)
         elif found["open"]:
-            scopes.stack.append({})
+            scopes.open()
         elif found["close"]:
-            scopes.stack.pop()
+            scopes.close()
         elif statement := (found["statement"] or "").strip():
             # .loc may stand between the braces of inline assembly and its instruction
             statement = re.sub(r"\.loc\b[^\n]*\n", "", statement).strip()
             if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S):
                 scopes.declare(declared[1], declared[2])
-            elif declared := re.match(
-                r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", statement
-            ):
+            elif declared := re.match(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", statement):
                 _shared(program, declared)
             elif not statement.startswith("."):
                 _add(program, statement, scopes, line)
@@ -279,16 +300,19 @@ def parse(text: str, name: str | None = None) -> Program:
     if name not in names:
         raise ValueError(f"no kernel {name} in {', '.join(names)}")
     program = Program(name)
-    for declared in re.finditer(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.\w+\s+([\w$]+)\[\]", text):
-        program.shared[declared[1]] = -1  # behind what is declared with a size
+    dynamic = re.findall(r"\.extern\s+\.shared\s+\.align\s+(\d+)\s+\.\w+\s+([\w$]+)\[\]", text)
     entry = re.search(rf"\.entry\s+{re.escape(name)}\s*(?:\((.*?)\))?", text, re.S)
     _parameters(program, entry[1] or "")
     start = text.index("{", entry.end())
+    for kind, threads in re.findall(r"\.(maxntid|reqntid)\s+([\d,\s]+)", text[entry.end() : start]):
+        program.most_threads = math.prod(int(axis) for axis in threads.split(","))
+        program.exactly = kind == "reqntid"
     head = text[: entry.start()]
     for declared in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", head):
         _shared(program, declared)
     _instructions(program, text[start + 1 : _body(text, start)], text.count("\n", 0, start) + 1)
-    for symbol, offset in program.shared.items():
-        if offset < 0:
-            program.shared[symbol] = -(-program.static_shared_bytes // 1024) * 1024
+    if dynamic:  # behind what is declared with a size; all such symbols name the same place
+        align = max(16, *(int(align) for align, _ in dynamic))
+        program.dynamic_shared = -(-program.static_shared_bytes // align) * align
+        program.shared.update({symbol: program.dynamic_shared for _, symbol in dynamic})
     return program

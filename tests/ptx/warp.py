@@ -6,25 +6,81 @@ import numpy as np
 
 from tests.ptx.arithmetic import address, maker, reader, writer
 from tests.ptx.errors import PtxError
-from tests.ptx.program import Integer, Pair
+from tests.ptx.program import Integer, Pair, Register
 
-NEED_WARPS = {"shfl", "vote", "match", "redux", "mma", "ldmatrix", "stmatrix", "wgmma"}
 _WARP = 32
+_MASKED = ("shfl", "vote", "match", "redux", "elect", "bar")
+
+
+def together(instruction) -> int:
+    """How many threads have to execute it together: 0, a warp's or a warpgroup's."""
+    if instruction.name == "wgmma" and instruction.words[0] == "mma_async":
+        return 4 * _WARP
+    if instruction.name in (
+        "shfl",
+        "vote",
+        "match",
+        "redux",
+        "elect",
+        "mma",
+        "ldmatrix",
+        "stmatrix",
+        "wgmma",
+    ):
+        return _WARP
+    return _WARP if instruction.name == "bar" and instruction.words[0] == "warp" else 0
+
+
+def is_barrier(instruction) -> bool:
+    return instruction.name in ("bar", "barrier") and instruction.words[0] != "warp"
+
+
+def names_everyone(instruction) -> bool:
+    mask = instruction.operands[-1]
+    return isinstance(mask, Integer) and mask.value % 2**32 == 0xFFFFFFFF
 
 
 def member_mask(instruction, machine):
-    """A function of lanes that gives the lanes' masks of those who must take part."""
-    operands = instruction.operands
-    if instruction.name in ("shfl", "vote", "match", "redux") or instruction.text.startswith("bar.warp"):
-        read = reader(operands[-1], "b32", machine)
-        return lambda lanes: np.broadcast_to(read(lanes), lanes.shape)
-    return lambda lanes: np.full(lanes.shape, 0xFFFFFFFF, np.uint32)
+    """A function of lanes that gives their masks of who must take part; None where all of a warp must, none ended."""
+    if instruction.name not in _MASKED:
+        return None
+    read = reader(instruction.operands[-1], "b32", machine)
+    return lambda lanes: np.broadcast_to(read(lanes), machine.size(lanes))
+
+
+def _group(machine, lanes, mask):
+    """Threads that name the same mask in one warp: how many such groups, and for every thread its group's row."""
+    ids = machine.ids(lanes)
+    key = machine.warp[ids].astype(np.int64) << 32 | mask(lanes).astype(np.int64)
+    groups, row = np.unique(key, return_inverse=True)
+    return len(groups), row
 
 
 @maker("bar.warp")
 def _warp_barrier(instruction, machine):
+    mask = member_mask(instruction, machine)
+
     def run(lanes):
-        machine.warp_epoch[np.unique(machine.warp[machine.ids(lanes)])] += 1
+        # What a barrier of some of a warp's threads orders is not kept: races may then be reported that are none.
+        warps = machine.warp[machine.ids(lanes)]
+        everyone = (machine.live_lanes()[warps] & ~mask(lanes)) == 0
+        machine.warp_epoch[np.unique(warps[everyone])] += 1
+
+    return run
+
+
+@maker("elect")
+def _elect(instruction, machine):
+    out, mask = instruction.operands[0], member_mask(instruction, machine)
+    write, write_leader = writer(out.first, "b32", machine), writer(out.second, "pred", machine)
+
+    def run(lanes):
+        ids = machine.ids(lanes)
+        count, row = _group(machine, lanes, mask)
+        leader = np.full(count, _WARP)
+        np.minimum.at(leader, row, ids % _WARP)
+        write(lanes, leader[row].astype(np.uint32))
+        write_leader(lanes, leader[row] == ids % _WARP)
 
     return run
 
@@ -37,6 +93,7 @@ def _shuffle(instruction, machine):
     write, write_inside = writer(first, "b32", machine), writer(second, "pred", machine)
     source = reader(value, "b32", machine)
     by, clamp = reader(by, "b32", machine), reader(clamp, "b32", machine)
+    mask = member_mask(instruction, machine)
 
     def run(lanes):
         ids = machine.ids(lanes)
@@ -45,7 +102,7 @@ def _shuffle(instruction, machine):
             np.asarray(by(lanes)).astype(np.int64),
             np.asarray(clamp(lanes)).astype(np.int64),
         )
-        segment, last = c >> 8 & 31, c & 31
+        segment, last, b = c >> 8 & 31, c & 31, b & 31
         most = (lane & segment) | (last & ~segment)
         if mode == "bfly":
             other, inside = lane ^ b, (lane ^ b) <= most
@@ -57,6 +114,12 @@ def _shuffle(instruction, machine):
         else:
             other, inside = lane - b, lane - b >= most
         other = np.where(inside, other, lane)
+        named = mask(lanes).astype(np.int64) & machine.live_lanes()[machine.warp[ids]]
+        if not (named >> other & 1).all():
+            i = int((named >> other & 1).argmin())
+            raise PtxError(
+                f"thread {machine.name(ids[i])} reads lane {other[i]}, which does not take part ({int(named[i]):#x})"
+            )
         everyone = source(machine.all)
         if np.ndim(everyone) == 0:
             everyone = np.full(machine.lanes, everyone)
@@ -66,27 +129,23 @@ def _shuffle(instruction, machine):
     return run
 
 
-def _per_warp(machine, ids):
-    """The warps of ``ids``, and for every id the row of its warp."""
-    return np.unique(machine.warp[ids], return_inverse=True)
-
-
 @maker("vote")
 def _vote(instruction, machine):
     mode = instruction.words[1]
     to, source, _ = instruction.operands
     read = reader(source, "pred", machine)
     write = writer(to, "b32" if mode == "ballot" else "pred", machine)
+    mask = member_mask(instruction, machine)
 
     def run(lanes):
         ids = machine.ids(lanes)
         holds = np.broadcast_to(read(lanes), ids.shape)
-        warps, row = _per_warp(machine, ids)
-        bits = np.zeros(len(warps), np.uint32)
+        count, row = _group(machine, lanes, mask)
+        bits = np.zeros(count, np.uint32)
         np.bitwise_or.at(bits, row, holds.astype(np.uint32) << (ids % _WARP).astype(np.uint32))
         if mode == "ballot":
             return write(lanes, bits[row])
-        there = np.zeros(len(warps), np.uint32)
+        there = np.zeros(count, np.uint32)
         np.bitwise_or.at(there, row, np.uint32(1) << (ids % _WARP).astype(np.uint32))
         results = {"any": bits != 0, "all": bits == there, "uni": (bits == there) | (bits == 0)}
         write(lanes, results[mode][row])
@@ -96,18 +155,16 @@ def _vote(instruction, machine):
 
 @maker("match")
 def _match(instruction, machine):
-    if instruction.words[0] != "any":
-        raise PtxError(f"not supported: {instruction.text}")
     to, source, _ = instruction.operands
-    kind = instruction.words[-1]
+    kind, mask = instruction.words[-1], member_mask(instruction, machine)
     read, write = reader(source, kind, machine), writer(to, "b32", machine)
 
     def run(lanes):
         ids = machine.ids(lanes)
         values = np.broadcast_to(read(lanes), ids.shape)
-        warps, row = _per_warp(machine, ids)
-        table = np.zeros((len(warps), _WARP), values.dtype)
-        there = np.zeros((len(warps), _WARP), bool)
+        count, row = _group(machine, lanes, mask)
+        table = np.zeros((count, _WARP), values.dtype)
+        there = np.zeros((count, _WARP), bool)
         table[row, ids % _WARP], there[row, ids % _WARP] = values, True
         same = (table[row] == values[:, None]) & there[row]
         write(lanes, (same.astype(np.uint32) << np.arange(_WARP, dtype=np.uint32)).sum(1, dtype=np.uint32))
@@ -120,6 +177,7 @@ def _reduce(instruction, machine):
     operation, kind = instruction.words[1:]
     to, source, _ = instruction.operands
     read, write = reader(source, kind, machine), writer(to, kind, machine)
+    mask = member_mask(instruction, machine)
     function = {
         "add": np.add, "min": np.minimum, "max": np.maximum,
         "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -128,16 +186,16 @@ def _reduce(instruction, machine):
     def run(lanes):
         ids = machine.ids(lanes)
         values = np.broadcast_to(read(lanes), ids.shape)
-        warps, row = _per_warp(machine, ids)
+        count, row = _group(machine, lanes, mask)
         order = np.argsort(row, kind="stable")
-        starts = np.searchsorted(row[order], np.arange(len(warps)))
-        write(lanes, function.reduceat(values[order], starts)[row])
+        starts = np.searchsorted(row[order], np.arange(count))
+        write(lanes, function.reduceat(values[order], starts, dtype=values.dtype)[row])
 
     return run
 
 
 def _rows(machine, place, lanes, count):
-    """Bytes (warps, count, 8, 16) of matrices' rows, whose addresses lanes 0 to 8 * count - 1 hold."""
+    """The lanes 0 to 8 * count - 1 of each warp, and the matrices' rows' addresses, which they hold."""
     ids = machine.ids(lanes).reshape(-1, _WARP)[:, : 8 * count].ravel()
     addresses = place(lanes).reshape(-1, _WARP)[:, : 8 * count].ravel()
     return ids, addresses
@@ -149,6 +207,8 @@ def _load_matrices(instruction, machine):
     count = int(next(word for word in words if word in ("x1", "x2", "x4"))[1:])
     transposed = "trans" in words
     to, place = instruction.operands
+    if len(to.parts) != count:
+        raise PtxError(f"{len(to.parts)} registers for {count} matrices")
     place = address(place, machine)
     writes = [writer(part, "b32", machine) for part in to.parts]
     row, column = np.arange(_WARP) // 4, np.arange(_WARP) % 4 * 2
@@ -172,6 +232,8 @@ def _store_matrices(instruction, machine):
     count = int(next(word for word in words if word in ("x1", "x2", "x4"))[1:])
     transposed = "trans" in words
     place, source = instruction.operands
+    if len(source.parts) != count:
+        raise PtxError(f"{len(source.parts)} registers for {count} matrices")
     place = address(place, machine)
     reads = [reader(part, "b32", machine) for part in source.parts]
     row, column = np.arange(_WARP) // 4, np.arange(_WARP) % 4 * 2
@@ -227,8 +289,6 @@ class Copies:
 @maker("cp")
 def _copy_async(instruction, machine):
     words = instruction.words
-    if words[0] != "async":
-        raise PtxError(f"not supported: {instruction.text}")
     if words[1] == "commit_group":
 
         def run(lanes):
@@ -242,16 +302,20 @@ def _copy_async(instruction, machine):
             machine.copies.wait(machine.ids(lanes), groups)
 
         return run
-    if "shared" not in words or "global" not in words:
-        raise PtxError(f"not supported: {instruction.text}")
     to, source, size, *rest = instruction.operands
+    if "cache_hint" in words:
+        rest = rest[:-1]
     to, source = address(to, machine), address(source, machine)
     size = size.value
-    given = reader(rest[0] if rest else Integer(size), "b32", machine)
+    if size != 16 and (words[1] == "cg" or size not in (4, 8)):
+        raise PtxError(f"copies of {size} bytes")
+    ignored = bool(rest) and isinstance(rest[0], Register) and rest[0].bits == 1
+    given = reader(rest[0] if rest else Integer(size), "pred" if ignored else "b32", machine)
 
     def run(lanes):
         ids, to_address, from_address = machine.ids(lanes), to(lanes), source(lanes)
-        filled = np.broadcast_to(given(lanes), ids.shape).astype(np.int64)
+        filled = given(lanes)
+        filled = np.broadcast_to(np.where(filled, 0, size) if ignored else filled, ids.shape).astype(np.int64)
         if (filled > size).any():
             raise PtxError(f"an asynchronous copy of {size} bytes is to read {filled.max()}")
         at = machine.shared.locate(to_address, size, 1, ids, machine)
@@ -263,14 +327,12 @@ def _copy_async(instruction, machine):
             chosen = filled == count
             first = machine.memory.place(from_address[chosen], int(count), ids[chosen], machine)
             machine.count(machine.memory, from_address[chosen], int(count), ids[chosen], "load")
-            each = first[:, None] + np.arange(count)
-            if machine.memory.races:
-                machine.memory.races.on_read(each.ravel(), np.repeat(ids[chosen], count), machine)
-            values[chosen, :count] = machine.memory.bytes[each]
+            machine.memory.note_read(first, int(count), ids[chosen], machine)
+            values[chosen, :count] = machine.memory.bytes[first[:, None] + np.arange(count)]
+        where = (at[:, None] + np.arange(size)).ravel()
         if machine.shared.races:  # it may land at once, so nobody may still read what was there
-            where = (at[:, None] + np.arange(size)).ravel()
-            changed = np.ones(len(where), bool)
-            machine.shared.races.on_write(where, np.repeat(ids, size), machine, changed)
+            machine.shared.races.on_write(where, np.repeat(ids, size), machine, np.ones(len(where), bool))
+        machine.shared.bytes[where] = 0xFF  # until it has landed nobody knows what is there
         machine.copies.add(ids, at, values)
 
     return run
