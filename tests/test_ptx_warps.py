@@ -39,7 +39,12 @@ def test_shuffles(mode):
 def test_shuffle_from_lanes_that_differ():
     values, source = rng.permutation(WARP).astype(np.uint32), rng.integers(0, WARP, WARP).astype(np.uint32)
     out = np.zeros(WARP, np.uint32)
-    body = small.at("%d1", 0, 4) + "ld.global.u32 %r1, [%d1];\n" + small.at("%d2", 1, 4) + "ld.global.u32 %r2, [%d2];\n"
+    body = (
+        small.at("%d1", 0, 4)
+        + "ld.global.u32 %r1, [%d1];\n"
+        + small.at("%d2", 1, 4)
+        + "ld.global.u32 %r2, [%d2];\n"
+    )
     small.run(body + "shfl.sync.idx.b32 %r3, %r1, %r2, 31, -1;\n" + store("%r3", 2), values, source, out)
     np.testing.assert_array_equal(out, values[source])
 
@@ -48,13 +53,23 @@ def test_votes_and_reductions():
     values = rng.integers(0, 5, 64).astype(np.uint32)
     signed = rng.integers(-9, 9, 64).astype(np.int32)
     outs = [np.zeros(64, np.uint32) for _ in range(9)]
-    body = small.at("%d1", 0, 4) + "ld.global.u32 %r1, [%d1];\n" + small.at("%d2", 1, 4) + "ld.global.u32 %r2, [%d2];\n"
-    body += "setp.gt.u32 %p1, %r1, 2;\nvote.sync.ballot.b32 %r10, %p1, -1;\nvote.sync.any.pred %p2, !%p1, -1;\n"
+    body = (
+        small.at("%d1", 0, 4)
+        + "ld.global.u32 %r1, [%d1];\n"
+        + small.at("%d2", 1, 4)
+        + "ld.global.u32 %r2, [%d2];\n"
+    )
+    body += (
+        "setp.gt.u32 %p1, %r1, 2;\nvote.sync.ballot.b32 %r10, %p1, -1;\nvote.sync.any.pred %p2, !%p1, -1;\n"
+    )
     body += "selp.u32 %r11, 1, 0, %p2;\nvote.sync.all.pred %p3, %p1, -1;\nselp.u32 %r12, 1, 0, %p3;\n"
     body += "match.any.sync.b32 %r13, %r1, 0xffffffff;\nredux.sync.add.s32 %r14, %r2, -1;\n"
-    body += "redux.sync.min.s32 %r15, %r2, -1;\nredux.sync.max.u32 %r16, %r2, -1;\nredux.sync.xor.b32 %r17, %r2, -1;\n"
+    body += "redux.sync.min.s32 %r15, %r2, -1;\nredux.sync.max.u32 %r16, %r2, -1;\n"
+    body += "redux.sync.xor.b32 %r17, %r2, -1;\n"
     body += "elect.sync %r18|%p4, -1;\nselp.u32 %r18, 100, %r18, %p4;\n"
-    small.run(body + "".join(store(f"%r{10 + i}", 2 + i) for i in range(9)), values, signed, *outs, threads=64)
+    small.run(
+        body + "".join(store(f"%r{10 + i}", 2 + i) for i in range(9)), values, signed, *outs, threads=64
+    )
     for warp in range(2):
         part = slice(32 * warp, 32 * warp + 32)
         v, s = values[part], signed[part]
@@ -75,7 +90,11 @@ def test_groups_of_a_warp_that_name_their_own_masks():
     body += "vote.sync.ballot.b32 %r2, %p2, %r1;\nredux.sync.add.u32 %r3, %l, %r1;\nmov.u32 %r9, 3;\n"
     body += "match.any.sync.b32 %r4, %r9, %r1;\nmov.u32 %r5, 1;\nshfl.sync.bfly.b32 %r5, %l, %r5, 31, %r1;\n"
     for i in range(4):
-        body += f"mad.lo.u32 %r20, {i}, 32, %l;\n" + small.at("%d9", 0, 4, "%r20") + f"st.global.u32 [%d9], %r{2 + i};\n"
+        body += (
+            f"mad.lo.u32 %r20, {i}, 32, %l;\n"
+            + small.at("%d9", 0, 4, "%r20")
+            + f"st.global.u32 [%d9], %r{2 + i};\n"
+        )
     small.run(body, out)
     low = np.arange(WARP) < 12
     np.testing.assert_array_equal(out[0], np.where(low, 0xFFF, 0xFFFFF000))
@@ -87,7 +106,8 @@ def test_groups_of_a_warp_that_name_their_own_masks():
 def test_lanes_that_arrive_late_are_waited_for():
     """One half reaches the shuffle through a branch, the other later; both read one another."""
     out = np.zeros(WARP, np.uint32)
-    body = "mul.lo.u32 %r1, %l, 3;\nsetp.lt.u32 %p1, %l, 16;\nmov.u32 %r2, 0;\n@%p1 bra MEET;\nLOOP:\nadd.u32 %r2, %r2, 1;\n"
+    body = "mul.lo.u32 %r1, %l, 3;\nsetp.lt.u32 %p1, %l, 16;\nmov.u32 %r2, 0;\n@%p1 bra MEET;\nLOOP:\n"
+    body += "add.u32 %r2, %r2, 1;\n"
     body += "setp.lt.u32 %p2, %r2, %l;\n@%p2 bra LOOP;\nbra.uni MEET;\nMEET:\nmov.u32 %r4, 16;\n"
     small.run(body + "shfl.sync.bfly.b32 %r3, %r1, %r4, 31, -1;\n" + store("%r3"), out)
     np.testing.assert_array_equal(out, (np.arange(WARP) ^ 16) * 3)
@@ -96,8 +116,10 @@ def test_lanes_that_arrive_late_are_waited_for():
 def test_lanes_in_the_same_instruction_of_a_loop_at_different_times():
     """Lane i makes i % 4 + 1 rounds; each group of four shuffles within itself while the others are elsewhere."""
     out = np.zeros(WARP, np.uint32)
-    body = "shr.u32 %r1, %l, 3;\nmov.u32 %r2, 0;\nshl.b32 %r3, %r1, 3;\nmov.u32 %r4, 255;\nshl.b32 %r4, %r4, %r3;\n"
-    body += "mov.u32 %r6, %l;\nLOOP:\nmov.u32 %r5, 1;\nshfl.sync.bfly.b32 %r5, %r6, %r5, 31, %r4;\nadd.u32 %r6, %r5, 1;\n"
+    body = "shr.u32 %r1, %l, 3;\nmov.u32 %r2, 0;\nshl.b32 %r3, %r1, 3;\nmov.u32 %r4, 255;\n"
+    body += "shl.b32 %r4, %r4, %r3;\n"
+    body += "mov.u32 %r6, %l;\nLOOP:\nmov.u32 %r5, 1;\nshfl.sync.bfly.b32 %r5, %r6, %r5, 31, %r4;\n"
+    body += "add.u32 %r6, %r5, 1;\n"
     body += "add.u32 %r2, %r2, 1;\nsetp.le.u32 %p1, %r2, %r1;\n@%p1 bra LOOP;\n"
     small.run(body + store("%r6"), out)
     value = np.arange(WARP)
@@ -133,7 +155,9 @@ def _matrix_kernel(count, trans, load):
             body += f"mad.lo.u32 %r20, {i}, 32, %l;\n" + small.at("%d2", 0, 4, "%r20")
             body += f"ld.global.u32 %r{10 + i}, [%d2];\n"
         body += f"stmatrix.sync.aligned.m8n8.{suffix} [%r2], {registers};\nbar.warp.sync -1;\n"
-        body += f"setp.ge.u32 %p1, %l, {8 * count};\n@%p1 ret;\nld.shared.v4.u32 {{%r3, %r4, %r5, %r6}}, [%r2];\n"
+        body += (
+            f"setp.ge.u32 %p1, %l, {8 * count};\n@%p1 ret;\nld.shared.v4.u32 {{%r3, %r4, %r5, %r6}}, [%r2];\n"
+        )
         body += small.at("%d1", 1, 16) + "st.global.v4.u32 [%d1], {%r3, %r4, %r5, %r6};\n"
     return body
 
@@ -167,9 +191,10 @@ def values_of(kind, shape):
 
 
 @pytest.mark.parametrize(
-    "shape, kind", [("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k8", "f16"), ("m16n8k8", "bf16"), ("m16n8k8", "tf32"),
-    ("m16n8k4", "tf32")]
-)  # fmt: skip
+    "shape, kind",
+    [("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k8", "f16"), ("m16n8k8", "bf16"), ("m16n8k8", "tf32")]
+    + [("m16n8k4", "tf32")],
+)
 def test_mma(shape, kind):
     """Fragments as the ISA draws them: of a rows g and g + 8, of b column g, with g = lane / 4 and t = lane % 4."""
     k = int(shape[6:])
@@ -199,7 +224,11 @@ def test_mma(shape, kind):
     body += f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 {{%f1, %f2, %f3, %f4}}, "
     body += ", ".join(map(group, (names[: split[0]], names[split[0] : split[1]], names[split[1] :]))) + ";\n"
     for i in range(4):
-        body += f"mad.lo.u32 %r1, {i}, 32, %l;\n" + small.at("%d1", 1, 4, "%r1") + f"st.global.f32 [%d1], %f{1 + i};\n"
+        body += (
+            f"mad.lo.u32 %r1, {i}, 32, %l;\n"
+            + small.at("%d1", 1, 4, "%r1")
+            + f"st.global.f32 [%d1], %f{1 + i};\n"
+        )
     small.run(body, inputs, out)
     exact = a.astype(np.float64) @ b + c
     got = np.zeros((16, 8), np.float32)
@@ -219,7 +248,9 @@ def canonical_offsets(rows, k, size, major, swizzle, leading, stride):
     for i, j in itertools.product(range(rows), range(k)):
         if major == "k":
             inner, outer = i % 8, i // 8
-            out[i, j] = inner * wide * 16 + outer * stride + j % per * size + j // per * (16 if swizzle else leading)
+            out[i, j] = (
+                inner * wide * 16 + outer * stride + j % per * size + j // per * (16 if swizzle else leading)
+            )
         elif swizzle == 0:
             out[i, j] = i % per * size + i // per * stride + j % 8 * 16 + j // 8 * leading
         else:
@@ -229,14 +260,12 @@ def canonical_offsets(rows, k, size, major, swizzle, leading, stride):
     return out ^ (out >> 3 & ((1 << bits) - 1) << 4)
 
 
-LAYOUTS = [(major, swizzle) for major in ("k", "mn") for swizzle in (0, 32, 64, 128)]
-
-
-@pytest.mark.parametrize("kind, a_major, b_major, swizzle", [
-    *((kind, a, b, s) for kind in ("f16",) for a in ("k", "mn", "registers") for b in ("k", "mn") for s in (0, 32, 64, 128)),
-    ("bf16", "k", "mn", 128), ("bf16", "registers", "k", 64), ("tf32", "k", "k", 0), ("tf32", "k", "k", 128),
-    ("tf32", "registers", "k", 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, a_major, b_major, swizzle",
+    [*itertools.product(["f16"], ["k", "mn", "registers"], ["k", "mn"], [0, 32, 64, 128])]
+    + [("bf16", "k", "mn", 128), ("bf16", "registers", "k", 64)]
+    + [("tf32", "k", "k", 0), ("tf32", "k", "k", 128), ("tf32", "registers", "k", 32)],
+)
 def test_wgmma(kind, a_major, b_major, swizzle):
     n, k, size = 24, 8 if kind == "tf32" else 16, 4 if kind == "tf32" else 2
     if b_major == "mn":
@@ -276,7 +305,10 @@ def test_wgmma(kind, a_major, b_major, swizzle):
     fragments = []
     for block in range(0, k, 4 * per):
         for upper in (0, 8):
-            each = [a_bits[16 * w + g + upper, block + per * t + i].astype(np.uint32) << 16 * i for i in range(per)]
+            each = [
+                a_bits[16 * w + g + upper, block + per * t + i].astype(np.uint32) << 16 * i
+                for i in range(per)
+            ]
             fragments.append(sum(each).astype(np.uint32))
     fragments = np.stack(fragments)
     place = lambda i: (16 * w + g + i // 2 % 2 * 8, i // 4 * 8 + 2 * t + i % 2)
@@ -284,13 +316,24 @@ def test_wgmma(kind, a_major, b_major, swizzle):
     out = np.zeros_like(before)
     body = "mov.u32 %r1, dynamic;\nmov.u32 %r2, %t;\nLOOP:\n"
     body += f"setp.ge.u32 %p1, %r2, {len(memory) // 16};\n@%p1 bra DONE;\n"
-    body += small.at("%d1", 0, 16, "%r2") + "ld.global.v4.u32 {%r3, %r4, %r5, %r6}, [%d1];\nmad.lo.u32 %r7, %r2, 16, %r1;\n"
+    body += (
+        small.at("%d1", 0, 16, "%r2")
+        + "ld.global.v4.u32 {%r3, %r4, %r5, %r6}, [%d1];\nmad.lo.u32 %r7, %r2, 16, %r1;\n"
+    )
     body += "st.shared.v4.u32 [%r7], {%r3, %r4, %r5, %r6};\nadd.u32 %r2, %r2, 128;\nbra.uni LOOP;\nDONE:\n"
     body += "fence.proxy.async.shared::cta;\nbar.sync 0;\n"
     for i in range(4):
-        body += f"mad.lo.u32 %r8, {i}, 128, %t;\n" + small.at("%d1", 1, 4, "%r8") + f"ld.global.u32 %r{20 + i}, [%d1];\n"
+        body += (
+            f"mad.lo.u32 %r8, {i}, 128, %t;\n"
+            + small.at("%d1", 1, 4, "%r8")
+            + f"ld.global.u32 %r{20 + i}, [%d1];\n"
+        )
     for i in range(n // 2):
-        body += f"mad.lo.u32 %r8, {i}, 128, %t;\n" + small.at("%d1", 2, 4, "%r8") + f"ld.global.f32 %f{i}, [%d1];\n"
+        body += (
+            f"mad.lo.u32 %r8, {i}, 128, %t;\n"
+            + small.at("%d1", 2, 4, "%r8")
+            + f"ld.global.f32 %f{i}, [%d1];\n"
+        )
     body += f"mov.b64 %d10, {descriptors[0]};\nmov.b64 %d11, {descriptors[1]};\nsetp.eq.u32 %p2, %r1, %r1;\n"
     first = "{%r20, %r21, %r22, %r23}" if a_major == "registers" else "%d10"
     flags = "" if kind == "tf32" else f", {int(b_major == 'mn')}"
@@ -301,7 +344,11 @@ def test_wgmma(kind, a_major, b_major, swizzle):
     body += "wgmma.fence.sync.aligned;\n" + 2 * product  # twice, the second on top of the first
     body += "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
     for i in range(n // 2):
-        body += f"mad.lo.u32 %r8, {i}, 128, %t;\n" + small.at("%d1", 3, 4, "%r8") + f"st.global.f32 [%d1], %f{i};\n"
+        body += (
+            f"mad.lo.u32 %r8, {i}, 128, %t;\n"
+            + small.at("%d1", 3, 4, "%r8")
+            + f"st.global.f32 [%d1], %f{i};\n"
+        )
     small.run(body, memory, fragments, before, out, threads=128, shared=len(memory))
     got = np.zeros((64, n), np.float32)
     for i in range(n // 2):
@@ -312,13 +359,22 @@ def test_wgmma(kind, a_major, b_major, swizzle):
 def test_wgmma_without_what_was_there():
     """The predicate scale-d false: the accumulators' old values, here NaN, do not count."""
     out = np.zeros((4, 128), np.float32)
-    body = "mov.u32 %r1, dynamic;\nmad.lo.u32 %r2, %t, 16, %r1;\nmov.u32 %r3, 0x3c003c00;\n"  # ones of float16
-    body += "st.shared.v4.u32 [%r2], {%r3, %r3, %r3, %r3};\nfence.proxy.async;\nbar.sync 0;\nsetp.ne.u32 %p1, %r1, %r1;\n"
+    body = (
+        "mov.u32 %r1, dynamic;\nmad.lo.u32 %r2, %t, 16, %r1;\nmov.u32 %r3, 0x3c003c00;\n"  # ones of float16
+    )
+    body += "st.shared.v4.u32 [%r2], {%r3, %r3, %r3, %r3};\nfence.proxy.async;\nbar.sync 0;\n"
+    body += "setp.ne.u32 %p1, %r1, %r1;\n"
     body += f"mov.b64 %d1, {128 >> 4 << 16 | 256 >> 4 << 32};\nwgmma.fence.sync.aligned;\n"
-    body += "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %d1, %d1, %p1, 1, 1, 0, 0;\n"
+    body += (
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %d1, %d1, %p1, 1, 1, 0, 0;\n"
+    )
     body += "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
     for i in range(4):
-        body += f"mad.lo.u32 %r8, {i}, 128, %t;\n" + small.at("%d2", 0, 4, "%r8") + f"st.global.f32 [%d2], %f{1 + i};\n"
+        body += (
+            f"mad.lo.u32 %r8, {i}, 128, %t;\n"
+            + small.at("%d2", 0, 4, "%r8")
+            + f"st.global.f32 [%d2], %f{1 + i};\n"
+        )
     small.run(body, out, threads=128, shared=2048)
     assert (out == 16).all()
 
@@ -364,3 +420,7 @@ def test_waiting_for_all_takes_copies_without_a_group():
     body += "cp.async.ca.shared.global [%r2], [%d1], 4;\ncp.async.wait_all;\nld.shared.f32 %f1, [%r2];\n"
     small.run(body + store("%f1", 1, "f32"), source, out, shared=128)
     np.testing.assert_array_equal(out, source)
+
+
+def test_ptxas_takes_every_kernel(tmp_path):
+    small.check_with_ptxas(tmp_path)

@@ -262,7 +262,7 @@ def _instructions(program: Program, text: str, first_line: int) -> None:
                 _shared(program, declared)
             elif not statement.startswith("."):
                 _add(program, statement, scopes, line)
-            elif not statement.startswith((".pragma", ".loc")):
+            elif not re.match(r"\.(?:pragma|loc)\b", statement):
                 raise ValueError(f"line {line}: not understood: {statement!r}")
 
 

@@ -145,7 +145,7 @@ class Products:
                 for at, before in tiles:
                     if (self.machine.shared.bytes[at] != before).any():
                         raise PtxError(
-                            "shared memory that a product reads was written before the product was waited for"
+                            "shared memory was written before the product that reads it was waited for"
                         )
                 done = who[lands]
                 for register in registers:
