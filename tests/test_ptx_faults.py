@@ -475,7 +475,8 @@ def test_what_a_program_may_not_say():
         ("ld.param.u32 %r1, [p0+6];", "misaligned"),
     ):
         with pytest.raises(PtxError, match=message):
-            small.run(body, np.zeros(1, np.uint32))
+            parsed = program.parse(small.HEAD + small.entry("k", body, 1))
+            small.execute(parsed, [np.zeros(1, np.uint32)])
     text = small.HEAD + small.entry("k", "", 0).replace("\n{", "\n.reqntid 64\n{")
     small.execute(program.parse(text), [], threads=64)
     with pytest.raises(PtxError, match="compiled for 64 threads, not 32"):
@@ -492,10 +493,8 @@ def test_registers_and_shared_memory_start_poisoned():
 def test_every_order_of_a_right_exchange_passes():
     """Double-buffered exchange between warps, one barrier a round: no false alarm over many rounds."""
     out = np.zeros(128, np.uint32)
-    body = (
-        OWN
-        + "mov.u32 %r6, 0;\nmov.u32 %r7, %t;\nLOOP:\nand.b32 %r8, %r6, 1;\nshl.b32 %r8, %r8, 9;\nadd.u32 %r9, %r2, %r8;\n"
-    )
+    body = OWN + "mov.u32 %r6, 0;\nmov.u32 %r7, %t;\nLOOP:\nand.b32 %r8, %r6, 1;\nshl.b32 %r8, %r8, 9;\n"
+    body += "add.u32 %r9, %r2, %r8;\n"
     body += "st.shared.u32 [%r9], %r7;\nbar.sync 0;\nadd.u32 %r10, %t, 37;\nand.b32 %r10, %r10, 127;\n"
     body += "mad.lo.u32 %r10, %r10, 4, %r1;\nadd.u32 %r10, %r10, %r8;\nld.shared.u32 %r7, [%r10];\n"
     body += "add.u32 %r7, %r7, 1;\n"

@@ -124,7 +124,7 @@ def check_with_ptxas(folder) -> None:
     if not seen:
         pytest.skip("no kernel ran before")
     file = folder / "all.ptx"
-    file.write_text(HEAD + "".join(entry(f"k{i}", body, 8) for i, body in enumerate(seen)))
+    file.write_text(HEAD + "".join(entry(f"k{i}", body, 12) for i, body in enumerate(seen)))
     command = ["ptxas", f"-arch={ARCHITECTURE}", "-O0", str(file), "-o", str(folder / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     seen.clear()
