@@ -422,7 +422,7 @@ fma.rn.sat.f32 %f1, %f2, %f3, %f4; fma.rn.f16 %h1, %h2, %h3, %h4; div.rz.f32 %f1
 rem.f32 %f1, %f2, %f3; max.xorsign.abs.f32 %f1, %f2, %f3; max.f32 %f1, %f2, %f3, %f4;
 max.bf16x2 %r1, %r2, %r3; max.u16x2 %r1, %r2, %r3; sqrt.rz.f32 %f1, %f2; rcp.rm.f32 %f1, %f2;
 ex2.approx.ftz.bf16x2 %r1, %r2; ex2.approx.f16 %h1, %h2; tanh.approx.f32 %f1, %f2; sin.approx.f32 %f1, %f2;
-shf.l.wrap.b32 %r1, %r2, %r3, %r4; lop3.b32 %r1, %r2, %r3, %r4, 1; bfi.b32 %r1, %r2, %r3, 1, 2;
+shf.l.b32 %r1, %r2, %r3, %r4; lop3.or.b32 %r1|%p1, %r2, %r3, %r4, 1, %p2; bfi.u32 %r1, %r2, %r3, 1, 2;
 prmt.b32.f4e %r1, %r2, %r3, %r4; setp.lt.b32 %p1, %r1, %r2; setp.equ.s32 %p1, %r1, %r2;
 set.lt.u32.s32 %r1, %r2, %r3; slct.f32.s32 %f1, %f2, %f3, %r1; cvta.shared.u64 %d1, %d2;
 cvta.to.shared.u64 %d1, %d2; cvt.rz.f32.f64 %f1, %e1; cvt.rz.f32.s32 %f1, %r1; cvt.f32.s32 %f1, %r1;

@@ -230,6 +230,42 @@ def test_bit_fields(kind):
         assert [int(x) for x in got] == [extract(int(x), at, count) for x in a]
 
 
+@pytest.mark.parametrize("bits", [32, 64])
+def test_inserted_fields(bits):
+    dtype = np.dtype(f"u{bits // 8}")
+    a, b = np.resize(integers(dtype), 300), rng.permutation(np.resize(integers(dtype), 300))
+    for position, length in itertools.product([0, 1, 8, bits - 1, bits, 255], [0, 1, 5, bits - 1, bits, 255]):
+        mask = sum(1 << i for i in range(position, min(position + length, bits)))
+        got = elementwise(f"bfi.b{bits} {{d}}, {{a}}, {{b}}, {position}, {length}", dtype, a, b)
+        assert got.tolist() == [(int(y) & ~mask) | (int(x) << position & mask) for x, y in zip(a, b)]
+
+
+def test_funnel_shifts():
+    a, b = integers("u4"), rng.permutation(integers("u4"))
+    by = np.resize(np.array([0, 1, 9, 31, 32, 33, 2**32 - 1], np.uint32), len(a))
+    for mode, clamp in (("clamp", lambda n: min(n, 32)), ("wrap", lambda n: n & 31)):
+        both = [(int(x) | int(y) << 32, clamp(int(n))) for x, y, n in zip(a, b, by)]
+        got = elementwise(f"shf.l.{mode}.b32 {{d}}, {{a}}, {{b}}, {{c}}", "u4", a, b, by)
+        assert got.tolist() == [(v << n) >> 32 & 0xFFFFFFFF for v, n in both]
+        got = elementwise(f"shf.r.{mode}.b32 {{d}}, {{a}}, {{b}}, {{c}}", "u4", a, b, by)
+        assert got.tolist() == [v >> n & 0xFFFFFFFF for v, n in both]
+
+
+def test_logic_of_three_inputs():
+    a, b, c = (rng.permutation(integers("u4")) for _ in range(3))
+    cases = {
+        "a & b & c": a & b & c,
+        "a | b | c": a | b | c,
+        "a & b & ~c": a & b & ~c,
+        "(a & b | c) ^ a": (a & b | c) ^ a,
+    }
+    cases |= {"~a": ~a, "a ^ b ^ c": a ^ b ^ c}
+    for text, expected in cases.items():
+        table = eval(text, {"a": 0xF0, "b": 0xCC, "c": 0xAA}) & 0xFF
+        got = elementwise(f"lop3.b32 {{d}}, {{a}}, {{b}}, {{c}}, {table}", "u4", a, b, c)
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_permuted_bytes():
     a, b = integers("u4"), rng.permutation(integers("u4"))
     selector = rng.integers(0, 2**16, len(a)).astype(np.uint32)

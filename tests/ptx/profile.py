@@ -25,7 +25,7 @@ import numpy as np
 
 _WARP = 32
 _NAMES = {
-    "integer": "and or xor not shl shr bfe popc brev bfind clz prmt rem",
+    "integer": "and or xor not shl shr bfe bfi shf lop3 popc brev bfind clz prmt rem",
     "compare and select": "setp selp min max abs neg copysign",
     "move": "mov cvta",
     "transcendental": "ex2 lg2 rcp rsqrt sqrt",
