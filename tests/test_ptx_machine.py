@@ -1,20 +1,17 @@
 """What the PTX machine computes, instruction by instruction, against Python's integers and fractions and numpy.
 
-The faults it has to report are in test_ptx_faults.py. Where ptxas is installed it has to take every kernel here, so that
-none tests an instruction that does not exist.
+The faults it has to report are in test_ptx_faults.py. Where ptxas is installed it has to take every kernel here,
+so that none tests an instruction that does not exist.
 """
 
 import itertools
 import math
-import shutil
-import subprocess
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from tests.ptx import machine, program, small
-from tests.ptx.errors import PtxError
 
 elementwise = small.elementwise
 rng = np.random.default_rng(0)
@@ -231,6 +228,42 @@ def test_bit_fields(kind):
     ):  # constants, as compilers write them
         got = elementwise(f"bfe.{kind} {{d}}, {{a}}, {at}, {count}", dtype, a)
         assert [int(x) for x in got] == [extract(int(x), at, count) for x in a]
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_inserted_fields(bits):
+    dtype = np.dtype(f"u{bits // 8}")
+    a, b = np.resize(integers(dtype), 300), rng.permutation(np.resize(integers(dtype), 300))
+    for position, length in itertools.product([0, 1, 8, bits - 1, bits, 255], [0, 1, 5, bits - 1, bits, 255]):
+        mask = sum(1 << i for i in range(position, min(position + length, bits)))
+        got = elementwise(f"bfi.b{bits} {{d}}, {{a}}, {{b}}, {position}, {length}", dtype, a, b)
+        assert got.tolist() == [(int(y) & ~mask) | (int(x) << position & mask) for x, y in zip(a, b)]
+
+
+def test_funnel_shifts():
+    a, b = integers("u4"), rng.permutation(integers("u4"))
+    by = np.resize(np.array([0, 1, 9, 31, 32, 33, 2**32 - 1], np.uint32), len(a))
+    for mode, clamp in (("clamp", lambda n: min(n, 32)), ("wrap", lambda n: n & 31)):
+        both = [(int(x) | int(y) << 32, clamp(int(n))) for x, y, n in zip(a, b, by)]
+        got = elementwise(f"shf.l.{mode}.b32 {{d}}, {{a}}, {{b}}, {{c}}", "u4", a, b, by)
+        assert got.tolist() == [(v << n) >> 32 & 0xFFFFFFFF for v, n in both]
+        got = elementwise(f"shf.r.{mode}.b32 {{d}}, {{a}}, {{b}}, {{c}}", "u4", a, b, by)
+        assert got.tolist() == [v >> n & 0xFFFFFFFF for v, n in both]
+
+
+def test_logic_of_three_inputs():
+    a, b, c = (rng.permutation(integers("u4")) for _ in range(3))
+    cases = {
+        "a & b & c": a & b & c,
+        "a | b | c": a | b | c,
+        "a & b & ~c": a & b & ~c,
+        "(a & b | c) ^ a": (a & b | c) ^ a,
+    }
+    cases |= {"~a": ~a, "a ^ b ^ c": a ^ b ^ c}
+    for text, expected in cases.items():
+        table = eval(text, {"a": 0xF0, "b": 0xCC, "c": 0xAA}) & 0xFF
+        got = elementwise(f"lop3.b32 {{d}}, {{a}}, {{b}}, {{c}}, {table}", "u4", a, b, c)
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_permuted_bytes():
@@ -627,7 +660,8 @@ def test_addresses_and_narrow_stores():
 def test_parameters_are_aligned():
     text = small.HEAD + (
         ".visible .entry k(.param .u64 a, .param .u8 b, .param .f64 c, .param .align 16 .b8 d[24], .param .u16 e)"
-        "{\n.reg .b64 %d<9>; .reg .b32 %r<3>; ld.param.u64 %d1, [a]; ld.param.u8 %r1, [b]; ld.param.f64 %d2, [c];\n"
+        "{\n"
+        ".reg .b64 %d<9>; .reg .b32 %r<3>; ld.param.u64 %d1, [a]; ld.param.u8 %r1, [b]; ld.param.f64 %d2, [c];\n"
         "ld.param.u64 %d3, [d+16]; ld.param.u16 %r2, [e]; st.global.u32 [%d1], %r1; st.global.u64 [%d1+8], %d2;\n"
         "st.global.u64 [%d1+16], %d3; st.global.u32 [%d1+24], %r2; ret; }"
     )
@@ -666,7 +700,8 @@ def test_atomic_operations():
         + "st.global.u64 [%d4], %d3;\n"
     )
     body += "red.global.add.f32 [%a1], 0f3F000000;\nsub.s32 %r2, %g, 48;\n"
-    body += "red.global.min.s32 [%a2], %r2;\nred.global.max.s32 [%a2+4], %r2;\natom.global.cas.b32 %r3, [%a2+8], 0, 7;"
+    body += "red.global.min.s32 [%a2], %r2;\nred.global.max.s32 [%a2+4], %r2;\n"
+    body += "atom.global.cas.b32 %r3, [%a2+8], 0, 7;"
     small.run(body, counts, floats, extremes, old, grid=(3,))
     assert counts.tolist() == [sum(range(i, 96, 4)) for i in range(4)]
     assert floats[0] == 48 and extremes.tolist() == [-48, 47, 7]
@@ -700,8 +735,10 @@ def test_divergence_in_a_loop():
     """Thread i adds 1 to i and skips multiples of three; odd ones leave early."""
     out = np.zeros(64, np.uint32)
     small.run(
-        "mov.u32 %r1, 0;\nmov.u32 %r2, 0;\nand.b32 %r5, %t, 1;\nsetp.eq.u32 %p5, %r5, 1;\nLOOP:\nadd.u32 %r1, %r1, 1;\n"
-        "setp.gt.u32 %p1, %r1, %t;\n@%p1 bra DONE;\nrem.u32 %r3, %r1, 3;\nsetp.eq.u32 %p2, %r3, 0;\n@%p2 bra LOOP;\n"
+        "mov.u32 %r1, 0;\nmov.u32 %r2, 0;\nand.b32 %r5, %t, 1;\nsetp.eq.u32 %p5, %r5, 1;\nLOOP:\n"
+        "add.u32 %r1, %r1, 1;\n"
+        "setp.gt.u32 %p1, %r1, %t;\n@%p1 bra DONE;\nrem.u32 %r3, %r1, 3;\nsetp.eq.u32 %p2, %r3, 0;\n"
+        "@%p2 bra LOOP;\n"
         "add.u32 %r2, %r2, %r1;\nsetp.gt.and.u32 %p3, %r2, 20, %p5;\n@!%p3 bra.uni LOOP;\nDONE:\n"
         + small.at("%d1", 0, 4)
         + "@%p5 st.global.u32 [%d1], %r2;\n@!%p5 st.global.u32 [%d1], %r2;",
@@ -724,10 +761,10 @@ def test_divergence_in_a_loop():
 def test_barriers_count_threads_that_have_ended():
     out = np.zeros(64, np.uint32)
     small.run(
-        "setp.ge.u32 %p1, %t, 40;\n@%p1 ret;\nmov.u32 %r1, dynamic;\nmad.lo.s32 %r1, %t, 4, %r1;\nst.shared.u32 [%r1], %t;\n"
-        "bar.sync 0;\nxor.b32 %r2, %t, 1;\nmov.u32 %r3, dynamic;\nmad.lo.s32 %r2, %r2, 4, %r3;\nld.shared.u32 %r4, [%r2];\n"
-        + small.at("%d1", 0, 4)
-        + "st.global.u32 [%d1], %r4;",
+        "setp.ge.u32 %p1, %t, 40;\n@%p1 ret;\nmov.u32 %r1, dynamic;\nmad.lo.s32 %r1, %t, 4, %r1;\n"
+        "st.shared.u32 [%r1], %t;\n"
+        "bar.sync 0;\nxor.b32 %r2, %t, 1;\nmov.u32 %r3, dynamic;\nmad.lo.s32 %r2, %r2, 4, %r3;\n"
+        "ld.shared.u32 %r4, [%r2];\n" + small.at("%d1", 0, 4) + "st.global.u32 [%d1], %r4;",
         out,
         threads=64,
         shared=256,
@@ -736,21 +773,4 @@ def test_barriers_count_threads_that_have_ended():
 
 
 def test_ptxas_takes_every_kernel(tmp_path):
-    if shutil.which("ptxas") is None:
-        pytest.skip("ptxas is missing")
-    if not small.seen:
-        pytest.skip("no kernel ran before")
-    text = small.HEAD + "".join(small.entry(f"k{i}", body, 8) for i, body in enumerate(small.seen))
-    file = tmp_path / "all.ptx"
-    file.write_text(text)
-    done = subprocess.run(
-        ["ptxas", f"-arch={small.ARCHITECTURE}", "-O0", str(file), "-o", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[:3000]
-
-
-def test_unknown_is_an_error():
-    with pytest.raises(PtxError, match="unknown instruction"):
-        small.run("cnot.b32 %r1, %t;")
+    small.check_with_ptxas(tmp_path)

@@ -64,7 +64,8 @@ def test_votes_and_reductions():
     )
     body += "selp.u32 %r11, 1, 0, %p2;\nvote.sync.all.pred %p3, %p1, -1;\nselp.u32 %r12, 1, 0, %p3;\n"
     body += "match.any.sync.b32 %r13, %r1, 0xffffffff;\nredux.sync.add.s32 %r14, %r2, -1;\n"
-    body += "redux.sync.min.s32 %r15, %r2, -1;\nredux.sync.max.u32 %r16, %r2, -1;\nredux.sync.xor.b32 %r17, %r2, -1;\n"
+    body += "redux.sync.min.s32 %r15, %r2, -1;\nredux.sync.max.u32 %r16, %r2, -1;\n"
+    body += "redux.sync.xor.b32 %r17, %r2, -1;\n"
     body += "elect.sync %r18|%p4, -1;\nselp.u32 %r18, 100, %r18, %p4;\n"
     small.run(
         body + "".join(store(f"%r{10 + i}", 2 + i) for i in range(9)), values, signed, *outs, threads=64
@@ -105,7 +106,8 @@ def test_groups_of_a_warp_that_name_their_own_masks():
 def test_lanes_that_arrive_late_are_waited_for():
     """One half reaches the shuffle through a branch, the other later; both read one another."""
     out = np.zeros(WARP, np.uint32)
-    body = "mul.lo.u32 %r1, %l, 3;\nsetp.lt.u32 %p1, %l, 16;\nmov.u32 %r2, 0;\n@%p1 bra MEET;\nLOOP:\nadd.u32 %r2, %r2, 1;\n"
+    body = "mul.lo.u32 %r1, %l, 3;\nsetp.lt.u32 %p1, %l, 16;\nmov.u32 %r2, 0;\n@%p1 bra MEET;\nLOOP:\n"
+    body += "add.u32 %r2, %r2, 1;\n"
     body += "setp.lt.u32 %p2, %r2, %l;\n@%p2 bra LOOP;\nbra.uni MEET;\nMEET:\nmov.u32 %r4, 16;\n"
     small.run(body + "shfl.sync.bfly.b32 %r3, %r1, %r4, 31, -1;\n" + store("%r3"), out)
     np.testing.assert_array_equal(out, (np.arange(WARP) ^ 16) * 3)
@@ -114,8 +116,10 @@ def test_lanes_that_arrive_late_are_waited_for():
 def test_lanes_in_the_same_instruction_of_a_loop_at_different_times():
     """Lane i makes i % 4 + 1 rounds; each group of four shuffles within itself while the others are elsewhere."""
     out = np.zeros(WARP, np.uint32)
-    body = "shr.u32 %r1, %l, 3;\nmov.u32 %r2, 0;\nshl.b32 %r3, %r1, 3;\nmov.u32 %r4, 255;\nshl.b32 %r4, %r4, %r3;\n"
-    body += "mov.u32 %r6, %l;\nLOOP:\nmov.u32 %r5, 1;\nshfl.sync.bfly.b32 %r5, %r6, %r5, 31, %r4;\nadd.u32 %r6, %r5, 1;\n"
+    body = "shr.u32 %r1, %l, 3;\nmov.u32 %r2, 0;\nshl.b32 %r3, %r1, 3;\nmov.u32 %r4, 255;\n"
+    body += "shl.b32 %r4, %r4, %r3;\n"
+    body += "mov.u32 %r6, %l;\nLOOP:\nmov.u32 %r5, 1;\nshfl.sync.bfly.b32 %r5, %r6, %r5, 31, %r4;\n"
+    body += "add.u32 %r6, %r5, 1;\n"
     body += "add.u32 %r2, %r2, 1;\nsetp.le.u32 %p1, %r2, %r1;\n@%p1 bra LOOP;\n"
     small.run(body + store("%r6"), out)
     value = np.arange(WARP)
@@ -187,9 +191,10 @@ def values_of(kind, shape):
 
 
 @pytest.mark.parametrize(
-    "shape, kind", [("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k8", "f16"), ("m16n8k8", "bf16"), ("m16n8k8", "tf32"),
-    ("m16n8k4", "tf32")]
-)  # fmt: skip
+    "shape, kind",
+    [("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k8", "f16"), ("m16n8k8", "bf16"), ("m16n8k8", "tf32")]
+    + [("m16n8k4", "tf32")],
+)
 def test_mma(shape, kind):
     """Fragments as the ISA draws them: of a rows g and g + 8, of b column g, with g = lane / 4 and t = lane % 4."""
     k = int(shape[6:])
@@ -255,14 +260,12 @@ def canonical_offsets(rows, k, size, major, swizzle, leading, stride):
     return out ^ (out >> 3 & ((1 << bits) - 1) << 4)
 
 
-LAYOUTS = [(major, swizzle) for major in ("k", "mn") for swizzle in (0, 32, 64, 128)]
-
-
-@pytest.mark.parametrize("kind, a_major, b_major, swizzle", [
-    *((kind, a, b, s) for kind in ("f16",) for a in ("k", "mn", "registers") for b in ("k", "mn") for s in (0, 32, 64, 128)),
-    ("bf16", "k", "mn", 128), ("bf16", "registers", "k", 64), ("tf32", "k", "k", 0), ("tf32", "k", "k", 128),
-    ("tf32", "registers", "k", 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, a_major, b_major, swizzle",
+    [*itertools.product(["f16"], ["k", "mn", "registers"], ["k", "mn"], [0, 32, 64, 128])]
+    + [("bf16", "k", "mn", 128), ("bf16", "registers", "k", 64)]
+    + [("tf32", "k", "k", 0), ("tf32", "k", "k", 128), ("tf32", "registers", "k", 32)],
+)
 def test_wgmma(kind, a_major, b_major, swizzle):
     n, k, size = 24, 8 if kind == "tf32" else 16, 4 if kind == "tf32" else 2
     if b_major == "mn":
@@ -359,7 +362,8 @@ def test_wgmma_without_what_was_there():
     body = (
         "mov.u32 %r1, dynamic;\nmad.lo.u32 %r2, %t, 16, %r1;\nmov.u32 %r3, 0x3c003c00;\n"  # ones of float16
     )
-    body += "st.shared.v4.u32 [%r2], {%r3, %r3, %r3, %r3};\nfence.proxy.async;\nbar.sync 0;\nsetp.ne.u32 %p1, %r1, %r1;\n"
+    body += "st.shared.v4.u32 [%r2], {%r3, %r3, %r3, %r3};\nfence.proxy.async;\nbar.sync 0;\n"
+    body += "setp.ne.u32 %p1, %r1, %r1;\n"
     body += f"mov.b64 %d1, {128 >> 4 << 16 | 256 >> 4 << 32};\nwgmma.fence.sync.aligned;\n"
     body += (
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %d1, %d1, %p1, 1, 1, 0, 0;\n"
@@ -416,3 +420,7 @@ def test_waiting_for_all_takes_copies_without_a_group():
     body += "cp.async.ca.shared.global [%r2], [%d1], 4;\ncp.async.wait_all;\nld.shared.f32 %f1, [%r2];\n"
     small.run(body + store("%f1", 1, "f32"), source, out, shared=128)
     np.testing.assert_array_equal(out, source)
+
+
+def test_ptxas_takes_every_kernel(tmp_path):
+    small.check_with_ptxas(tmp_path)

@@ -125,8 +125,7 @@ def _elementwise(instruction, machine, kind, function, inputs=None):
     if len(reads) == 2:
         a, b = reads
         return lambda lanes: write(lanes, function(a(lanes), b(lanes)))
-    a, b, c = reads
-    return lambda lanes: write(lanes, function(a(lanes), b(lanes), c(lanes)))
+    return lambda lanes: write(lanes, function(*(read(lanes) for read in reads)))
 
 
 def _kind(instruction):
@@ -341,6 +340,53 @@ def _extract(instruction, machine):
 
     run = lambda a, p, n: function(a, p, n) if np.ndim(p) or np.ndim(n) else small(a, p, n)
     return _elementwise(instruction, machine, kind, run, [kind, "u32", "u32"])
+
+
+@maker("bfi")
+def _insert(instruction, machine):
+    kind = _kind(instruction)
+    bits = int(kind[1:])
+    wide = _UNSIGNED[bits // 8].type
+
+    def function(a, b, position, length):
+        position, length = (
+            np.minimum(np.asarray(x) & np.uint32(0xFF), np.uint32(bits)) for x in (position, length)
+        )
+        whole = length == bits  # a shift by all bits is none in numpy
+        low = (wide(1) << np.where(whole, 0, length).astype(wide)) - wide(1)
+        mask, inside = np.where(whole, wide(2**bits - 1), low), position < bits
+        by = np.where(inside, position, 0).astype(wide)
+        return np.where(inside, (b & ~(mask << by)) | (a & mask) << by, b)
+
+    return _elementwise(instruction, machine, kind, function, [kind, kind, "u32", "u32"])
+
+
+@maker("shf")
+def _funnel(instruction, machine):
+    left, wrap = instruction.words[0] == "l", instruction.words[1] == "wrap"
+
+    def function(low, high, by):
+        by = (np.asarray(by) & np.uint32(31) if wrap else np.minimum(by, np.uint32(32))).astype(np.uint64)
+        both = np.asarray(low).astype(np.uint64) | np.asarray(high).astype(np.uint64) << np.uint64(32)
+        return ((both << by) >> np.uint64(32) if left else both >> by).astype(np.uint32)
+
+    return _elementwise(instruction, machine, "b32", function)
+
+
+@maker("lop3")
+def _logic(instruction, machine):
+    table = instruction.operands[4].value
+    if not 0 <= table <= 255:
+        raise PtxError(f"no table of three inputs: {table}")
+
+    def function(a, b, c):
+        out = np.uint32(0)
+        for row in range(8):  # of the table: a is the row's bit 2, b bit 1, c bit 0
+            if table >> row & 1:
+                out = out | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+        return out
+
+    return _elementwise(instruction, machine, "b32", function, ["b32"] * 3)
 
 
 @maker("popc")

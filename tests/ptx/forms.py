@@ -40,7 +40,7 @@ _FORMS = [
     ("(?:and|or|xor).(?:pred|<B>)", 3, 3), ("not.(?:pred|<B>)", 2, 2),
     ("shl.<B>", 3, 3), ("shr.(?:<B>|<I>)", 3, 3), ("bfe.[su](?:32|64)", 4, 4), ("popc.b(?:32|64)", 2, 2),
     ("brev.b(?:32|64)", 2, 2), ("bfind(?:.shiftamt)?.[su](?:32|64)", 2, 2), ("clz.b(?:32|64)", 2, 2),
-    ("prmt.b32", 4, 4),
+    ("prmt.b32", 4, 4), ("bfi.b(?:32|64)", 5, 5), ("shf.[lr].(?:clamp|wrap).b32", 4, 4), ("lop3.b32", 5, 5),
     ("setp.(?:eq|ne).<B>", 3, 3), ("setp.(?:eq|ne)<JOIN>.<B>", 4, 4),
     ("setp.(?:eq|ne|lt|le|gt|ge|lo|ls|hi|hs).<I>", 3, 3), ("setp.(?:eq|ne|lt|le|gt|ge|lo|ls|hi|hs)<JOIN>.<I>", 4, 4),
     ("setp.<CMP>.(?:<F>|f16|bf16)", 3, 3), ("setp.<CMP><JOIN>.(?:<F>|f16|bf16)", 4, 4),

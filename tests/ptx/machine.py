@@ -323,7 +323,8 @@ class Machine:
         self._release(np.unique(self.block[ids]))
 
     def _stuck(self) -> None:
-        lane = int(np.flatnonzero(self.state != _DONE)[0])
+        left = np.flatnonzero(self.state != _DONE)
+        lane = int(left[self.pc[left].argmin()])  # the others may only wait for this one
         what = "a barrier" if self.state[lane] == _AT_BARRIER else "lanes of its warp"
         at = self.program.instructions[self.pc[lane] - (self.state[lane] == _AT_BARRIER)]
         raise PtxError(

@@ -258,11 +258,11 @@ def _instructions(program: Program, text: str, first_line: int) -> None:
             statement = re.sub(r"\.loc\b[^\n]*\n", "", statement).strip()
             if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S):
                 scopes.declare(declared[1], declared[2])
-            elif declared := re.match(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", statement):
+            elif declared := re.fullmatch(_SHARED, statement):
                 _shared(program, declared)
             elif not statement.startswith("."):
                 _add(program, statement, scopes, line)
-            elif not statement.startswith((".pragma", ".loc")):
+            elif not re.match(r"\.(?:pragma|loc)\b", statement):
                 raise ValueError(f"line {line}: not understood: {statement!r}")
 
 
@@ -280,11 +280,23 @@ def _add(program: Program, statement: str, scopes: _Scopes, line: int) -> None:
     program.instructions.append(Instruction(found[2], words, operands, guard, text, line))
 
 
+_SHARED = r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]"
+
+
 def _shared(program: Program, declared: re.Match) -> None:
     align, size = int(declared[1]), _SIZES[declared[2]] * int(declared[4])
     offset = -(-program.static_shared_bytes // align) * align
     program.shared[declared[3]] = offset
     program.static_shared_bytes = offset + size
+
+
+def _outside(text: str) -> str:
+    """What stands in no braces."""
+    pieces, at = [], 0
+    while (start := text.find("{", at)) >= 0:
+        pieces.append(text[at:start])
+        at = _body(text, start) + 1
+    return "".join([*pieces, text[at:]])
 
 
 def kernel_names(text: str) -> list[str]:
@@ -307,10 +319,12 @@ def parse(text: str, name: str | None = None) -> Program:
     for kind, threads in re.findall(r"\.(maxntid|reqntid)\s+([\d,\s]+)", text[entry.end() : start]):
         program.most_threads = math.prod(int(axis) for axis in threads.split(","))
         program.exactly = kind == "reqntid"
-    head = text[: entry.start()]
-    for declared in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", head):
-        _shared(program, declared)
-    _instructions(program, text[start + 1 : _body(text, start)], text.count("\n", 0, start) + 1)
+    body = text[start + 1 : _body(text, start)]
+    # Declared outside of every kernel; one that the kernel does not name takes no memory in it.
+    for declared in re.finditer(_SHARED, _outside(text)):
+        if re.search(rf"(?<![\w$]){re.escape(declared[3])}(?![\w$])", body):
+            _shared(program, declared)
+    _instructions(program, body, text.count("\n", 0, start) + 1)
     if dynamic:  # behind what is declared with a size; all such symbols name the same place
         align = max(16, *(int(align) for align, _ in dynamic))
         program.dynamic_shared = -(-program.static_shared_bytes // align) * align

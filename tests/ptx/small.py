@@ -1,15 +1,18 @@
 """Small kernels in hand-written PTX on arrays of numpy: what tests of the machine are made of.
 
-Registers: %p predicates, %h 16 bits, %r 32, %d 64, %f float32, %e float64; %a0, %a1, ... hold the arrays' addresses, %t the
-thread's index in its block, %c the block's, %g the thread's in the grid, %l its lane.
+Registers: %p predicates, %h 16 bits, %r 32, %d 64, %f float32, %e float64; %a0, %a1, ... hold the arrays'
+addresses, %t the thread's index in its block, %c the block's, %g the thread's in the grid, %l its lane.
 """
 
 from __future__ import annotations
 
+import shutil
 import struct
+import subprocess
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from tests.ptx import machine, program
 
@@ -104,11 +107,25 @@ def elementwise(instruction: str, out: np.dtype | str, *inputs: np.ndarray) -> n
         arrays.append(values)
     out = np.dtype(out)
     letter, kind = _CLASSES[out.str[1:]]
-    result = "%p1" if out == bool else f"%{letter}1"
+    result = "%p1" if out.kind == "b" else f"%{letter}1"
     body += instruction.format(d=result, **names) + ";\n"
-    if out == bool:
+    if out.kind == "b":
         body += "selp.u16 %h1, 1, 0, %p1;\n"
     body += at("%d30", 0, out.itemsize) + f"st.global.{kind.replace('s', 'u')} [%d30], %{letter}1;\n"
     results = np.zeros(padded, out)
     run(body, results, *arrays, threads=padded)
     return results[:size]
+
+
+def check_with_ptxas(folder) -> None:
+    """Every kernel that ran so far is one that ptxas takes."""
+    if shutil.which("ptxas") is None:
+        pytest.skip("ptxas is missing")
+    if not seen:
+        pytest.skip("no kernel ran before")
+    file = folder / "all.ptx"
+    file.write_text(HEAD + "".join(entry(f"k{i}", body, 12) for i, body in enumerate(seen)))
+    command = ["ptxas", f"-arch={ARCHITECTURE}", "-O0", str(file), "-o", str(folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    seen.clear()
+    assert done.returncode == 0, done.stderr[:3000]

@@ -322,11 +322,11 @@ def _copy_async(instruction, machine):
         machine.count(machine.shared, to_address, size, ids, "store")
         if (from_address % np.uint64(size)).any():
             raise PtxError(f"an asynchronous copy reads from an address that is not aligned to {size} bytes")
-        values = np.zeros((len(ids), size), np.uint8)
+        values, reads = np.zeros((len(ids), size), np.uint8), filled > 0
+        machine.count(machine.memory, from_address[reads], size, ids[reads], "load")
         for count in np.unique(filled[filled > 0]):
             chosen = filled == count
             first = machine.memory.place(from_address[chosen], int(count), ids[chosen], machine)
-            machine.count(machine.memory, from_address[chosen], int(count), ids[chosen], "load")
             machine.memory.note_read(first, int(count), ids[chosen], machine)
             values[chosen, :count] = machine.memory.bytes[first[:, None] + np.arange(count)]
         where = (at[:, None] + np.arange(size)).ravel()

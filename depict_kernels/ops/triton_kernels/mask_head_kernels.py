@@ -45,33 +45,66 @@ def _products(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NORMS: tl.constexpr,
 ):
-    """x q^T in chunks of classes and, where NORMS, the sums of squares of x's rows and (in chunks) of q's."""
+    """x q^T in chunks of classes."""
     q_ptr = q[0] + tl.cast(start, tl.int64) * q[1]
     products = zero_rows(BLOCK_N, WIDTHS)
-    x_squares = tl.zeros((BLOCK_N,), tl.float32)
-    q_squares = ()
-    for i in tl.static_range(len(WIDTHS)):
-        q_squares = q_squares + (_zero_vector(WIDTHS[i]),)
-    row = tl.arange(0, BLOCK_N)
+    row, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     for at in range(0, width, BLOCK_D):
-        column = tl.arange(0, BLOCK_D)
         x_tile = _tile(x[0] + at, x[1], row, column, x[2], width - at)
-        if NORMS:
-            x_squares += sum_of_products(x_tile.to(tl.float32), x_tile.to(tl.float32), 1)
-        new_products, new_squares = (), ()
+        new_products = ()
         for i in tl.static_range(len(WIDTHS)):
             classes = _class_range(STARTS[i], WIDTHS[i])
             q_tile = _tile(q_ptr + at, q[1], classes, column, q[2] - start, width - at)
             product = tl.dot(x_tile, tl.trans(q_tile), products[i], input_precision=PRECISION)
             new_products = new_products + (product,)
-            if NORMS:
-                squares = sum_of_products(q_tile.to(tl.float32), q_tile.to(tl.float32), 1)
-                new_squares = new_squares + (q_squares[i] + squares,)
-            else:
-                new_squares = new_squares + (q_squares[i],)
+        products = new_products
+    return products
+
+
+@triton.jit
+def _tiles(
+    x, q, start, at, width, STARTS: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Columns ``at`` and following of the patches and, in chunks, of the classes; zeros from ``width`` on."""
+    q_ptr = q[0] + tl.cast(start, tl.int64) * q[1] + at
+    column = tl.arange(0, BLOCK_D)
+    x_tile = _tile(x[0] + at, x[1], tl.arange(0, BLOCK_N), column, x[2], width - at)
+    q_tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        classes = _class_range(STARTS[i], WIDTHS[i])
+        q_tiles = q_tiles + (_tile(q_ptr, q[1], classes, column, q[2] - start, width - at),)
+    return x_tile, q_tiles
+
+
+@triton.jit
+def _products_and_norms(
+    x, q, start, width, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What :func:`_products` gives, and the sums of squares of x's rows and (in chunks) of q's.
+
+    Tiles are loaded a step ahead by hand. Left to Triton's pipeliner (which a loop of one stage is not), tiles that
+    both wgmma and the sums read get too few buffers: up to 3.9 at least, it overwrites them while wgmma still reads
+    (https://github.com/triton-lang/triton/issues/6691).
+    """
+    products = zero_rows(BLOCK_N, WIDTHS)
+    x_squares = tl.zeros((BLOCK_N,), tl.float32)
+    q_squares = ()
+    for i in tl.static_range(len(WIDTHS)):
+        q_squares = q_squares + (_zero_vector(WIDTHS[i]),)
+    x_tile, q_tiles = _tiles(x, q, start, 0, width, STARTS, WIDTHS, BLOCK_N, BLOCK_D)
+    for at in tl.range(0, width, BLOCK_D, num_stages=1):
+        next_x, next_q = _tiles(x, q, start, at + BLOCK_D, width, STARTS, WIDTHS, BLOCK_N, BLOCK_D)
+        x_squares += sum_of_products(x_tile.to(tl.float32), x_tile.to(tl.float32), 1)
+        new_products, new_squares = (), ()
+        for i in tl.static_range(len(WIDTHS)):
+            product = tl.dot(x_tile, tl.trans(q_tiles[i]), products[i], input_precision=PRECISION)
+            new_products = new_products + (product,)
+            squares = sum_of_products(q_tiles[i].to(tl.float32), q_tiles[i].to(tl.float32), 1)
+            new_squares = new_squares + (q_squares[i] + squares,)
         products, q_squares = new_products, new_squares
+        x_tile, q_tiles = next_x, next_q
     return products, x_squares, q_squares
 
 
@@ -99,8 +132,8 @@ def _cosines(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Cosines in chunks (0 past the last class) and 1 / |patch|; where ``write``, stores 1 / |class|."""
-    products, x_squares, q_squares = _products(
-        x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, True
+    products, x_squares, q_squares = _products_and_norms(
+        x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D
     )
     inv_x = _inverse_norm(x_squares)
     cosines = ()
@@ -337,7 +370,7 @@ def mask_backward(
     products = zero_rows(BLOCK_N, WIDTHS)
     end = _end(class_count, WIDTHS, LOOP)
     for start in range(0, end, WIDTHS[0]):
-        products, _, _ = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, False)
+        products = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D)
         mean_g, mean_gz = _add_sums(
             mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, patch_count, class_count, rows,
             STARTS, WIDTHS, WIDE,
@@ -346,7 +379,7 @@ def mask_backward(
     mean_gz /= class_count
     for start in range(0, end, WIDTHS[0]):
         if LOOP:
-            products, _, _ = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D, False)
+            products = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D)
         along = _finish(
             t_ptr, sums_ptr, along, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, t_row,
             sums_stride, patch_count, class_count, rows, STARTS, WIDTHS, WIDE,
