@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from train.distributed import World
 from train.engine import LossModule, Trainer
 from train.errors import UserError
 from train.logs import RunLog, duration, read_metrics, trim_metrics
+from train.run_folder import check_writable
 from train.schema import Loss, Optim
 
 CPU = World(torch.device("cpu"))
@@ -411,9 +414,42 @@ def test_pretrained_weights_that_cannot_be_had(data, tmp_path, capsys, monkeypat
     assert not (tmp_path / "tiny").exists()
 
 
-def test_a_run_folder_that_cannot_be_made(data, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert "cannot be made" in refusal(capsys, settings(data, tmp_path, run__root=str(tmp_path / "file")))
+def unwritable(tmp_path, kind) -> Path:
+    if kind == "file":
+        (tmp_path / "file").write_text("")
+        return tmp_path / "file"
+    if kind == "link":
+        (tmp_path / "link").symlink_to(tmp_path / "gone")
+        return tmp_path / "link"
+    if kind == "permission":
+        (tmp_path / "closed").mkdir(mode=0o500)
+        if os.access(tmp_path / "closed", os.W_OK):
+            pytest.skip("root may write anywhere")
+        return tmp_path / "closed"
+    if not Path("/proc/self").is_dir():
+        pytest.skip("there is no /proc, where root cannot make folders either")
+    return Path("/proc/runs")
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "permission", "proc"])
+def test_a_run_folder_that_cannot_be_made(data, tmp_path, capsys, monkeypatch, kind):
+    """Said first: no data is read or made, no model built."""
+    root = unwritable(tmp_path, kind)
+    for name in ("data_root", "split", "model"):
+        monkeypatch.setattr(
+            build, name, lambda *args, name=name, **options: pytest.fail(f"build.{name} first")
+        )
+    text = refusal(capsys, settings(data, tmp_path, run__root=str(root)))
+    assert f"{root / 'tiny'}: cannot be made: " in text and "change --run.root" in text
+    assert str(root.parent if kind == "proc" else root) in text.partition("made: ")[2]
+
+
+def test_checking_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "a" / "b", "--run.root")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="file: cannot be written: .*file is no folder"):
+        (tmp_path / "file").write_text("")
+        check_writable(tmp_path / "file", "--run.root")
 
 
 # --------------------------------------------------------------------------------------- what is reported

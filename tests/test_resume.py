@@ -199,6 +199,9 @@ def test_evaluation_that_cannot_give_a_result(interrupted, tmp_path, capsys):
     run.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
     assert run.main(["eval", str(folder), "--output", str(tmp_path / "nowhere" / "a.json")]) == 2
     assert capsys.readouterr().err.startswith("error: --output")
+    if Path("/proc/self").is_dir():  # where not even root can write; said before the evaluation, not after it
+        assert run.main(["eval", str(folder), "--output", "/proc/a.json"]) == 2
+        assert "/proc: cannot be written: " in capsys.readouterr().err
     for path in (tmp_path / "data" / "annotations" / "validation").iterdir():
         Image.new("L", (32, 32)).save(path)
     assert run.main(["eval", str(folder)]) == 2

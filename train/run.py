@@ -159,7 +159,9 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     """
     from train import checkpoint
     from train.config import to_dict
+    from train.run_folder import check_writable
 
+    check_writable(folder, "--run.root")
     resume, last = config.run.resume, folder / "last.pt"
     over = config.run.overwrite
     if over and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
@@ -379,15 +381,18 @@ def evaluate_run(arguments: list[str]) -> int:
     folder, config, classes, model, state, world = open_run(words, rest, which, usage)
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}; usage: python train/run.py {usage}")
+    multiscale = own.get("multiscale", False)
     if not Path(own.get("output", folder)).parent.is_dir():
         raise UserError(f"--output {own['output']}: there is no folder {Path(own['output']).parent}")
-    from train import build
+    from train import build, distributed
     from train.inference import Comparison, evaluate, print_progress
     from train.plots import plot_confusion
+    from train.run_folder import check_writable
 
+    output = Path(own["output"]) if "output" in own else folder / f"results{scored(which, multiscale)}.json"
+    distributed.on_main(world, lambda: check_writable(output.parent, "--output"))
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
-    multiscale = own.get("multiscale", False)
     comparison = Comparison() if own.get("compare-stock") else None
     metrics = evaluate(
         model,
@@ -411,8 +416,6 @@ def evaluate_run(arguments: list[str]) -> int:
             print(f"  {title:<16}{results[key]:.4f}")
         if comparison is not None:
             print(f"  {comparison}")
-        name = f"results{scored(which, multiscale)}.json"
-        output = Path(own["output"]) if "output" in own else folder / name
         extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale}
         write_results(output, metrics, {**extra, "confusion": metrics.confusion.tolist()})
         picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
