@@ -380,6 +380,15 @@ def test_evaluation_computes_in_the_runs_precision(precision, data, tmp_path):
     assert seen == {(low, True), (low, False)}
 
 
+def test_more_workers_than_cores_are_kept_and_said_once(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    arguments = [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
+                 for key, value in settings(data, tmp_path, data__workers=2, train__steps=2).items()]  # fmt: skip
+    assert command_line.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("2 loader processes share 1 cores") == 1
+
+
 def test_bad_files_are_named(tmp_path, capsys):
     data = make_data(tmp_path / "data", train_images=1, val_images=1)
     keys = settings(data, tmp_path, data__batch_size=1)

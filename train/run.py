@@ -244,6 +244,8 @@ def versions(world: Any) -> dict[str, Any]:
 
 
 def describe(trainer: Any) -> None:
+    from train.loader import too_many_workers
+
     config, say = trainer.config, trainer.log.say
     count = sum(p.numel() for p in trainer.model.parameters())
     say(f"run folder  {trainer.folder}")
@@ -252,6 +254,8 @@ def describe(trainer: Any) -> None:
     say(f"model       {config.model.name}, {count / 1e6:.2f} M parameters, operators: {config.model.backend}")
     say(f"training    {trainer.total_steps} steps, {trainer.total_steps / trainer.steps_per_epoch:.1f} epochs, "
         f"{trainer.world.size} x {trainer.device}, {config.train.precision}")  # fmt: skip
+    if note := too_many_workers(config.data.workers):
+        say(f"note        {note}")
     if trainer.step:
         say(f"resumed     at step {trainer.step}")
 
@@ -474,6 +478,7 @@ def here() -> Any:
 def check_data(arguments: list[str]) -> int:
     from train import build
     from train import check_data as checking
+    from train.loader import worker_count
 
     config = load_data_config(arguments)
     root = build.data_root(config, here())
@@ -482,7 +487,7 @@ def check_data(arguments: list[str]) -> int:
         build.class_list(config, root),
         (config.data.train_split, config.data.val_split),
         config.data.reduce_zero_label,
-        workers=config.data.workers,
+        workers=worker_count(config.data.workers),
         progress=sys.stdout.isatty(),
     )
     print(report.text())
