@@ -15,6 +15,7 @@ from depict_kernels.backends import BackendUnavailable
 from depict_kernels.models import create_model, list_models
 from train import build, checkpoint, optim
 from train import run as command_line
+from train.command_train import finish
 from train.distributed import World
 from train.engine import LossModule, Trainer
 from train.errors import UserError
@@ -375,7 +376,7 @@ def test_evaluation_computes_in_the_runs_precision(precision, data, tmp_path):
         lambda module, inputs, output: seen.add((torch.is_autocast_enabled("cpu"), module.training))
     )
     run.train()
-    command_line.finish(run)
+    finish(run)
     low = precision == "bf16"
     assert seen == {(low, True), (low, False)}
 
@@ -417,6 +418,7 @@ def test_pretrained_weights_that_cannot_be_had(data, tmp_path, capsys, monkeypat
 
     build = timm.create_model
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("depict_kernels.models.backbone._why_no_hub", lambda config: None)  # it breaks off later
     text = refusal(capsys, settings(data, tmp_path, model__pretrained=True))
     for word in ("Network is unreachable", "--model.checkpoint_path FILE", "--model.pretrained false"):
         assert word in text

@@ -148,7 +148,9 @@ def test_a_library_of_an_earlier_build_is_not_loaded(elsewhere, part):
     assert "did not load" in extension.load(part)
     elsewhere(**{part: {"built": False, "reason": "it was switched off"}})
     reason = extension.load(part)
-    assert "not built" in reason and (part == "cuda_emulated" or reason.endswith("built: it was switched off"))
+    assert "not built" in reason and (
+        part == "cuda_emulated" or reason.endswith("built: it was switched off")
+    )
 
 
 def test_damaged_record_is_named(elsewhere):

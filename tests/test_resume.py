@@ -164,11 +164,11 @@ def test_overwrite_waits_for_good_input(interrupted, tmp_path, capsys, overrides
 
 def resumed(keys: dict, folder: Path) -> Trainer:
     """What the command would train, in its folder."""
-    from train import run
+    from train import run_folder
     from train.config import load_config
 
     config = load_config([], keys)
-    state = run.prepare_folder(config, folder)
+    state = run_folder.prepare_folder(config, folder)
     folder.mkdir(exist_ok=True)
     return Trainer(config, CPU, folder, state)
 
@@ -191,12 +191,12 @@ def test_run_from_another_folders_checkpoint_has_a_best_of_its_own(interrupted, 
 
 
 def test_evaluation_that_cannot_give_a_result(interrupted, tmp_path, capsys):
-    from train import run
+    from train import run, run_folder
     from train.config import load_config
 
     keys, _ = interrupted
     config, folder = load_config([], keys), tmp_path / "tiny"
-    run.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    run_folder.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
     assert run.main(["eval", str(folder), "--output", str(tmp_path / "nowhere" / "a.json")]) == 2
     assert capsys.readouterr().err.startswith("error: --output")
     if Path("/proc/self").is_dir():  # where not even root can write; said before the evaluation, not after it
@@ -247,12 +247,12 @@ def test_state_that_is_left_out_would_be_noticed(tmp_path):
 
 
 def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tmp_path, monkeypatch):
-    from train import inference, run
+    from train import inference, run, run_folder
     from train.config import load_config
 
     keys, _ = interrupted
     config, folder = load_config([], keys | {"train.precision": "bf16"}), tmp_path / "tiny"
-    run.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    run_folder.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
     seen, evaluate = [], inference.evaluate
 
     def noted(*arguments, **options):

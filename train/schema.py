@@ -1,7 +1,7 @@
 # ruff: noqa: RUF009  (`number` makes dataclass fields)
 """The keys of a configuration: name, type, default, range and meaning of each.
 
-The text under a key is what ``python train/run.py --help`` prints.
+The text under a key is what ``python train/run.py keys`` prints.
 """
 
 from __future__ import annotations
