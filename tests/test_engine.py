@@ -418,7 +418,9 @@ def test_pretrained_weights_that_cannot_be_had(data, tmp_path, capsys, monkeypat
 
     build = timm.create_model
     monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setattr("depict_kernels.models.backbone._why_no_hub", lambda config: None)  # it breaks off later
+    monkeypatch.setattr(
+        "depict_kernels.models.backbone._why_no_hub", lambda config: None
+    )  # it breaks off later
     text = refusal(capsys, settings(data, tmp_path, model__pretrained=True))
     for word in ("Network is unreachable", "--model.checkpoint_path FILE", "--model.pretrained false"):
         assert word in text

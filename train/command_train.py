@@ -88,12 +88,14 @@ def finish(trainer: Any) -> None:
     extra: dict[str, Any] = {"step": state["step"], "checkpoint": "best"}
     if trainer.untrained_miou is not None:
         extra["untrained_miou"] = trainer.untrained_miou
+    baselines = {}
     if trainer.config.data.root is None:
         from train.generated import pixel_baseline
 
         extra["pixel_baseline_miou"] = pixel_baseline(trainer.train_set.root)
+        baselines["per-pixel classifier of colour and position"] = extra["pixel_baseline_miou"]
     write_results(folder / "results.json", metrics, extra)
     dtype = build.autocast_dtype(trainer.config)
     with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype is not None):
         samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
-    plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes)
+    plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes, baselines=baselines)
