@@ -246,7 +246,7 @@ def test_state_that_is_left_out_would_be_noticed(tmp_path):
     assert differing(*ends)
 
 
-def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tmp_path, monkeypatch):
+def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tmp_path, monkeypatch, capsys):
     from train import inference, run, run_folder
     from train.config import load_config
 
@@ -262,13 +262,16 @@ def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tm
     monkeypatch.setattr(inference, "evaluate", noted)
     assert run.main(["eval", str(folder)]) == 0
     assert (folder / "results_best.json").exists() and (folder / "plots" / "confusion_best.png").exists()
+    assert run.main(["eval", str(folder), "--eval.max_images", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"4 images of {tmp_path}" in said and f"3 images of {tmp_path}" in said
     before = sorted(folder.rglob("*"))
     output = tmp_path / "elsewhere.json"
     arguments = ["--multiscale", "--output", str(output), "--train.precision", "fp32"]
     assert run.main(["eval", str(folder), *arguments]) == 0
     assert output.exists() and (tmp_path / "elsewhere_confusion.png").exists()
     assert sorted(folder.rglob("*")) == before  # --output leaves the run folder alone
-    assert seen == [torch.bfloat16, None]
+    assert seen == [torch.bfloat16, torch.bfloat16, None]
     for options, ending in (
         (["--checkpoint", "last"], "last"),
         (["--multiscale"], "multiscale"),

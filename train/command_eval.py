@@ -84,7 +84,8 @@ def evaluate_run(arguments: list[str]) -> int:
         results = metrics.results()
         if results["miou"] is None:
             raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
-        print(f"{folder}, {which} checkpoint (step {state['step']}), {len(dataset)} images of {dataset.root}"
+        count = min(len(dataset), config.eval.max_images or len(dataset))
+        print(f"{folder}, {which} checkpoint (step {state['step']}), {count} images of {dataset.root}"
               + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
         for key, title in SCORES.items():
             print(f"  {title:<16}{results[key]:.4f}")

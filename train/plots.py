@@ -182,6 +182,7 @@ def loss_figure(
     below.set_ylabel("learning rate")
     below.set_ylim(bottom=0)
     below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    below.set_xlim(left=0)
     _step_axis(below, steps_per_epoch)
     figure.align_ylabels()
     return figure
