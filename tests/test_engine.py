@@ -13,7 +13,7 @@ from tiny_run import CLASSES, configuration, make_data, settings
 from depict_kernels import ops
 from depict_kernels.backends import BackendUnavailable
 from depict_kernels.models import create_model, list_models
-from train import build, checkpoint, optim
+from train import build, checkpoint, optim, plots
 from train import run as command_line
 from train.command_train import finish
 from train.distributed import World
@@ -289,12 +289,15 @@ def test_nan_before_a_save_is_not_saved(data, tmp_path):
     assert checkpoint.load(tmp_path / "tiny" / "last.pt")["step"] == 2
 
 
+def arguments(keys: dict) -> list[str]:
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()
+    ]
+
+
 def refusal(capsys, keys: dict) -> str:
     """The one line that the command prints."""
-    arguments = [
-        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in keys.items()
-    ]
-    assert command_line.main(["train", *arguments]) == 2
+    assert command_line.main(["train", *arguments(keys)]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and text.count("\n") == 1, text
     return text
@@ -383,9 +386,7 @@ def test_evaluation_computes_in_the_runs_precision(precision, data, tmp_path):
 
 def test_more_workers_than_cores_are_kept_and_said_once(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
-    arguments = [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
-                 for key, value in settings(data, tmp_path, data__workers=2, train__steps=2).items()]  # fmt: skip
-    assert command_line.main(arguments) == 0
+    assert command_line.main(arguments(settings(data, tmp_path, data__workers=2, train__steps=2))) == 0
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("2 loader processes share 1 cores") == 1
 
@@ -466,6 +467,23 @@ def test_checking_leaves_nothing_behind(tmp_path):
 
 
 # --------------------------------------------------------------------------------------- what is reported
+
+
+def test_the_plot_of_scores_shows_the_baselines_that_the_results_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "GENERATED", tmp_path / "generated")
+    figures, draw = [], plots.score_figure
+    monkeypatch.setattr(plots, "score_figure", lambda *a: (figures.append(draw(*a)), figures[-1])[1])
+    keys = settings(tmp_path, tmp_path / "runs", train__steps=2, train__score_untrained=True)
+    keys |= {"data.root": None, "data.generate.train_images": 4, "data.generate.val_images": 2}
+    keys |= {"data.generate.height": 32, "data.generate.width": 32}
+    assert command_line.main(arguments(keys)) == 0
+    results = json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text())
+    labels = {line.get_label() for line in figures[0].axes[0].lines}
+    for name, key in (
+        ("untrained model", "untrained_miou"),
+        ("per-pixel classifier of colour and position", "pixel_baseline_miou"),
+    ):
+        assert f"mIoU of the {name}: {100 * results[key]:.1f} %" in labels
 
 
 def test_trimmed_metrics_end_at_the_checkpoint(tmp_path):
