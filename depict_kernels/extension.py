@@ -55,7 +55,8 @@ def _library(part: str) -> Path:
 def load(part: str) -> str | None:
     """Loads ``part`` ("cpu", "cuda" or "cuda_emulated") once. Returns None where that worked, else the reason."""
     what, library, record = _WHAT[part], _library(part), build_record()
-    if not library.exists():
+    # A library that the build record disowns is an earlier build's, left in the tree: of other sources, other flags.
+    if not library.exists() or record.get(part, {}).get("built") is False:
         reason = record.get(part, {}).get("reason")
         if part == "cuda_emulated":
             return f"the {what} are not built; {EMULATE}=1 {_REBUILD}"

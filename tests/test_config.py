@@ -213,6 +213,68 @@ def test_help_explains_every_key():
     assert "None" not in text
 
 
+def printed(capsys, *arguments: str) -> str:
+    from train import run
+
+    assert run.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_help_of_a_command_is_its_own_arguments_first(capsys):
+    from train.run import COMMANDS
+
+    for name, command in COMMANDS.items():
+        text = printed(capsys, name, "--help")
+        assert text == printed(capsys, "help", name) == printed(capsys, name, "-h")
+        assert text.startswith(f"usage: python train/run.py {name} ") and len(text.splitlines()) < 60
+        places = [text.index(f"\n  --{option.name} ") for option in command.options]
+        places += [text.index(f"  --{key}") for key in command.keys]
+        assert places[: len(command.options) + 1] == sorted(places[: len(command.options) + 1])
+        assert "--loss.label_smoothing" not in text and "python train/run.py keys" in text
+    assert COMMANDS["eval"].split(["RUN", "--output=a", "--multiscale", "--data.root", "x"]) == (
+        ["RUN"],
+        {"output": "a", "multiscale": True},
+        ["--data.root", "x"],
+    )
+
+
+def test_every_option_of_a_command_is_in_its_help_and_the_other_way(capsys):
+    """What the functions read and what the help promises are the same names."""
+    from train import command_eval
+    from train.run import COMMANDS
+
+    source = Path(command_eval.__file__).read_text()
+    used = set(re.findall(r'own(?:\.get\(|\[)"([\w-]+)"', source))
+    offered = {option.name for name in ("eval", "predict") for option in COMMANDS[name].options}
+    assert used == offered - {"config"} and used
+
+
+def test_help_without_a_command_names_all_of_them(capsys):
+    from train.run import COMMANDS
+
+    text = printed(capsys, "--help")
+    assert all(f"\n  {name} " in text for name in COMMANDS) and text == printed(capsys, "help")
+    assert "keys [SECTION|KEY ...]" in text and len(text.splitlines()) < 70
+
+
+def test_keys_of_all_sections_or_some(capsys):
+    assert printed(capsys, "keys").rstrip() == help_text()
+    text = printed(capsys, "keys", "optim", "data.generate", "train.device")
+    shown = set(re.findall(r"^  --([\w.]+) ", text, re.MULTILINE))
+    every = flatten(to_dict(Config()))
+    assert shown == {"train.device"} | {k for k in every if k.startswith(("optim.", "data.generate."))}
+    assert "\noptim: Optimiser" in text and "train: " not in text
+
+
+@pytest.mark.parametrize(("name", "hint"), [("optm", "optim"), ("learning_rate", "optim.lr"), ("op", "keys")])
+def test_keys_of_no_section(name, hint, capsys):
+    from train import run
+
+    assert run.main(["keys", name]) == 2
+    text = capsys.readouterr().err
+    assert f"unknown section or key {name}; " in text and hint in text.partition(";")[2]
+
+
 @pytest.mark.parametrize("package", ["docstring_parser", "jsonargparse", "yaml"])
 def test_a_missing_package_of_the_extra_is_one_line(package, monkeypatch, capsys):
     from train import run
@@ -227,7 +289,7 @@ def test_a_missing_package_of_the_extra_is_one_line(package, monkeypatch, capsys
 def test_other_import_errors_keep_their_traceback(monkeypatch):
     from train import run
 
-    def broken():
+    def broken(names):
         import matplotlib.nowhere  # noqa: F401
 
     monkeypatch.setattr(run, "show_help", broken)

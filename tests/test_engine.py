@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from tiny_run import CLASSES, configuration, make_data, settings
 from depict_kernels import ops
 from depict_kernels.backends import BackendUnavailable
 from depict_kernels.models import create_model, list_models
-from train import build, checkpoint, optim
+from train import build, checkpoint, optim, plots
 from train import run as command_line
+from train.command_train import finish
 from train.distributed import World
 from train.engine import LossModule, Trainer
 from train.errors import UserError
 from train.logs import RunLog, duration, read_metrics, trim_metrics
+from train.run_folder import check_writable
 from train.schema import Loss, Optim
 
 CPU = World(torch.device("cpu"))
@@ -285,12 +289,15 @@ def test_nan_before_a_save_is_not_saved(data, tmp_path):
     assert checkpoint.load(tmp_path / "tiny" / "last.pt")["step"] == 2
 
 
+def arguments(keys: dict) -> list[str]:
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()
+    ]
+
+
 def refusal(capsys, keys: dict) -> str:
     """The one line that the command prints."""
-    arguments = [
-        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in keys.items()
-    ]
-    assert command_line.main(["train", *arguments]) == 2
+    assert command_line.main(["train", *arguments(keys)]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and text.count("\n") == 1, text
     return text
@@ -372,9 +379,16 @@ def test_evaluation_computes_in_the_runs_precision(precision, data, tmp_path):
         lambda module, inputs, output: seen.add((torch.is_autocast_enabled("cpu"), module.training))
     )
     run.train()
-    command_line.finish(run)
+    finish(run)
     low = precision == "bf16"
     assert seen == {(low, True), (low, False)}
+
+
+def test_more_workers_than_cores_are_kept_and_said_once(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    assert command_line.main(arguments(settings(data, tmp_path, data__workers=2, train__steps=2))) == 0
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("2 loader processes share 1 cores") == 1
 
 
 def test_bad_files_are_named(tmp_path, capsys):
@@ -405,18 +419,71 @@ def test_pretrained_weights_that_cannot_be_had(data, tmp_path, capsys, monkeypat
 
     build = timm.create_model
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(
+        "depict_kernels.models.backbone._why_no_hub", lambda config: None
+    )  # it breaks off later
     text = refusal(capsys, settings(data, tmp_path, model__pretrained=True))
     for word in ("Network is unreachable", "--model.checkpoint_path FILE", "--model.pretrained false"):
         assert word in text
     assert not (tmp_path / "tiny").exists()
 
 
-def test_a_run_folder_that_cannot_be_made(data, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert "cannot be made" in refusal(capsys, settings(data, tmp_path, run__root=str(tmp_path / "file")))
+def unwritable(tmp_path, kind) -> Path:
+    if kind == "file":
+        (tmp_path / "file").write_text("")
+        return tmp_path / "file"
+    if kind == "link":
+        (tmp_path / "link").symlink_to(tmp_path / "gone")
+        return tmp_path / "link"
+    if kind == "permission":
+        (tmp_path / "closed").mkdir(mode=0o500)
+        if os.access(tmp_path / "closed", os.W_OK):
+            pytest.skip("root may write anywhere")
+        return tmp_path / "closed"
+    if not Path("/proc/self").is_dir():
+        pytest.skip("there is no /proc, where root cannot make folders either")
+    return Path("/proc/runs")
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "permission", "proc"])
+def test_a_run_folder_that_cannot_be_made(data, tmp_path, capsys, monkeypatch, kind):
+    """Said first: no data is read or made, no model built."""
+    root = unwritable(tmp_path, kind)
+    for name in ("data_root", "split", "model"):
+        monkeypatch.setattr(
+            build, name, lambda *args, name=name, **options: pytest.fail(f"build.{name} first")
+        )
+    text = refusal(capsys, settings(data, tmp_path, run__root=str(root)))
+    assert f"{root / 'tiny'}: cannot be made: " in text and "change --run.root" in text
+    assert str(root.parent if kind == "proc" else root) in text.partition("made: ")[2]
+
+
+def test_checking_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "a" / "b", "--run.root")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="file: cannot be written: .*file is no folder"):
+        (tmp_path / "file").write_text("")
+        check_writable(tmp_path / "file", "--run.root")
 
 
 # --------------------------------------------------------------------------------------- what is reported
+
+
+def test_the_plot_of_scores_shows_the_baselines_that_the_results_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "GENERATED", tmp_path / "generated")
+    figures, draw = [], plots.score_figure
+    monkeypatch.setattr(plots, "score_figure", lambda *a: (figures.append(draw(*a)), figures[-1])[1])
+    keys = settings(tmp_path, tmp_path / "runs", train__steps=2, train__score_untrained=True)
+    keys |= {"data.root": None, "data.generate.train_images": 4, "data.generate.val_images": 2}
+    keys |= {"data.generate.height": 32, "data.generate.width": 32}
+    assert command_line.main(arguments(keys)) == 0
+    results = json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text())
+    labels = {line.get_label() for line in figures[0].axes[0].lines}
+    for name, key in (
+        ("untrained model", "untrained_miou"),
+        ("per-pixel classifier of colour and position", "pixel_baseline_miou"),
+    ):
+        assert f"mIoU of the {name}: {100 * results[key]:.1f} %" in labels
 
 
 def test_trimmed_metrics_end_at_the_checkpoint(tmp_path):

@@ -140,6 +140,19 @@ def test_cuda_kernels_not_built_gives_the_reason(elsewhere):
     assert extension.status()["cuda"] == f"not available: {extension.load('cuda')}"
 
 
+@pytest.mark.parametrize("part", ["cpu", "cuda", "cuda_emulated"])
+def test_a_library_of_an_earlier_build_is_not_loaded(elsewhere, part):
+    """Built in place, then again without this part: the record says so, the library still lies there."""
+    extension._library(part).write_bytes(b"would be loaded, which fails")
+    elsewhere(**{part: {"built": True, "reason": None}})
+    assert "did not load" in extension.load(part)
+    elsewhere(**{part: {"built": False, "reason": "it was switched off"}})
+    reason = extension.load(part)
+    assert "not built" in reason and (
+        part == "cuda_emulated" or reason.endswith("built: it was switched off")
+    )
+
+
 def test_damaged_record_is_named(elsewhere):
     extension._BUILD_RECORD.write_text("{")
     assert "_build.json is not JSON" in extension.status()["error"]

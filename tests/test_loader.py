@@ -10,7 +10,15 @@ from PIL import Image
 
 from train.ade20k import SegmentationFolder, load_classes
 from train.errors import UserError
-from train.loader import SampleOrder, steps_per_epoch, to_device, train_loader
+from train.loader import (
+    MOST_WORKERS,
+    SampleOrder,
+    steps_per_epoch,
+    to_device,
+    too_many_workers,
+    train_loader,
+    worker_count,
+)
 from train.transforms import PARAMS, TrainTransform
 
 COUNT = 7
@@ -117,6 +125,34 @@ def test_resume_goes_on_exactly(folder):
 def test_workers_change_nothing(folder, workers):
     plain, parallel = take(folder, 6), take(folder, 6, settings(workers=workers))
     assert all(same(a, b) for a, b in zip(plain, parallel))
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "processes", "expected", "too_many"),
+    [
+        (None, 2, 1, 2, False),
+        (None, 64, 1, MOST_WORKERS, False),
+        (None, 16, 8, 2, False),
+        (None, 4, 8, 1, False),  # at least one, which nobody asked for: nothing to say
+        (2, 2, 1, 2, False),
+        (3, 2, 1, 3, True),
+        (3, 16, 8, 3, True),
+        (0, 1, 1, 0, False),
+    ],
+)
+def test_number_of_workers(monkeypatch, workers, cores, processes, expected, too_many):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert worker_count(workers) == expected
+    note = too_many_workers(workers)
+    assert (note is not None) == too_many
+    assert note is None or f"{expected * processes} loader processes share {cores} cores" in note
+
+
+def test_torch_does_not_warn_of_workers_too(folder, monkeypatch, recwarn):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    take(folder, 1, settings(workers=2))
+    assert not [w for w in recwarn if "worker" in str(w.message)]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -14,16 +14,19 @@ from torch import nn
 from train.ade20k import ClassList, load_classes, make_palette
 from train.metrics import SegmentationMetrics
 from train.plots import (
+    _UNLABELLED,
+    _WRONG,
     Sample,
     collect_samples,
     confusion_figure,
+    error_map,
     loss_figure,
     overlay_figure,
     plot_run,
     score_figure,
     smoothed,
 )
-from train.predict import overlay
+from train.predict import enlarged, overlay
 
 
 def train_lines(count):
@@ -53,6 +56,10 @@ def test_smoothing_is_centred():
     assert np.allclose(smoothed(np.array([0.0, 3.0, 0.0]), 3), [1.5, 1.0, 1.5])
 
 
+def labels_of(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 @pytest.mark.parametrize("count", [1, 5, 60])
 def test_loss_curve(count):
     figure = loss_figure(train_lines(count))
@@ -61,7 +68,23 @@ def test_loss_curve(count):
     assert list(x) == [10 * i for i in range(1, count + 1)] and np.allclose(y, 3.0 / np.arange(1, count + 1))
     assert (rate.lines[0].get_ydata() == 1e-3).all()
     assert len(loss.lines) == (2 if count >= 20 else 1)  # few points need no average
-    assert loss.get_ylabel() and rate.get_xlabel() == "step"
+    assert "(nats)" in loss.get_ylabel() and rate.get_xlabel() == "optimiser step"
+
+
+def test_the_average_of_the_loss_is_one_and_says_over_what():
+    figure = loss_figure([line | {"loss": line["step"] / 10 % 2} for line in train_lines(26)])
+    averaged = figure.axes[0].lines[1]
+    assert averaged.get_label() == "average over 5 log lines"
+    assert np.ptp(averaged.get_ydata()[2:-2]) == pytest.approx(0.2)  # of a loss that jumps between 0 and 1
+
+
+def test_loss_curve_marks_the_best_checkpoint_and_chance():
+    figure = loss_figure(train_lines(5), best_step=30, num_classes=150, steps_per_epoch=2526.25)
+    loss, rate = figure.axes
+    assert [list(line.get_xdata()) for line in (loss.lines[-1], rate.lines[-1])] == [[30, 30]] * 2
+    assert labels_of(loss)[1:] == ["equal probabilities: ln 150 = 5.01", "best checkpoint: step 30"]
+    assert loss.lines[1].get_ydata() == pytest.approx([np.log(150)] * 2)
+    assert loss.get_ylim()[1] > np.log(150) and rate.get_xlabel() == "optimiser step (2,526 per epoch)"
 
 
 def test_score_curves_mark_the_best():
@@ -69,8 +92,27 @@ def test_score_curves_mark_the_best():
     axes = figure.axes[0]
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert curves == {"pixel accuracy": [0.9] * 3, "mean accuracy": [0.6] * 3, "mIoU": [0.2, 0.51, 0.4]}
-    assert axes.collections[0].get_offsets().tolist() == [[20, 0.51]]
-    assert "51.0 % at step 20" in axes.get_title(loc="right")
+    marks = [mark for mark in axes.collections if "best checkpoint" in mark.get_label()]
+    assert [mark.get_offsets().tolist() for mark in marks] == [[[20, 0.51]]]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown[-1] == "best checkpoint: mIoU 51.0 % at step 20" and axes.get_ylabel() and axes.get_xlabel()
+
+
+def test_score_curves_show_what_was_there_before_training():
+    """The untrained model is a level, never the best checkpoint: it has none."""
+    lines = [eval_line(0, 0.3), eval_line(10, 0.2), eval_line(20, 0.25)]
+    axes = score_figure(lines, {"classifier": 0.22}).axes[0]
+    levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2}
+    assert levels == {"mIoU of the untrained model: 30.0 %": 0.3, "mIoU of the classifier: 22.0 %": 0.22}
+    marks = [mark for mark in axes.collections if "best checkpoint" in mark.get_label()]
+    assert marks[0].get_offsets().tolist() == [[20, 0.25]]
+
+
+def test_a_high_score_stays_inside_the_axes():
+    for miou in (0.001, 0.35, 0.999):
+        line = eval_line(10, miou) | {"pixel_accuracy": miou, "mean_accuracy": None}
+        bottom, top = score_figure([line]).axes[0].get_ylim()
+        assert bottom == 0 and miou <= top <= 1
 
 
 def test_confusion_is_normalised_by_row_and_absent_classes_are_grey():
@@ -111,28 +153,58 @@ def test_overlays_and_their_legend_share_colours():
     classes = ClassList(tuple("abcde"), make_palette(5))
     one = sample()
     figure = overlay_figure([one], classes)
-    pictures = [axes.images[0].get_array() for axes in figure.axes[:3]]
-    assert np.array_equal(pictures[0], one.image)
-    assert np.array_equal(pictures[1], overlay(one.image, one.target, classes.palette))
-    assert np.array_equal(pictures[2], overlay(one.image, one.labels, classes.palette))
-    assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == [
+    pictures = [axes.images[0].get_array() for axes in figure.axes[:4]]
+    factor = pictures[0].shape[0] // one.image.shape[0]
+    image, target, labels = enlarged(factor, one.image, one.target, one.labels)
+    assert np.array_equal(pictures[0], image)
+    assert np.array_equal(pictures[1], overlay(image, target, classes.palette, 0.7))
+    assert np.array_equal(pictures[2], overlay(image, labels, classes.palette, 0.7))
+    known = one.target != 255
+    share = 100 * (one.target != one.labels)[known].mean()
+    assert 0 < share < 100 and [axes.get_title(loc="left") for axes in figure.axes[:4]] == [
         "street",
         "ground truth",
         "prediction",
+        f"wrong: {share:.1f} % of the labelled pixels",
     ]
-    legend = figure.axes[3].get_legend()
+    legend = figure.axes[4].get_legend()
     shown = {
         text.get_text(): tuple(round(255 * v) for v in patch.get_facecolor()[:3])
         for text, patch in zip(legend.get_texts(), legend.get_patches())
     }
+    assert {shown.pop("wrong"), shown.pop("unlabelled")} == {_WRONG, _UNLABELLED}
     assert shown == {name: tuple(colour) for name, colour in zip("abcde", classes.palette.tolist())}
+
+
+def test_the_error_map_is_red_where_wrong_alone():
+    one = sample()
+    known = one.target != 255
+    shown = error_map(one.image, one.target, one.labels, known).astype(int)
+    red = shown[..., 0] - shown[..., 1] > 60
+    assert np.array_equal(red, known & (one.target != one.labels))
+    right = known & (one.target == one.labels)
+    assert (np.ptp(shown[right], axis=-1) == 0).all()  # grey
+    assert (
+        np.ptp(shown[~known], axis=-1) > 0
+    ).all()  # neither, and no class's colour: the same hue everywhere
+    assert (shown[~known][:, 2] > shown[~known][:, 0]).all()
+
+
+def test_enlarging_keeps_labels_and_brightness():
+    one = sample()
+    image, target = enlarged(3, one.image, one.target)
+    assert image.shape == (120, 180, 3) and np.array_equal(target[1::3, 1::3], one.target)
+    assert np.array_equal(target[::3, 2::3], one.target)
+    assert image.mean() == pytest.approx(one.image.mean(), abs=1)
+    assert enlarged(1, one.image)[0] is one.image
 
 
 def test_the_legend_of_many_classes_is_cut():
     names = tuple(f"class {i}" for i in range(60))
     one = sample(60, 60, 120)
-    legend = overlay_figure([one, one], ClassList(names, make_palette(60))).axes[6].get_legend()
-    assert len(legend.get_texts()) == 25 and legend.get_texts()[-1].get_text() == "and 36 more"
+    legend = overlay_figure([one, one], ClassList(names, make_palette(60))).axes[8].get_legend()
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len(shown) == 27 and shown[24:] == ["and 36 more", "wrong", "unlabelled"]
 
 
 def test_plot_run_writes_what_there_is_material_for(tmp_path):

@@ -220,6 +220,9 @@ def test_overlay_has_the_legends_hue_and_leaves_ignored_pixels():
     labels[:, 3:] = 255
     out = overlay(image, labels, CLASSES.palette)
     assert (out[:, 3:] == 128).all()
+    assert not np.ptp(
+        overlay(image * np.uint8([2, 1, 0]), labels, CLASSES.palette)[:, 3:], axis=-1
+    ).any()  # grey
     inside = out[2, 0].astype(int)
     assert np.array_equal(inside, (0.6 * CLASSES.palette[0] + 0.4 * 128).round())
 

@@ -164,11 +164,11 @@ def test_overwrite_waits_for_good_input(interrupted, tmp_path, capsys, overrides
 
 def resumed(keys: dict, folder: Path) -> Trainer:
     """What the command would train, in its folder."""
-    from train import run
+    from train import run_folder
     from train.config import load_config
 
     config = load_config([], keys)
-    state = run.prepare_folder(config, folder)
+    state = run_folder.prepare_folder(config, folder)
     folder.mkdir(exist_ok=True)
     return Trainer(config, CPU, folder, state)
 
@@ -191,14 +191,17 @@ def test_run_from_another_folders_checkpoint_has_a_best_of_its_own(interrupted, 
 
 
 def test_evaluation_that_cannot_give_a_result(interrupted, tmp_path, capsys):
-    from train import run
+    from train import run, run_folder
     from train.config import load_config
 
     keys, _ = interrupted
     config, folder = load_config([], keys), tmp_path / "tiny"
-    run.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    run_folder.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
     assert run.main(["eval", str(folder), "--output", str(tmp_path / "nowhere" / "a.json")]) == 2
     assert capsys.readouterr().err.startswith("error: --output")
+    if Path("/proc/self").is_dir():  # where not even root can write; said before the evaluation, not after it
+        assert run.main(["eval", str(folder), "--output", "/proc/a.json"]) == 2
+        assert "/proc: cannot be written: " in capsys.readouterr().err
     for path in (tmp_path / "data" / "annotations" / "validation").iterdir():
         Image.new("L", (32, 32)).save(path)
     assert run.main(["eval", str(folder)]) == 2
@@ -243,13 +246,13 @@ def test_state_that_is_left_out_would_be_noticed(tmp_path):
     assert differing(*ends)
 
 
-def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tmp_path, monkeypatch):
-    from train import inference, run
+def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tmp_path, monkeypatch, capsys):
+    from train import inference, run, run_folder
     from train.config import load_config
 
     keys, _ = interrupted
     config, folder = load_config([], keys | {"train.precision": "bf16"}), tmp_path / "tiny"
-    run.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    run_folder.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
     seen, evaluate = [], inference.evaluate
 
     def noted(*arguments, **options):
@@ -259,13 +262,16 @@ def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tm
     monkeypatch.setattr(inference, "evaluate", noted)
     assert run.main(["eval", str(folder)]) == 0
     assert (folder / "results_best.json").exists() and (folder / "plots" / "confusion_best.png").exists()
+    assert run.main(["eval", str(folder), "--eval.max_images", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"4 images of {tmp_path}" in said and f"3 images of {tmp_path}" in said
     before = sorted(folder.rglob("*"))
     output = tmp_path / "elsewhere.json"
     arguments = ["--multiscale", "--output", str(output), "--train.precision", "fp32"]
     assert run.main(["eval", str(folder), *arguments]) == 0
     assert output.exists() and (tmp_path / "elsewhere_confusion.png").exists()
     assert sorted(folder.rglob("*")) == before  # --output leaves the run folder alone
-    assert seen == [torch.bfloat16, None]
+    assert seen == [torch.bfloat16, torch.bfloat16, None]
     for options, ending in (
         (["--checkpoint", "last"], "last"),
         (["--multiscale"], "multiscale"),

@@ -383,16 +383,20 @@ def list_pairs(root: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]
     return images, annotations, problems
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, progress: bool):
     """Yields dataset[0], dataset[1], ... computed by `workers` processes (0: here), with a progress bar.
 
     No more processes than this one may use cores: they only decode, and torch warns of more.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
-        num_workers=min(workers, cores),
+        num_workers=min(workers, usable_cores()),
         collate_fn=_identity,
         generator=torch.Generator(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -22,6 +23,15 @@ _OPERATORS = {
     "segmenter_mask": ("mask_logits",),
     "segmenter_linear": (),
 }
+
+
+def prepare_torch(config: Config) -> None:
+    """Threads and determinism, as the configuration has them."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,23 +124,39 @@ def check(config: Config) -> None:
         )
 
 
-def help_text() -> str:
-    """All keys with type, default and meaning."""
-    return "\n".join(_help_lines(Config, ""))
+def help_text(only: Sequence[str] = ()) -> str:
+    """Keys with type, default and meaning: all, or those of the sections and with the names in ``only``.
+
+    Raises ``UserError`` for a name that is neither.
+    """
+    for name in only:
+        if not any(key == name or key.startswith(f"{name}.") for key in _types(Config)):
+            close = difflib.get_close_matches(name, [entry.name for entry in dataclasses.fields(Config)], n=1)
+            raise UserError(
+                f"unknown section or key {name}"
+                + (f"; did you mean {close[0]}?" if close else _nearest(name))
+            )
+    wanted = [f"{name}." for name in only] or [""]
+    return "\n".join(_help_lines(Config, "", lambda dotted: f"{dotted}.".startswith(tuple(wanted)))).strip(
+        "\n"
+    )
 
 
-def _help_lines(schema: type, prefix: str) -> list[str]:
+def _help_lines(schema: type, prefix: str, wanted: Callable[[str], bool]) -> list[str]:
     meanings = {
         entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(schema).params
     }
     lines = []
     for key, hint in typing.get_type_hints(schema).items():
+        dotted = f"{prefix}{key}"
         if dataclasses.is_dataclass(hint):
-            lines += ["", f"{prefix}{key}: {hint.__doc__}", *_help_lines(hint, f"{prefix}{key}.")]
-        else:
+            if wanted(dotted):
+                lines += ["", f"{dotted}: {hint.__doc__}"]
+            lines += _help_lines(hint, f"{dotted}.", wanted)
+        elif wanted(dotted):
             default = getattr(schema(), key)
             default = "null" if default is None else default
-            lines.append(f"  --{prefix}{key} ({_readable(hint)}; default {default})\n      {meanings[key]}")
+            lines.append(f"  --{dotted} ({_readable(hint)}; default {default})\n      {meanings[key]}")
     return lines
 
 
@@ -267,7 +284,7 @@ def _nearest(dotted: str) -> str:
         close = [leaves[leaf] for leaf in difflib.get_close_matches(dotted.rpartition(".")[2], leaves, n=1)]
     if not close:
         close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "; see `python train/run.py --help` for the keys"
+    return f"; did you mean {close[0]}?" if close else "; see `python train/run.py keys`"
 
 
 def _parser() -> jsonargparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """One process, or many started by ``torchrun`` on one machine or several.
 
-Everything is read from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT). CPU tensors travel over gloo, CUDA tensors over NCCL.
+Everything is read from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT). CPU tensors travel over gloo, CUDA tensors over NCCL.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> World:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     return World(chosen, rank, size)
+
+
+def processes_here() -> int:
+    """How many of the processes share this machine and its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def stop() -> None:

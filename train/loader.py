@@ -15,9 +15,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.ade20k import SegmentationFolder
+from train.ade20k import SegmentationFolder, usable_cores
+from train.distributed import processes_here
 from train.errors import UserError, first_line
 from train.transforms import TrainTransform
+
+MOST_WORKERS = (
+    8  # that are started unasked: some 2,500 crops of 512 x 512 a second (benchmarks/bench_loader.py)
+)
+
+
+def worker_count(workers: int | None) -> int:
+    """``data.workers``; for null one per core that this process may use, its share where several train here."""
+    if workers is not None:
+        return workers
+    return max(1, min(MOST_WORKERS, usable_cores() // processes_here()))
+
+
+def too_many_workers(workers: int | None) -> str | None:
+    """What to say where ``data.workers`` asks for more loader processes on this machine than there are cores."""
+    count, cores = worker_count(workers) * processes_here(), usable_cores()
+    if workers is None or count <= cores:
+        return None
+    return (
+        f"data.workers: {count} loader processes share {cores} cores, as asked; more than cores seldom help"
+    )
 
 
 class SampleOrder:
@@ -105,7 +127,7 @@ def train_loader(
     Args:
         folder: the training split.
         data: the data section of the configuration: crop_size, base_size, scale, max_class_share, flip,
-            photometric_distortion, batch_size (global), workers (processes per rank; 0 loads in this one).
+            photometric_distortion, batch_size (global), workers (as ``worker_count`` takes it).
         seed: of the order and the augmentation.
         rank, world_size: which slice of each global batch.
         start_step: number of the first global batch; a resumed run goes on exactly.
@@ -132,20 +154,26 @@ def train_loader(
         photometric_distortion=data.photometric_distortion,
         ignore_index=folder.ignore_index,
     )
-    loader = torch.utils.data.DataLoader(
+    workers = worker_count(data.workers)
+    loader = _Loader(
         TrainBatches(folder, transform, seed),
         sampler=_Steps(SampleOrder(len(folder), seed), data.batch_size, rank, world_size, start_step),
         batch_size=None,  # a key is a batch already
         collate_fn=_as_it_is,
-        num_workers=data.workers,
+        num_workers=workers,
         # Forked workers start at once, and notice when a kill takes their parent: a server's would live on.
-        multiprocessing_context="fork" if data.workers and sys.platform == "linux" else None,
-        persistent_workers=data.workers > 0,
-        prefetch_factor=4 if data.workers else None,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader would draw from the global one, which a resume restores
     )
     return _raise_errors(loader)
+
+
+class _Loader(torch.utils.data.DataLoader):
+    def check_worker_number_rationality(self) -> None:
+        """torch's warning of more workers than cores; the run says it in its own words, once: too_many_workers."""
 
 
 def _raise_errors(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, Any]]:

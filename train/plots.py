@@ -1,8 +1,9 @@
-"""The pictures of a run folder: loss and mIoU curves, confusion matrix, prediction overlays."""
+"""The pictures of a run folder: loss and mIoU curves, confusion matrix, predictions beside the ground truth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor, nn
 
 from train.ade20k import ClassList
 from train.inference import predict_labels
 from train.logs import read_metrics
 from train.metrics import SegmentationMetrics
-from train.predict import classes_by_area, overlay, short_name
+from train.predict import borders, classes_by_area, enlarged, grey_tones, overlay, short_name
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d1641b", "#2c8a4b", "#8a8f98"
+_BLUE, _ORANGE, _GREEN, _GREY, _DARK = "#1f5fa8", "#d1641b", "#2c8a4b", "#8a8f98", "#40454d"
+_WRONG, _UNLABELLED = (205, 30, 45), (125, 135, 155)
 
 
 @dataclass
@@ -66,11 +68,12 @@ def plot_run(
     metrics: SegmentationMetrics | None = None,
     samples: Sequence[Sample] | None = None,
     classes: ClassList | None = None,
+    baselines: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """Writes what there is material for into ``run_dir/plots``; returns the files.
 
-    loss.png and miou.png come from the folder's metrics.jsonl, confusion.png from ``metrics``,
-    overlays.png from ``samples`` in the colours of ``classes``. One process does it.
+    loss.png and miou.png come from the folder's metrics.jsonl (miou.png with ``baselines``: name -> mIoU),
+    confusion.png from ``metrics``, overlays.png from ``samples`` in the colours of ``classes``. One process does it.
     """
     run_dir = Path(run_dir)
     folder = run_dir / "plots"
@@ -78,11 +81,14 @@ def plot_run(
     lines = read_metrics(run_dir / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train" and line.get("loss") is not None]
     evaluations = [line for line in lines if line["kind"] == "eval" and line.get("miou") is not None]
+    epoch = train[-1]["step"] / train[-1]["epoch"] if train and train[-1].get("epoch") else None
     written = []
     if train:
-        written.append(_save(loss_figure(train), folder / "loss.png"))
+        best = _best(evaluations)["step"] if evaluations else None
+        count = None if classes is None else classes.num_classes
+        written.append(_save(loss_figure(train, best, count, epoch), folder / "loss.png"))
     if evaluations:
-        written.append(_save(score_figure(evaluations), folder / "miou.png"))
+        written.append(_save(score_figure(evaluations, baselines, epoch), folder / "miou.png"))
     if metrics is not None and metrics.confusion.sum() > 0:
         written.append(plot_confusion(metrics, folder / "confusion.png"))
     if samples and classes is not None:
@@ -122,8 +128,28 @@ def smoothed(values: np.ndarray, span: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def loss_figure(lines: Sequence[dict]) -> Figure:
-    """Training loss against the step, with its moving average, and the learning rate below."""
+def _step_axis(axes: Axes, steps_per_epoch: float | None) -> None:
+    axes.set_xlabel("optimiser step" + (f" ({steps_per_epoch:,.4g} per epoch)" if steps_per_epoch else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _best(evaluations: Sequence[dict]) -> dict:
+    """The evaluation whose checkpoint is kept as best.pt: the first with the highest mIoU, of a trained model."""
+    trained = [line for line in evaluations if line["step"] > 0]
+    return max(trained or evaluations, key=lambda line: line["miou"])
+
+
+def loss_figure(
+    lines: Sequence[dict],
+    best_step: int | None = None,
+    num_classes: int | None = None,
+    steps_per_epoch: float | None = None,
+) -> Figure:
+    """Training loss against the step, with its moving average, and the learning rate below.
+
+    ``best_step`` marks the best checkpoint, ``num_classes`` the loss of equal probabilities for all classes.
+    """
     steps = np.array([line["step"] for line in lines])
     loss = np.array([line["loss"] for line in lines], dtype=float)
     figure = Figure(figsize=(8, 5.4), layout="constrained")
@@ -131,32 +157,50 @@ def loss_figure(lines: Sequence[dict]) -> Figure:
     axes = _axes(figure, grid[0])
     marker = "o" if len(steps) == 1 else None
     if len(steps) >= 20:
-        axes.plot(steps, loss, color=_BLUE, alpha=0.3, linewidth=1, label="logged")
-        axes.plot(steps, smoothed(loss, len(loss) // 15), color=_BLUE, linewidth=2, label="moving average")
-        axes.legend(frameon=False)
+        span = max(5, len(loss) // 15) | 1
+        axes.plot(steps, loss, color=_BLUE, alpha=0.3, linewidth=1, label="as logged")
+        averaged = smoothed(loss, span)
+        axes.plot(steps, averaged, color=_BLUE, linewidth=2, label=f"average over {span} log lines")
     else:
-        axes.plot(steps, loss, color=_BLUE, linewidth=2, marker=marker)
-    axes.set_ylabel("cross-entropy per pixel")
-    axes.set_ylim(bottom=0)
-    axes.set_title("Training loss", loc="left", fontweight="bold")
-    axes.tick_params(labelbottom=False)
+        axes.plot(steps, loss, color=_BLUE, linewidth=2, marker=marker, label="training")
+    if num_classes is not None:
+        chance = float(np.log(num_classes))
+        label = f"equal probabilities: ln {num_classes} = {chance:.2f}"
+        axes.axhline(chance, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
     below = _axes(figure, grid[1], sharex=axes)
     rates = np.array([np.nan if line.get("lr") is None else line["lr"] for line in lines], dtype=float)
     below.plot(steps, rates, color=_GREY, linewidth=1.5, marker=marker)
+    if best_step is not None:
+        for part in (axes, below):
+            label = f"best checkpoint: step {best_step:,}"
+            part.axvline(best_step, color=_ORANGE, linestyle=":", linewidth=1.6, label=label)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_ylabel("cross-entropy per pixel (nats)")
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1)
+    axes.set_title("Training loss", loc="left", fontweight="bold")
+    axes.tick_params(labelbottom=False)
     below.set_ylabel("learning rate")
-    below.set_xlabel("step")
     below.set_ylim(bottom=0)
     below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.set_xlim(left=0)
+    _step_axis(below, steps_per_epoch)
     figure.align_ylabels()
     return figure
 
 
-def score_figure(lines: Sequence[dict]) -> Figure:
-    """The three scores of every evaluation against the step; the best mIoU is marked."""
+def score_figure(
+    lines: Sequence[dict],
+    baselines: Mapping[str, float] | None = None,
+    steps_per_epoch: float | None = None,
+) -> Figure:
+    """The three scores of every evaluation against the step; the best checkpoint is marked.
+
+    Horizontal lines show the mIoU of ``baselines``, and of the untrained model where it was evaluated (step 0).
+    """
     steps = [line["step"] for line in lines]
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = _axes(figure, 1, 1, 1)
+    highest = 0.0
     for key, name, colour, width in (
         ("pixel_accuracy", "pixel accuracy", _GREEN, 1.4),
         ("mean_accuracy", "mean accuracy", _ORANGE, 1.4),
@@ -164,16 +208,26 @@ def score_figure(lines: Sequence[dict]) -> Figure:
     ):
         values = [np.nan if line.get(key) is None else line[key] for line in lines]
         axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=width + 2, label=name)
-    best = max(lines, key=lambda line: line["miou"])
-    axes.scatter([best["step"]], [best["miou"]], s=110, facecolor="none", edgecolor=_BLUE, linewidth=1.6)
-    title = f"best mIoU {100 * best['miou']:.1f} % at step {best['step']:,}"
+        highest = max(highest, np.nanmax([*values, 0.0]))
+    best = _best(lines)
+    axes.vlines(best["step"], 0, best["miou"], color=_BLUE, linestyle=":", linewidth=1.4)
+    label = f"best checkpoint: mIoU {100 * best['miou']:.1f} % at step {best['step']:,}"
+    axes.scatter(
+        [best["step"]], [best["miou"]], s=120, facecolor="none", edgecolor=_BLUE, linewidth=1.6, label=label
+    )
+    levels = dict(baselines or {})
+    if lines[0]["step"] == 0:
+        levels = {"untrained model": lines[0]["miou"]} | levels
+    for (name, value), dashes in zip(levels.items(), itertools.cycle([(5, 3), (1, 1.5), (8, 2, 1, 2)])):
+        label = f"mIoU of the {name}: {100 * value:.1f} %"
+        axes.axhline(value, color=_DARK, linestyle=(0, dashes), linewidth=1.2, label=label)
+        highest = max(highest, value)
     axes.set_title("Validation scores", loc="left", fontweight="bold")
-    axes.set_title(title, loc="right", color=_BLUE)
-    axes.set_xlabel("step")
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    axes.set_ylabel("score (per cent)")
+    axes.set_ylim(0, min(1.0, np.ceil(10 * (1.05 * highest)) / 10) or 1.0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    _step_axis(axes, steps_per_epoch)
+    figure.legend(frameon=False, ncols=2, loc="outside lower center", fontsize=9)
     return figure
 
 
@@ -230,6 +284,7 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
     bar = figure.colorbar(shown, cax=beside)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bar.ax.tick_params(labelsize=0.75 * heading if heading > 12 else None)
+    bar.set_label("share of the annotated class (square-root scale)", fontsize=0.75 * heading)
     bar.outline.set_edgecolor(_GREY)
     _enlarge_around(figure, axes, side)
     return figure
@@ -246,34 +301,49 @@ def _enlarge_around(figure: Figure, axes: Axes, side: float, margin: float = 0.1
     axes.set_position((-left / width, -bottom / height, side / width, side / height))
 
 
+def error_map(image: np.ndarray, target: np.ndarray, labels: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where ``labels`` differ from ``target``, over the faded image: (H, W, 3) uint8. Unlabelled pixels are grey."""
+    faded = 255 - 0.45 * (255 - grey_tones(image)).repeat(3, -1)
+    wrong = known & (labels.astype(np.int64) != target)
+    for where, colour, share in ((wrong, _WRONG, 0.8), (~known, _UNLABELLED, 0.75)):
+        faded = np.where(where[..., None], share * np.float32(colour) + (1 - share) * faded, faded)
+    outline = borders(np.where(known, target, -1))[..., None]
+    return np.where(outline, 0.6 * faded, faded).round().astype(np.uint8)
+
+
 def overlay_figure(samples: Sequence[Sample], classes: ClassList, max_entries: int = 24) -> Figure:
-    """A row per sample: image, ground truth, prediction; below, the classes present, largest area first."""
-    width = 3.6
+    """A row per sample: image, ground truth, prediction, and where they differ; below, the classes present, largest
+    area first."""
+    width, dpi = 3.1, 130
     heights = [width * sample.image.shape[0] / sample.image.shape[1] for sample in samples]
     everything = np.concatenate([x.astype(np.int64).ravel() for s in samples for x in (s.target, s.labels)])
     present = classes_by_area(everything, classes.num_classes)
-    entries = [
-        Patch(facecolor=classes.palette[c] / 255, edgecolor=_GREY, label=short_name(classes.names[c]))
-        for c, _ in present[:max_entries]
-    ]
+    patch = lambda colour, label: Patch(facecolor=np.divide(colour, 255), edgecolor=_GREY, label=label)
+    entries = [patch(classes.palette[c], short_name(classes.names[c])) for c, _ in present[:max_entries]]
     if len(present) > max_entries:
         entries.append(Patch(alpha=0, label=f"and {len(present) - max_entries} more"))
-    columns = 6
+    entries += [patch(_WRONG, "wrong"), patch(_UNLABELLED, "unlabelled")]
+    columns = 8
     legend_height = 0.1 + 0.22 * -(-len(entries) // columns)
     total = sum(heights) + 0.26 * len(samples) + legend_height
-    figure = Figure(figsize=(3 * width + 0.4, total), layout="constrained")
+    figure = Figure(figsize=(4 * width + 0.4, total), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
-    grid = figure.add_gridspec(len(samples) + 1, 3, height_ratios=[*heights, legend_height])
+    grid = figure.add_gridspec(len(samples) + 1, 4, height_ratios=[*heights, legend_height])
     for row, sample in enumerate(samples):
+        factor = max(1, round(width * dpi / sample.image.shape[1]))  # so that borders are thin lines
+        image, target, labels = enlarged(factor, sample.image, sample.target, sample.labels)
+        target = target.astype(np.int64)
+        known = (target >= 0) & (target < classes.num_classes)
+        wrong = (known & (labels != target)).sum() / max(1, known.sum())
         pictures = [
-            sample.image,
-            overlay(sample.image, sample.target, classes.palette),
-            overlay(sample.image, sample.labels, classes.palette),
+            (sample.name, image),
+            ("ground truth", overlay(image, target, classes.palette, 0.7)),
+            ("prediction", overlay(image, labels, classes.palette, 0.7)),
+            (f"wrong: {100 * wrong:.1f} % of the labelled pixels", error_map(image, target, labels, known)),
         ]
-        titles = (sample.name, "ground truth", "prediction")
-        for column, (picture, title) in enumerate(zip(pictures, titles)):
+        for column, (title, picture) in enumerate(pictures):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(picture, interpolation="lanczos")
+            axes.imshow(picture, interpolation="antialiased")
             axes.set_title(title, fontsize=9, loc="left", pad=3)
             axes.set_axis_off()
     below = figure.add_subplot(grid[len(samples), :])

@@ -95,7 +95,33 @@ def short_name(name: str, limit: int = 24) -> str:
     return name if len(name) <= limit else f"{name[: limit - 1].rstrip()}…"
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+def enlarged(factor: int, image: np.ndarray, *maps: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The image (H, W, 3) uint8, interpolated, and maps (H, W), repeated, ``factor`` times as high and wide."""
+    if factor == 1:
+        return image, *maps
+    height, width = image.shape[:2]
+    size = (width * factor, height * factor)
+    smooth = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    return smooth, *(labels.repeat(factor, 0).repeat(factor, 1) for labels in maps)
+
+
+def grey_tones(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> its luma, (H, W, 1) float32."""
+    return (image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None]
+
+
+def borders(labels: np.ndarray, width: int = 1) -> np.ndarray:
+    """(H, W) bool: the pixels with another label up to ``width`` pixels to their right or below them."""
+    border = np.zeros(labels.shape, dtype=bool)
+    for step in range(1, width + 1):
+        border[:, :-step] |= labels[:, :-step] != labels[:, step:]
+        border[:-step] |= labels[:-step] != labels[step:]
+    return border
+
+
+def overlay(
+    image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity: float = 0.6, line: int = 1
+) -> np.ndarray:
     """Blends class colours over an image: (H, W, 3) uint8.
 
     The image enters as its grey tones, so that a class keeps the hue that the legend shows; the borders between
@@ -103,21 +129,19 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity:
 
     Args:
         image: (H, W, 3) uint8.
-        labels: (H, W) of an integer dtype; values outside the palette (the ignored label) stay uncoloured.
+        labels: (H, W) of an integer dtype; values outside the palette (the ignored label) stay grey.
         palette: (C, 3) uint8.
         opacity: share of the class colour, 0..1.
+        line: pixels that a border is wide.
     """
     labels = labels.astype(np.int64)
     known = (labels >= 0) & (labels < len(palette))
     labels = np.where(known, labels, -1)
     colours = palette[labels].astype(np.float32)
-    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    blend = opacity * colours + (1 - opacity) * grey[..., None]
-    border = np.zeros(labels.shape, dtype=bool)
-    border[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    border[:-1] |= labels[:-1] != labels[1:]
-    blend = np.where(border[..., None], 0.55 * colours, blend)
-    return np.where(known[..., None], blend, image).round().astype(np.uint8)
+    grey = grey_tones(image)
+    blend = opacity * colours + (1 - opacity) * grey
+    blend = np.where(borders(labels, line)[..., None], 0.55 * colours, blend)
+    return np.where(known[..., None], blend, grey).round().astype(np.uint8)
 
 
 def classes_by_area(labels: np.ndarray, num_classes: int) -> list[tuple[int, float]]:
@@ -138,9 +162,9 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, classes: ClassList) -> I
 
     Arguments as for :func:`overlay`. Small pictures are enlarged by a whole factor to leave room for text.
     """
-    picture = Image.fromarray(overlay(image, labels, classes.palette))
-    factor = max(1, -(-240 // min(picture.size)))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    factor = max(1, -(-240 // min(labels.shape)))
+    line = max(1, max(labels.shape) // 800)
+    picture = Image.fromarray(overlay(*enlarged(factor, image, labels), classes.palette, line=line))
     size = min(max(round(picture.height / 36), 13), 48)
     font, row, margin = _font(size), round(1.75 * size), size
     present = classes_by_area(labels, classes.num_classes)

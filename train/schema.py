@@ -1,7 +1,7 @@
 # ruff: noqa: RUF009  (`number` makes dataclass fields)
 """The keys of a configuration: name, type, default, range and meaning of each.
 
-The text under a key is what ``python train/run.py --help`` prints.
+The text under a key is what ``python train/run.py keys`` prints.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Data:
     """Folder of the decoded cache; null: decode the files every time."""
     batch_size: int = number(8, ge=1)
     """Images per micro-step, over all processes together."""
-    workers: int = number(4, ge=0)
-    """Loader processes of each process; 0 loads in the training process."""
+    workers: int | None = number(None, ge=0)
+    """Loader processes of each process; 0 loads in the training process; null: one per usable core, at most 8."""
     generate: Generate = field(default_factory=Generate)
 
 

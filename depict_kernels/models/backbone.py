@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
+import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
@@ -138,6 +141,10 @@ def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: d
         config = timm.get_pretrained_cfg(name)
         if config is None or not config.has_weights:
             raise PretrainedWeightsError(f"timm has no pretrained weights for {name!r}: {go_on}")
+        if reason := _why_no_hub(config):
+            raise PretrainedWeightsError(
+                f"the pretrained weights of {name!r} are not in the local cache and {reason}: {go_on}"
+            )
     try:
         # timm loads what fits and only logs what does not. From one seed, whatever the weights did not bring is
         # equal in a model without them.
@@ -164,3 +171,35 @@ def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: d
             f"({len(missing)} parameters): {go_on}"
         )
     return vit
+
+
+# What the HTTP clients of huggingface_hub (httpx, before 1.0 requests) call a connection that did not come about.
+_NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
+
+
+def _why_no_hub(config: Any, pauses: tuple[float, ...] = (1.0, 2.0)) -> str | None:
+    """Why the weights of timm's ``config`` cannot come from the Hugging Face hub, if nobody answers there.
+
+    timm asks for two files and huggingface_hub makes six attempts for each, three quarters of a minute without a
+    network. A hub that answers, however slowly or badly, is left to their retries, and so are weights in the cache.
+    """
+    if not config.hf_hub_id or config.file or os.environ.get("TIMM_USE_OLD_CACHE", "0") != "0":
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for file in files:
+        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(cached, str):
+            return None
+    url = huggingface_hub.hf_hub_url(repository, files[0], revision=revision or None)
+    for pause in (*pauses, None):
+        try:
+            huggingface_hub.get_hf_file_metadata(url)  # one attempt, of HF_HUB_ETAG_TIMEOUT seconds at most
+            return None
+        except Exception as error:
+            if type(error).__name__ not in _NO_CONNECTION:
+                return None
+            reason = f"{'/'.join(url.split('/')[:3])} cannot be reached ({error})"
+        if pause is not None:
+            time.sleep(pause)
+    return reason

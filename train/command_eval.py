@@ -1,0 +1,174 @@
+"""The commands that work with a trained model: `eval` and `predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from train.command_line import CONFIG, Command, Option
+from train.errors import UserError
+from train.run_folder import SCORES, check_writable, write_results
+
+
+def open_run(
+    command: Command, words: list[str], rest: list[str], which: str
+) -> tuple[Path, Any, Any, Any, dict[str, Any], Any]:
+    """The run folder's path, configuration, class list, model with weights, checkpoint, and the world."""
+    from train import build, checkpoint, distributed
+    from train import config as configuration
+    from train.ade20k import load_classes
+
+    if not words:
+        raise UserError(f"which run? usage: {command.usage}")
+    folder = Path(words[0])
+    if not (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder}: no run folder (it has no config.yaml); training writes one, e.g. runs/demo"
+        )
+    files, overrides = configuration.parse_overrides(rest)
+    config = configuration.load_config([folder / "config.yaml", *files], overrides)
+    if "train.device" not in overrides:  # where it was trained says nothing about where it is evaluated
+        config.train.device = "auto"
+    build.prepare_torch(config)
+    world = distributed.start(config.train.device)
+    build.check_backend(config, world.device, training=False)
+    classes = load_classes(str(folder / "classes.csv"))
+    model = build.model(config, classes.num_classes, weights=False)
+    path = folder / f"{which}.pt" if which in ("best", "last") else Path(which)
+    state = checkpoint.load(path)
+    # last.pt holds both; the moving average is what training evaluates.
+    checkpoint.load_weights(model, state.get("ema") or state["model"], path, state["config"], config)
+    model.to(world.device).eval()
+    return folder, config, classes, model, state, world
+
+
+def scored(which: str, multiscale: bool) -> str:
+    """What the names of an evaluation's files say of it; the best checkpoint's multi-scale one names no checkpoint."""
+    stem = f"_{Path(which).stem}"
+    if multiscale:
+        return "_multiscale" if which == "best" else f"_multiscale{stem}"
+    return stem
+
+
+def evaluate_run(arguments: list[str]) -> int:
+    words, own, rest = EVAL.split(arguments)
+    which = own.get("checkpoint", "best")
+    folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
+    if len(words) > 1:
+        raise UserError(f"unexpected argument {words[1]!r}; usage: {EVAL.usage}")
+    multiscale = own.get("multiscale", False)
+    if not Path(own.get("output", folder)).parent.is_dir():
+        raise UserError(f"--output {own['output']}: there is no folder {Path(own['output']).parent}")
+    from train import build, distributed
+    from train.inference import Comparison, evaluate, print_progress
+    from train.plots import plot_confusion
+
+    output = Path(own["output"]) if "output" in own else folder / f"results{scored(which, multiscale)}.json"
+    distributed.on_main(world, lambda: check_writable(output.parent, "--output"))
+    root = build.data_root(config, world)
+    dataset = build.split(config, root, config.data.val_split, classes)
+    comparison = Comparison() if own.get("compare-stock") else None
+    metrics = evaluate(
+        model,
+        dataset,
+        config.eval,
+        multiscale=multiscale,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        amp_dtype=build.autocast_dtype(config),
+        progress=print_progress() if world.main else None,
+        comparison=comparison,
+    )
+    if world.main:
+        results = metrics.results()
+        if results["miou"] is None:
+            raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
+        count = min(len(dataset), config.eval.max_images or len(dataset))
+        print(f"{folder}, {which} checkpoint (step {state['step']}), {count} images of {dataset.root}"
+              + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
+        for key, title in SCORES.items():
+            print(f"  {title:<16}{results[key]:.4f}")
+        if comparison is not None:
+            print(f"  {comparison}")
+        extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale}
+        write_results(output, metrics, {**extra, "confusion": metrics.confusion.tolist()})
+        picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
+        if "output" in own:
+            picture = output.with_name(f"{output.stem}_confusion.png")
+        plot_confusion(metrics, picture)
+        print(f"written to {output} and {picture}")
+    return 0
+
+
+def predict_run(arguments: list[str]) -> int:
+    words, own, rest = PREDICT.split(arguments)
+    folder, config, classes, model, _, world = open_run(
+        PREDICT, words[:1], rest, own.get("checkpoint", "best")
+    )
+    if len(words) < 2:
+        raise UserError(f"which images? usage: {PREDICT.usage}")
+    from train import build
+    from train.inference import print_progress
+    from train.predict import predict_folder
+
+    output = Path(own.get("output", folder / "predictions"))
+    report = predict_folder(
+        model,
+        [Path(word) for word in words[1:]],
+        classes,
+        config.eval,
+        output,
+        multiscale=own.get("multiscale", False),
+        reduce_zero_label=config.data.reduce_zero_label,
+        device=world.device,
+        amp_dtype=build.autocast_dtype(config),
+        progress=print_progress("predicting"),
+    )
+    print(f"{len(report.written)} files written to {output}")
+    return report.exit_status
+
+
+CHECKPOINT = Option(
+    "checkpoint", "best (the default) or last of the run's checkpoints, or any file.", "best|last|FILE"
+)
+KEYS = ("data.root", "train.device", "train.precision", "model.backend", "eval.batch_windows")
+
+EVAL = Command(
+    "eval",
+    evaluate_run,
+    "Score a run folder's model on its validation split",
+    words="RUN",
+    text="RUN is a folder that training wrote, e.g. runs/demo; its config.yaml gives the keys. Writes "
+    "RUN/results_<checkpoint>.json, with --multiscale results_multiscale.json "
+    "(results_multiscale_<checkpoint>.json where that is not best), and the confusion matrix of the same ending "
+    "in RUN/plots; the run's other plots stay as training left them. Under torchrun the processes share the work.",
+    options=(
+        Option("multiscale", "Average over eval.multiscale_scales and flips: the paper's second number."),
+        Option("compare-stock", "Also count the pixels that stock torch labels otherwise."),
+        CHECKPOINT,
+        Option(
+            "output",
+            "Write the results there, and FILE_confusion.png beside it, instead of into RUN.",
+            "FILE",
+        ),
+        CONFIG,
+    ),
+    keys=(*KEYS[:1], "data.val_split", *KEYS[1:], "eval.max_images"),
+)
+
+PREDICT = Command(
+    "predict",
+    predict_run,
+    "Label any images with a run folder's model",
+    words="RUN PATH ...",
+    text="Each PATH is an image or a folder of images. Writes <name>.png, coded as the run's annotations are, and "
+    "<name>_overlay.png to look at.",
+    options=(
+        Option("output", "Folder of the label maps, by default RUN/predictions.", "DIR"),
+        Option("multiscale", "Average over eval.multiscale_scales and flips."),
+        CHECKPOINT,
+        CONFIG,
+    ),
+    keys=KEYS[1:],
+)

@@ -1,0 +1,88 @@
+"""What a command of train/run.py is, how its words are taken apart, and what --help prints of it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from train.errors import UserError
+
+PROGRAM = "python train/run.py"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of one command: ``--name VALUE``, or a switch where ``value`` is None."""
+
+    name: str
+    meaning: str
+    value: str | None = None
+
+    def __str__(self) -> str:
+        return f"--{self.name} {self.value}" if self.value else f"--{self.name}"
+
+
+CONFIG = Option("config", "A YAML file of keys; may be given several times, later ones win.", "FILE")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word that train/run.py takes first."""
+
+    name: str
+    run: Callable[[list[str]], int]
+    summary: str
+    words: str = ""  # as the usage line shows them
+    text: str = ""
+    options: tuple[Option, ...] = ()
+    keys: tuple[str, ...] = ()  # those of the configuration that one gives with this command most often
+
+    @property
+    def usage(self) -> str:
+        options = [f"[{option}]" for option in self.options]
+        return " ".join(filter(None, [PROGRAM, self.name, self.words, *options, "[--section.key VALUE ...]"]))
+
+    def help_text(self) -> str:
+        """The command's own arguments, then the keys that matter with it, then how to see all of them."""
+        from train.config import help_text
+
+        unbroken = re.sub(r"\[[^]]*\]", lambda option: option[0].replace(" ", "\xa0"), f"usage: {self.usage}")
+        lines = textwrap.wrap(unbroken, 100, subsequent_indent=" " * 7)
+        parts = ["\n".join(lines).replace("\xa0", " ")]
+        parts.append("\n".join(textwrap.wrap(f"{self.summary}. {self.text}".strip(), 100)))
+        if self.options:
+            width = max(len(str(option)) for option in self.options) + 2
+            parts.append("\n".join(f"  {option!s:<{width}}{option.meaning}" for option in self.options))
+        parts.append(f"Keys that are often given with it:\n{help_text(self.keys)}")
+        parts.append(
+            f"A default holds where no file gives the key. Every key may be given: `{PROGRAM} keys` shows them all, "
+            f"`{PROGRAM} keys optim` those of a section."
+        )
+        return "\n\n".join(parts)
+
+    def split(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+        """Positional words, the command's own options, and the rest for the keys. Raises ``UserError``."""
+        takes_value = {option.name: option.value is not None for option in self.options if option != CONFIG}
+        words: list[str] = []
+        own: dict[str, Any] = {}
+        rest: list[str] = []
+        queue = list(arguments)
+        while queue:
+            word = queue.pop(0)
+            key, equals, value = word.partition("=")
+            if not word.startswith("--"):
+                words.append(word)
+            elif key[2:] not in takes_value:
+                rest.append(word)
+                if not equals and queue:
+                    rest.append(queue.pop(0))
+            elif not takes_value[key[2:]]:
+                own[key[2:]] = True
+            elif equals or queue:
+                own[key[2:]] = value if equals else queue.pop(0)
+            else:
+                raise UserError(f"{key} needs a value")
+        return words, own, rest

@@ -1,0 +1,101 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from train.command_line import CONFIG, Command
+from train.run_folder import open_folder, prepare_folder, report, write_results
+
+
+def train_run(arguments: list[str]) -> int:
+    from train import build, distributed
+    from train import config as configuration
+
+    files, overrides = configuration.parse_overrides(arguments)
+    config = configuration.load_config(files or [configuration.CONFIGS / "demo.yaml"], overrides)
+    build.prepare_torch(config)
+    world = distributed.start(config.train.device)
+    build.check_backend(config, world.device, training=True)
+    folder = Path(config.run.root) / config.run.name
+    resume = distributed.on_main(world, lambda: prepare_folder(config, folder))
+
+    from train import plots  # noqa: F401  (drawn at the end: a package that is missing shows now)
+    from train.engine import Trainer
+
+    trainer = Trainer(config, world, folder, resume)
+    del resume
+
+    distributed.on_main(world, lambda: open_folder(config, folder, trainer.classes, world))
+    describe(trainer)
+    if trainer.step >= trainer.total_steps and (folder / "results.json").exists():
+        trainer.log.say(f"{folder} is finished; --run.overwrite true starts over")
+    else:
+        trainer.train()
+        finish(trainer)
+    if world.main:
+        report(folder)
+    return 0
+
+
+TRAIN = Command(
+    "train",
+    train_run,
+    "Train a model, score it, draw its curves",
+    text="The word `train` may be left out; without any argument it is the demo. A run folder that holds a checkpoint "
+    "goes on from it. Under torchrun the processes share the work.",
+    options=(CONFIG,),
+    keys=(
+        "run.name", "run.root", "run.overwrite", "data.root", "data.classes", "data.batch_size", "model.name",
+        "model.pretrained", "model.checkpoint_path", "optim.lr", "train.epochs", "train.steps", "train.precision",
+        "train.device",
+    ),
+)  # fmt: skip
+
+
+def describe(trainer: Any) -> None:
+    from train.loader import too_many_workers
+
+    config, say = trainer.config, trainer.log.say
+    count = sum(p.numel() for p in trainer.model.parameters())
+    say(f"run folder  {trainer.folder}")
+    say(f"data        {trainer.train_set.root}: {len(trainer.train_set)} training and {len(trainer.val_set)} "
+        f"validation images, {trainer.classes.num_classes} classes")  # fmt: skip
+    say(f"model       {config.model.name}, {count / 1e6:.2f} M parameters, operators: {config.model.backend}")
+    say(f"training    {trainer.total_steps} steps, {trainer.total_steps / trainer.steps_per_epoch:.1f} epochs, "
+        f"{trainer.world.size} x {trainer.device}, {config.train.precision}")  # fmt: skip
+    if note := too_many_workers(config.data.workers):
+        say(f"note        {note}")
+    if trainer.step:
+        say(f"resumed     at step {trainer.step}")
+
+
+def finish(trainer: Any) -> None:
+    """Scores the best checkpoint and writes results.json and the plots."""
+    import torch
+
+    from train import build, checkpoint, distributed
+    from train.plots import collect_samples, plot_run
+
+    folder, world = trainer.folder, trainer.world
+    path = folder / "best.pt"
+    state = distributed.on_main(world, lambda: checkpoint.load(path))
+    checkpoint.load_weights(trainer.model, state["model"], path, state["config"], trainer.config)
+    metrics = trainer.measure(trainer.model)
+    if not world.main:
+        return
+    extra: dict[str, Any] = {"step": state["step"], "checkpoint": "best"}
+    if trainer.untrained_miou is not None:
+        extra["untrained_miou"] = trainer.untrained_miou
+    baselines = {}
+    if trainer.config.data.root is None:
+        from train.generated import pixel_baseline
+
+        extra["pixel_baseline_miou"] = pixel_baseline(trainer.train_set.root)
+        baselines["per-pixel classifier of colour and position"] = extra["pixel_baseline_miou"]
+    write_results(folder / "results.json", metrics, extra)
+    dtype = build.autocast_dtype(trainer.config)
+    with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype is not None):
+        samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
+    plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes, baselines=baselines)

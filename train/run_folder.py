@@ -1,0 +1,169 @@
+"""A run's folder: whether a run may use it, and what is written there beside the checkpoints and the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+
+# Keys that change what is reported or where it goes, not what is trained.
+FREE_ON_RESUME = (
+    "run.", "data.root", "data.cache", "data.workers", "data.val_split", "eval.", "train.device", "train.threads",
+    "train.log_every", "train.eval_every", "train.save_every", "train.tensorboard", "train.compile",
+    "train.score_untrained", "train.deterministic", "model.backend",
+    "model.pretrained", "model.checkpoint_path",
+)  # fmt: skip
+SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raises ``UserError`` where nothing can be written into ``folder`` or, as long as it is missing, above it.
+
+    Writes and removes a nameless file, since permission bits do not tell (root, read-only and full disks). ``key``
+    is what to change.
+    """
+    existing = next(path for path in (folder, *folder.parents, Path()) if os.path.lexists(path))
+    failed = f"{folder}: cannot be {'written' if existing == folder else 'made'}"
+    if not existing.is_dir():
+        raise UserError(f"{failed}: {existing} is no folder; change {key}")
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0")
+            file.flush()
+    except OSError as error:
+        raise UserError(f"{failed}: {existing}: {error.strerror}; change {key}") from None
+
+
+def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
+    """Decides whether this run is new or goes on; the checkpoint's state in the latter case.
+
+    ``--run.resume PATH`` of another folder starts this one from there; once it has a checkpoint of its own, the same
+    command goes on from that. Nothing is deleted yet. Raises ``UserError`` rather than mix two runs in one folder.
+    """
+    from train import checkpoint
+    from train.config import to_dict
+
+    check_writable(folder, "--run.root")
+    resume, last = config.run.resume, folder / "last.pt"
+    over = config.run.overwrite
+    if over and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: no run folder (it has no config.yaml), so run.overwrite leaves it alone")
+    checkpoint.remove_leftovers(folder)
+    path = Path(resume)
+    path = path / "last.pt" if path.is_dir() else path
+    named = resume not in ("auto", "never")
+    own = named and path.resolve().parent == folder.resolve()
+    if resume == "never":
+        if last.exists() and not over:
+            raise UserError(
+                f"{folder}: holds a run; give another --run.name, or --run.overwrite true to start over"
+            )
+        return None
+    if resume == "auto" and (over or not last.exists()):
+        return None
+    if not over and last.exists() and not own:
+        state = checkpoint.load(last)
+        changed = [
+            text
+            for text in checkpoint.differences(state["config"], to_dict(config))
+            if not text.startswith(FREE_ON_RESUME)
+        ]
+        if changed:
+            raise UserError(
+                f"{folder}: holds a run with another configuration ({'; '.join(changed)}). Give another "
+                f"--run.name, --run.overwrite true to start over, or --run.resume {last} to go on with the new values"
+            )
+        return state
+    state = checkpoint.load(path)
+    if "optimizer" not in state:
+        raise UserError(f"{path}: holds weights only; last.pt of a run folder is what training resumes from")
+    if over or not own:  # the best checkpoint stays behind in the other folder
+        state |= {"best_miou": -1.0, "best_step": -1, "evaluated_step": -1}
+    return {**state, "file": str(path)}
+
+
+def open_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
+    """Makes the folder, empties it for ``run.overwrite``, and writes what a start writes.
+
+    To be called once the data and the model were found to be good: a start that fails leaves no empty folder and
+    deletes nothing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    if config.run.overwrite:
+        for path in folder.iterdir():  # the folder itself may be a link
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_run_folder(config, folder, classes, world)
+
+
+def write_run_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
+    """config.yaml and classes.csv: with a checkpoint they rebuild the model, wherever the data went."""
+    from train.config import save_config
+
+    save_config(config, folder / "config.yaml", versions(world))
+    rows = (
+        f"{i},{quoted(name)},{','.join(str(int(value)) for value in colour)}"
+        for i, (name, colour) in enumerate(zip(classes.names, classes.palette))
+    )
+    (folder / "classes.csv").write_text("index,name,r,g,b\n" + "".join(f"{row}\n" for row in rows))
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def versions(world: Any) -> dict[str, Any]:
+    """What the results may depend on besides the configuration."""
+    import torch
+
+    import depict_kernels
+
+    found: dict[str, Any] = {
+        "depict_kernels": depict_kernels.__version__,
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "torchvision", "timm", "triton", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    found["git_commit"] = git.stdout.strip() or None if git.returncode == 0 else None
+    cuda = world.device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(world.device) if cuda else f"cpu ({platform.machine()})"
+    found["threads"] = torch.get_num_threads()
+    found["processes"] = world.size
+    return found
+
+
+def write_results(path: Path, metrics: Any, extra: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps({**metrics.results(), **extra}, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def report(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    print("\nresult on the validation split")
+    for key, title in SCORES.items():
+        print(f"  {title:<16}{results[key]:.4f}")
+    for key, title in (
+        ("untrained_miou", "mIoU of the untrained model"),
+        ("pixel_baseline_miou", "mIoU of a per-pixel classifier of colour and position"),
+    ):
+        if key in results:
+            print(f"  {title:<55}{results[key]:.4f}")
+    print(f"see {folder}/results.json, {folder}/plots/, {folder}/metrics.jsonl", flush=True)
