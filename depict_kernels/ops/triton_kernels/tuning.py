@@ -175,7 +175,10 @@ def _mask_head_default(kernel: str, architecture: str, element_size: int) -> Con
     if kernel == "product":
         return Config(32, 32, 4, 2) if element_size == 4 else Config(64, 64, 4, 3)
     if element_size == 4:
-        return Config(16, 32, 4, 2) if architecture.startswith("gfx") else Config(32, 32, 8, 2)
+        if architecture.startswith("gfx"):
+            return Config(16, 32, 4, 2)
+        # Forward holds the next tiles in registers. Equal columns: backward then rounds the products as forward did.
+        return Config(16 if kernel == "forward" else 32, 32, 8, 2)
     if architecture.startswith(("sm_8", "sm_12")):  # the same tensor core instructions
         return Config(32, 64, 8, 2)
     if kernel == "forward":
