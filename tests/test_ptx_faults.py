@@ -7,9 +7,10 @@ the ISA, that lanes which have ended are not waited for, also where they jumped 
 import numpy as np
 import pytest
 
-from tests.ptx import program, small
+from tests.ptx import machine, program, small
 from tests.ptx.errors import PtxError
 
+WARP = 32
 BASE = "mov.u32 %r1, dynamic;\n"
 OWN = BASE + "mad.lo.u32 %r2, %t, 4, %r1;\n"  # this thread's word of shared memory
 OTHER = "xor.b32 %r3, %t, {};\nmad.lo.u32 %r3, %r3, 4, %r1;\n"  # and another's
@@ -481,6 +482,38 @@ def test_what_a_program_may_not_say():
     small.execute(program.parse(text), [], threads=64)
     with pytest.raises(PtxError, match="compiled for 64 threads, not 32"):
         small.execute(program.parse(text), [])
+
+
+def test_a_loop_without_end(monkeypatch):
+    """Half a warp waits for a flag that nobody sets."""
+    monkeypatch.setattr(machine, "_MOST_ISSUES", 5000)
+    body = CONVERGE + "@%p1 bra END;\nLOOP:\nld.volatile.global.u32 %r5, [%a0];\nsetp.eq.u32 %p2, %r5, {};\n"
+    body += "@%p2 bra LOOP;\nEND:\n"
+    with pytest.raises(PtxError, match="thread 16 of block 0 is still running after 5,000"):
+        execute(body.format(0), 32)
+    execute(body.format(1), 32)
+
+
+def test_barriers_that_count_threads():
+    execute("bar.sync 1, 64;\nbar.sync 2;\nbarrier.sync.aligned 0;", 64)
+    with pytest.raises(PtxError, match="some of a block's threads is not supported"):
+        execute("setp.lt.u32 %p1, %t, 32;\n@%p1 bar.sync 1, 32;", 64)
+
+
+def test_barriers_under_a_guard():
+    """Of a whole warp, of nobody, and by blocks."""
+    execute("setp.lt.u32 %p1, %t, 99;\n@%p1 bar.sync 0;\n@!%p1 bar.sync 0;\nbar.sync 0;", 64)
+    execute("setp.eq.u32 %p1, %c, 1;\n@%p1 bar.sync 0;\n@!%p1 bra END;\nbar.sync 0;\nEND:\n", 64, grid=(3,))
+
+
+def test_what_several_registers_may_hold_at_once():
+    """A destination that is also a source, in every instruction with more than one of either."""
+    out = np.zeros((WARP, 4), np.uint32)
+    body = "mov.u32 %r1, 3;\nmov.u32 %r2, 5;\nmov.b64 %d1, {%r1, %r2};\nmov.b64 {%r2, %r1}, %d1;\n"
+    body += "mad.lo.u32 %r1, %r1, %r2, %r1;\nsub.u32 %r2, %r1, %r2;\n"  # 5 * 3 + 5, 20 - 3
+    body += "setp.gt.u32 %p1|%p2, %r1, %r2;\nselp.u32 %r3, 1, 0, %p1;\nselp.u32 %r4, 1, 0, %p2;\n"
+    small.run(body + small.at("%d2", 0, 16) + "st.global.v4.u32 [%d2], {%r1, %r2, %r3, %r4};", out)
+    assert out.tolist() == [[20, 17, 1, 0]] * WARP
 
 
 def test_registers_and_shared_memory_start_poisoned():

@@ -3,10 +3,13 @@
 Threads that stand at one instruction run it together, those furthest behind first. Reported as errors: accesses
 outside of the tensors a kernel was given or of its shared memory, misaligned ones, races in shared and global memory
 (on request), warp operations that not all named lanes reach, barriers that not all threads reach. Asynchronous copies
-land when they are waited for; shared memory starts as NaN; tensor cores cut sums off (tensor_cores.py). Instructions
-that are unknown are errors, never skipped.
+and products of warpgroups land when they are waited for, their places NaN until then; shared memory and registers
+start as NaN; tensor cores cut sums off (tensor_cores.py). Instructions and modifiers that are unknown are errors, never
+skipped (forms.py).
 
-It says nothing of speed, beyond counts of instructions, bank conflicts and sectors (profile.py).
+It says nothing of speed, beyond counts of instructions, bank conflicts and sectors (profile.py). What it does not see:
+orders of threads other than its own, but for races; the order that atomic operations and fences give to other memory;
+a missing wgmma.fence; what ptxas makes of the PTX.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from tests.ptx.program import Not, Program, Register
 WARP = 32
 _RUNNING, _AT_BARRIER, _WAITING, _DONE = range(4)
 _MOST_LANES = 8192
+_MOST_ISSUES = 10_000_000  # of one machine, minutes: a loop that waits for what never comes has to end
 
 
 class Machine:
@@ -68,6 +72,7 @@ class Machine:
         self.copies, self.products = warp.Copies(self), tensor_cores.Products(self)
         self.state = np.full(self.lanes, _RUNNING, np.int8)
         self.pc = np.zeros(self.lanes, np.int32)
+        self.issues = 0
         self.barrier = np.zeros(self.lanes, np.int32)  # which of the block's sixteen a thread waits at
         self.code = [self._compiled(instruction) for instruction in program.instructions]
         self.together = [warp.together(instruction) for instruction in program.instructions]
@@ -191,6 +196,12 @@ class Machine:
                 raise PtxError(f"{self.program.name}: a thread runs beyond the kernel's end")
             instruction = instructions[at]
             self.at = instruction
+            self.issues += 1
+            if self.issues > _MOST_ISSUES:
+                raise PtxError(
+                    f"line {instruction.line} of {self.program.name}: thread {self.name(self.ids(lanes)[0])} is still "
+                    f"running after {_MOST_ISSUES:,} instructions"
+                )
             if self.profile is not None and not self.together[at]:
                 self.profile.issue(self, instruction, lanes)
             active = lanes if instruction.guard is None else self._guarded(instruction.guard, lanes)

@@ -20,10 +20,10 @@ _TO_FLOAT = {
 
 
 def cut(value: np.ndarray) -> np.ndarray:
-    """float64 to float32 towards zero."""
+    """float64 to float32 towards zero, but beyond the largest to infinity, so that an overflow shows."""
     near = value.astype(np.float32)
     beyond = np.abs(near.astype(np.float64)) > np.abs(value)
-    return np.where(beyond & np.isfinite(value), np.nextafter(near, np.float32(0)), near)
+    return np.where(beyond & np.isfinite(near), np.nextafter(near, np.float32(0)), near)
 
 
 def _fragment(registers: list[np.ndarray], kind: str, rows: int) -> np.ndarray:
