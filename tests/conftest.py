@@ -80,6 +80,8 @@ def ptx_executor():
         races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
         with triton_runs.executing(PTX, races, approximate=True) as executor:
             yield executor
+    if executor.counts:
+        print(f"\nexecuted for {PTX}: " + ", ".join(f"{k} x {n}" for k, n in sorted(executor.counts.items())))
 
 
 class Kernels(NamedTuple):

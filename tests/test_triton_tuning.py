@@ -62,8 +62,10 @@ def test_a_wrong_table_is_refused_by_name(text, words, tmp_path, monkeypatch):
         launched()
 
 
-def test_tune_checks_measures_and_writes(tmp_path, monkeypatch, triton_device):
+def test_tune_checks_measures_and_writes(tmp_path, monkeypatch, triton_device, triton_interpreted):
     """The command on one call with two candidates per key, one of which is made to give wrong results."""
+    if triton_device == "cpu" and not triton_interpreted:
+        pytest.skip("benchmarks/tune.py runs on a GPU or in the interpreter")
     output, table = tmp_path / "tuning.json", tmp_path / "tuned.py"
     table.write_text(Path(tuned.__file__).read_text())
     monkeypatch.setattr(tune, "TABLE", table)

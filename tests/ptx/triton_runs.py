@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,7 @@ class Executor(list):
             approximate,
         )
         self.lock = threading.Lock()
+        self.counts: Counter[str] = Counter()  # of kernels with the dtype of their first argument
 
     def append(self, recorded: launch.Launch) -> None:
         with self.lock:  # tensors are copied in and out: two launches at once would undo each other
@@ -65,7 +67,9 @@ class Executor(list):
             profile=self.profile,
             approximate=self.approximate,
         )
-        super().append(recorded.kernel.__name__)
+        name, first = recorded.kernel.__name__, next(iter(kinds.values()))
+        self.counts[f"{name} {first.lstrip('*')}"] += 1
+        super().append(name)
 
 
 @contextlib.contextmanager

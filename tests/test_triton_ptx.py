@@ -1,0 +1,66 @@
+"""A few tests of every Triton kernel on what users run: PTX compiled for sm_80 and sm_90, executed by tests/ptx.
+
+Each architecture has a process of its own, as in this one Triton's interpreter may have replaced the compiler. Which
+tests: those whose kernels compile and run fast enough to take part in every run of the suite (CONTRIBUTING.md has how
+to run all others like this). bfloat16, which the interpreter cannot multiply, and float32.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TESTS = [
+    "test_attention_kernels.py::test_against_float64[triton-cpu-bfloat16-2x7x5x2x100]",
+    "test_attention_kernels.py::test_against_float64[triton-cpu-float32-2x9x3x3x5]",
+    "test_attention_kernels.py::test_tf32[triton-cpu-float32]",
+    "test_triton_mask_head.py::test_against_float64[cpu-bfloat16-(2, 19, (3, 5), 48)]",
+    "test_triton_mask_head.py::test_repeats_are_bitwise_equal[cpu-float32]",
+    "test_triton_upsample.py::test_loss_and_gradient_against_float64[cpu-float32-150 classes, sum]",
+    "test_triton_upsample.py::test_careful_tiles[cpu-float32-small sums-mean]",
+    "test_triton_upsample.py::test_series_and_careful_tiles_side_by_side[cpu-bfloat16]",
+    "test_triton_upsample.py::test_bad_labels_are_reported_and_ignored_by_the_loss[cpu-bfloat16]",
+    "test_triton_upsample.py::test_confusion_counts_and_accumulates[cpu-bfloat16-few]",
+    "test_triton_upsample.py::test_argmax_is_the_argmax[cpu-float32-(2, 5, (2, 3), (9, 13))-noise]",
+]
+
+# kernel -> dtypes of its first argument
+KERNELS = {
+    **dict.fromkeys(["attention_forward", "attention_delta", "attention_backward"], {"bf16", "fp32"}),
+    **dict.fromkeys(["mask_forward", "mask_backward", "mask_product"], {"bf16", "fp32"}),
+    "pack_logits": {"bf16", "fp32"},
+    **dict.fromkeys(
+        ["loss_series", "gradient_series", "loss_careful", "gather_gradient", "label_tiles"], {"fp32"}
+    ),
+    "finish_loss": {"fp64", "constexpr"},  # sums of float64; none where only bad labels are reported
+}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_every_kernel(architecture):
+    environment = {**os.environ, "DEPICT_TEST_PTX": architecture, "DEPICT_TEST_PTX_RACES": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{t}" for t in TESTS),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(rf"\b{len(TESTS)} passed in", done.stdout), done.stdout[-2000:]
+    executed = re.search(rf"executed for {architecture}: (.*)", done.stdout)[1]
+    found = {}
+    for kernel, dtype in re.findall(r"(\w+) (\w+) x \d+", executed):
+        found.setdefault(kernel, set()).add(dtype)
+    assert found == KERNELS
