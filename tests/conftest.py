@@ -11,7 +11,7 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-# "sm_90": Triton's kernels on CPU tensors are compiled for that architecture, and their PTX is executed (tests/ptx).
+# "sm_90": kernels on CPU tensors are compiled for that architecture, and their PTX is executed (tests/ptx).
 PTX = os.environ.get("DEPICT_TEST_PTX")
 # Without a GPU Triton's interpreter runs the kernels on the CPU. It must be chosen before they are defined.
 if PTX:
@@ -21,9 +21,6 @@ elif not torch.cuda.is_available():
 if not torch.cuda.is_available():
     os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# An architecture ("sm_80"): kernels on the CPU are compiled for it and their PTX is executed (tests/ptx).
-PTX = os.environ.get("DEPICT_TEST_PTX")
 
 # What the extras bring. Where only the core and pytest are installed, as on some GPU machines, test modules that
 # need more skip; with the extras nothing is skipped, since their packages are found.
@@ -141,20 +138,31 @@ def _skip_unless_it_runs(backend: str, device: str) -> None:
         from depict_kernels import extension
 
         reason = extension.load("cuda" if device == "cuda" else "cuda_emulated")
+        if device == "cpu" and PTX and reason is None:
+            reason = _no_cuda_ptx()
         if reason is not None:
             pytest.skip(reason)
 
 
-@pytest.fixture(scope="session", autouse=PTX is not None)
+@pytest.fixture(scope="session", autouse=True)
 def cuda_kernels_as_ptx():
     """The CUDA kernels' PTX in the place of the emulator."""
+    if not PTX or _no_cuda_ptx():
+        yield
+        return
     from tests.ptx import cuda_runs
 
-    if reason := cuda_runs.why_not():
-        pytest.skip(reason)
     races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
-    with cuda_runs.executing(PTX + "a" * (PTX == "sm_90"), races):
+    with cuda_runs.executing(PTX + "a" * (PTX == "sm_90"), races, approximate=True) as executor:
         yield
+    if executor:
+        print(f"\nCUDA kernels executed for {PTX}: " + ", ".join(f"{k} x {n}" for k, n in executor.counts()))
+
+
+def _no_cuda_ptx() -> str | None:
+    from tests.ptx import cuda_runs
+
+    return cuda_runs.why_not()
 
 
 @pytest.fixture

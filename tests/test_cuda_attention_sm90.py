@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_checks import check_alignment, run_cross, run_self
+from conftest import PTX
 
 from depict_kernels import ops
 from depict_kernels.ops.cuda_kernels import _library, attention
@@ -26,6 +27,8 @@ def device(cuda_device):
     """A device on which everything that has the variant uses it during the test."""
     if cuda_device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
+    if PTX and PTX != "sm_90":
+        pytest.skip(f"no wgmma in PTX for {PTX}")
     with attention.force_variant(attention.WGMMA):
         yield cuda_device
 
@@ -141,6 +144,8 @@ def test_refuses_what_it_is_not_for(device):
 def test_refuses_other_gpus():
     if torch.cuda.get_device_capability() == (9, 0):
         pytest.skip("this GPU has compute capability 9.0")
+    if PTX and PTX != "sm_90":
+        pytest.skip(f"no wgmma in PTX for {PTX}")
     with attention.force_variant(attention.WGMMA), pytest.raises(RuntimeError, match="9.0"):
         run_self(torch.zeros(1, 5, 1, 8, dtype=torch.half, device="cuda"))
 

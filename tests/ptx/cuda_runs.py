@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -104,8 +105,9 @@ def _parsed(architecture: str, kernel: str) -> program.Program:
 class Executor(list):
     """Executes launches and keeps the kernels' names."""
 
-    def __init__(self, architecture: str, races: bool, profile=None):
+    def __init__(self, architecture: str, races: bool, profile=None, approximate: bool = False):
         self.architecture, self.races, self.profile = architecture, races, profile
+        self.approximate = approximate
         self.regions: list[machine.Region] = []
         path = str(Path(extension.__file__).with_name("_cuda_emulated.abi3.so"))
         self.library = ctypes.CDLL(path)
@@ -148,14 +150,27 @@ class Executor(list):
             shared_bytes=given.shared_bytes,
             races=self.races,
             profile=self.profile,
+            approximate=self.approximate,
         )
         self.append(kernel)
 
+    def counts(self) -> list[tuple[str, int]]:
+        """How often each kernel ran, by its name with template arguments."""
+        short = [
+            re.sub(r"\(anonymous namespace\)::|depict::cuda::|^void |\(.*", "", kernel) for kernel in self
+        ]
+        return sorted(Counter(short).items())
+
 
 @contextlib.contextmanager
-def executing(architecture: str, races: bool = False, profile=None) -> Iterator[Executor]:
-    """Within the context the CUDA operators on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80")."""
-    executor = Executor(architecture, races, profile)
+def executing(
+    architecture: str, races: bool = False, profile=None, approximate: bool = False
+) -> Iterator[Executor]:
+    """Within the context the CUDA operators on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80").
+
+    ``approximate``: exponentials, logarithms and divisions are as far off as a GPU's may be.
+    """
+    executor = Executor(architecture, races, profile, approximate)
     modules = [importlib.import_module(f"depict_kernels.ops.cuda_kernels.{stem}") for stem in STEMS]
     modules.append(importlib.import_module("depict_kernels.ops.cuda_kernels._library"))
     before = [module.call for module in modules]
