@@ -113,7 +113,7 @@ PLANTED = {
     "write after reads by two warps, one after the other": (
         "writes what thread .* read without",
         "setp.lt.u32 %p1, %t, 32;\nsetp.eq.u32 %p2, %t, 63;\n@%p1 ld.shared.u32 %r5, [dynamic];\n"
-        "@!%p1 ld.shared.u32 %r6, [dynamic];\n@%p2 st.shared.u32 [dynamic], %t;",
+        "@!%p1 ld.shared.u32 %r6, [dynamic];\nbar.warp.sync -1;\n@%p2 st.shared.u32 [dynamic], %t;",
         "setp.lt.u32 %p1, %t, 32;\nsetp.eq.u32 %p2, %t, 63;\n@%p1 ld.shared.u32 %r5, [dynamic];\nbar.sync 0;\n"
         "@%p2 ld.shared.u32 %r6, [dynamic];\n@%p2 st.shared.u32 [dynamic], %t;",
         64,
