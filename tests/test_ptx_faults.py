@@ -110,6 +110,14 @@ PLANTED = {
         "@%p1 st.shared.u32 [dynamic], %t;",
         64,
     ),
+    "write after reads by two warps, one after the other": (
+        "writes what thread .* read without",
+        "setp.lt.u32 %p1, %t, 32;\nsetp.eq.u32 %p2, %t, 63;\n@%p1 ld.shared.u32 %r5, [dynamic];\n"
+        "@!%p1 ld.shared.u32 %r6, [dynamic];\nbar.warp.sync -1;\n@%p2 st.shared.u32 [dynamic], %t;",
+        "setp.lt.u32 %p1, %t, 32;\nsetp.eq.u32 %p2, %t, 63;\n@%p1 ld.shared.u32 %r5, [dynamic];\nbar.sync 0;\n"
+        "@%p2 ld.shared.u32 %r6, [dynamic];\n@%p2 st.shared.u32 [dynamic], %t;",
+        64,
+    ),
     "write after write of another warp": (
         "writes what thread .* wrote without",
         OWN + "st.shared.u32 [%r2], %t;\n" + OTHER.format(32) + "st.shared.u32 [%r3], %t;",
@@ -328,6 +336,14 @@ def test_planted_fault_is_reported(name):
     execute(right, threads)
 
 
+def test_a_load_across_the_end():
+    """Aligned, and its start inside."""
+    body = "ld.global.v2.u32 {%r5, %r6}, [%a0+8];"
+    small.run(body, np.zeros(4, np.uint32))
+    with pytest.raises(PtxError, match="outside of every tensor"):
+        small.run(body, np.zeros(3, np.uint32))
+
+
 def test_races_between_blocks():
     """Also between blocks that the machine runs one after the other (8192 threads at once)."""
     for grid in ((2,), (40,)):
@@ -364,7 +380,7 @@ PRODUCT = (
 WGMMA = {
     "fill": "mov.u32 %r1, dynamic;\nmad.lo.u32 %r2, %t, 16, %r1;\nmov.u32 %r3, 0x3c003c00;\n"
     "st.shared.v4.u32 [%r2], {%r3, %r3, %r3, %r3};\n"
-    f"mov.b64 %d1, {128 >> 4 << 16 | 256 >> 4 << 32};\nsetp.ne.u32 %p9, %r1, %r1;\n",
+    f"mov.b64 %d1, {128 >> 4 << 16 | 256 >> 4 << 32};\nsetp.ne.u32 %p9, %r1, %r1;\nmov.f32 %f1, 0f3F800000;\n",
     "proxy": "fence.proxy.async.shared::cta;\n",
     "barrier": "bar.sync 0;\n",
     "product": "wgmma.fence.sync.aligned;\n" + PRODUCT + "wgmma.commit_group.sync.aligned;\n",

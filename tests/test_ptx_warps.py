@@ -136,6 +136,18 @@ def test_ended_lanes_are_not_waited_for():
     assert out.tolist() == [0x3FF] * 20 + [0] * 12
 
 
+def test_lanes_that_end_later_are_not_waited_for():
+    """They jump to the kernel's end while the others wait, as a compiler writes an early return."""
+    out = np.zeros(WARP, np.uint32)
+    body = (
+        "setp.lt.u32 %p1, %l, 10;\n@!%p1 bra END;\nvote.sync.ballot.b32 %r1, %p1, -1;\n"
+        + store("%r1")
+        + "END:\n"
+    )
+    small.run(body, out)
+    assert out.tolist() == [0x3FF] * 10 + [0] * 22
+
+
 # Matrices of 8 x 8 in shared memory
 
 
