@@ -159,8 +159,16 @@ _simple(["and"], np.bitwise_and)
 _simple(["or"], np.bitwise_or)
 _simple(["xor"], np.bitwise_xor)
 _simple(["not"], np.bitwise_not)
-_simple(["neg"], np.negative)
-_simple(["abs"], np.abs)
+
+
+@maker("neg", "abs")
+def _sign(instruction, machine):
+    kind, negative = _kind(instruction), instruction.name == "neg"
+    if kind in ("bf16", "f16x2", "bf16x2"):  # by the sign bits
+        signs = DTYPES[kind].type(0x80008000 if kind.endswith("x2") else 0x8000)
+        function = (lambda a: a ^ signs) if negative else (lambda a: a & ~signs)
+        return _elementwise(instruction, machine, kind, function)
+    return _elementwise(instruction, machine, kind, np.negative if negative else np.abs)
 
 
 @maker("copysign")  # the second operand with the sign of the first
