@@ -68,6 +68,38 @@ def test_half_precision(backend, dtype):
     )
 
 
+def check_a_single_column(classes, dtype, device, backend):
+    """A unit vector is 1 or -1 whatever its length: the gradients of patches and classes cancel to 0."""
+    inputs = make(2, classes, (3, 5), 1, dtype, device)
+    # What cancels is as large as 1 / |vector|, and rounded as float32 whatever the dtype.
+    shortest = min(t.abs().min().item() for t in inputs[:2])
+    scale = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps / shortest
+    check_against_float64(
+        lambda *t: ops.mask_logits(*t, (3, 5), backend=backend),
+        lambda *t: ops.mask_logits(*t, (3, 5), backend="torch"),
+        inputs,
+        factor=3 if dtype == torch.float32 else 2,
+        gradient_scale=scale,
+    )
+
+
+@pytest.mark.parametrize("classes", [19, 151, 300])
+def test_a_single_column(classes, kernels):
+    check_a_single_column(classes, kernels.dtype, kernels.device, kernels.backend)
+
+
+@pytest.mark.parametrize("classes", [19, 300])
+def test_a_single_column_in_float16(classes, kernels32):
+    """In Triton's interpreter too, which the other test runs in float32."""
+    check_a_single_column(classes, torch.float16, kernels32.device, kernels32.backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_column_without_a_kernel(backend, dtype, device):
+    check_a_single_column(19, dtype, device, backend)
+
+
 def test_logits_take_the_parameters_dtype():
     patches, classes, weight, bias = make(1, 4, (1, 2), 8)
     for backend in BACKENDS:
