@@ -140,6 +140,24 @@ def test_unusual_class_weights_count_where_their_class_occurs(name, value, reduc
         assert not loss.isfinite()
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", [*BACKENDS, "triton"])
+def test_infinite_class_weights_give_the_loss_of_stock_torch(name, smoothing, value):
+    reason = backends.why_unavailable(name, "upsample_cross_entropy", "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    # Not so sharp that a probability rounds to 1: its logarithm, 0, times infinity is NaN.
+    for sharpness, size in itertools.product((1.0, 3.0), ((9, 14), (3, 5))):
+        logits, target = logits_and_target(1, 5, (3, 4), size, sharpness=sharpness)
+        assert target.eq(2).any() and target.eq(255).any()
+        weight = torch.tensor([1.0, 2.0, value, 0.5, 0.0])
+        for reduction in ("sum", "mean", "none"):
+            expected = naive(logits.double(), target, 255, weight, smoothing, reduction)
+            loss = ops.upsample_cross_entropy(logits, target, None, weight, smoothing, reduction, backend=name)
+            torch.testing.assert_close(loss.double(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
 def test_target_dtypes_and_strides_agree(backend, dtype):
     logits, target = logits_and_target(2, 5, (3, 4), (9, 11))

@@ -34,7 +34,7 @@ struct MaskHeadScratch {
   float* along;         // (batch, patches): what times x is to be subtracted from products_grad q
   float* sums;          // (3, classes, batch * blocks of patches): over a block's patches
   float* classes_grad;  // (splits, batch, classes, dim): the classes' gradient from a part of the patches
-  float* scale;         // (batch,): products_grad, along and sums of it times scale are right (float16; else 1)
+  float* scale;         // (batch,): what products_grad, and all that is formed of it, lacks (float16; else 1)
   int64_t splits;
 };
 

@@ -46,7 +46,8 @@ def upsample_cross_entropy(
         logits: (B, C, h, w) float16, bfloat16, float32 or float64, any strides.
         target: (B, H, W) any integer dtype, uint8 included; classes 0..C-1 and ignore_index.
         ignore_index: label that takes no part; None means 255 up to 255 classes and -100 above.
-        weight: (C,) class weights w_c or None; they get no gradient.
+        weight: (C,) class weights w_c or None; they get no gradient. An infinite one makes the loss infinite where
+            its class occurs, with label smoothing at every valid pixel, as in torch's.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         reduction: "mean" (over the summed weight of the valid pixels), "sum" or "none".
         check_targets: what happens to a label that is neither a class nor ignored. It is never used as an
