@@ -57,9 +57,10 @@ def integer(name: str, value) -> int:
     """
     if isinstance(value, torch.SymInt):
         return value
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    value = operator.index(value)
+    if not isinstance(value, int):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        value = operator.index(value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
     return value
