@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +14,15 @@ class UpsampleCrossEntropyLoss(nn.Module):
     """Drop-in for ``nn.CrossEntropyLoss`` behind a bilinear upsampling, which it does itself and never stores.
 
     Give it the model's low-resolution logits (B, C, h, w) and the full-resolution target (B, H, W). Arguments
-    as in :func:`depict_kernels.ops.upsample_cross_entropy`; ``weight`` (C,) moves with the module.
+    as in :func:`depict_kernels.ops.upsample_cross_entropy`; ``weight`` (C,), a tensor or numbers, moves with the
+    module.
+
+    Raises TypeError where weight is neither a tensor nor numbers.
     """
 
     def __init__(
         self,
-        weight: Tensor | None = None,
+        weight: Tensor | Sequence[float] | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -25,8 +30,13 @@ class UpsampleCrossEntropyLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if weight is not None:
+            try:
+                weight = torch.as_tensor(weight)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"weight must be a tensor (C,) or C numbers, got {weight!r}") from error
         # Not saved: as in nn.CrossEntropyLoss's users' checkpoints, class weights are configuration.
-        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight), persistent=False)
+        self.register_buffer("weight", weight, persistent=False)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction

@@ -1,9 +1,9 @@
-"""What the tests of both CUDA variants of attention ask."""
+"""What the tests of several attention kernels ask."""
 
 import torch
 
 from depict_kernels import ops
-from depict_kernels.testing import value_and_gradients
+from depict_kernels.testing import assert_within_budget, value_and_gradients
 
 
 def run_self(w, scale=None):
@@ -29,3 +29,13 @@ def check_alignment(offset, dtype, device):
     out = run_self(leaf)
     actual = out.detach(), torch.autograd.grad(out, leaf, shifted(grad))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def check_large_scores(size, dtype, device, backend):
+    """Scores of about ``size``, positive and negative: one weight is 1 and the others are 0."""
+    torch.manual_seed(0)
+    q, w = torch.randn(1, 9, 2, 16).to(device, dtype), torch.randn(1, 70, 2, 16).to(device, dtype)
+    for scale in (size, -size):
+        truth = ops.subspace_cross_attention(q.double(), w.double(), scale, backend="torch")
+        out = ops.subspace_cross_attention(q, w, scale, backend=backend)
+        assert_within_budget(out, truth.to(dtype), truth)

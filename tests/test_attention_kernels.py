@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from attention_checks import check_large_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depict_kernels import ops
@@ -145,6 +146,25 @@ def test_far_apart_scores(kernels):
     q, w = tensors((1, 70, 33, 1, 16), torch.float32, kernels.device)
     w = w * torch.linspace(1, 60, 70, device=kernels.device)[None, :, None, None]
     check_cross(kernels, (20 * q).to(kernels.dtype), w.to(kernels.dtype))
+
+
+@pytest.mark.parametrize("size", [1e6, 1e8, 1e10, 1e20])
+def test_large_scores(size, kernels):
+    """As large as float32 holds them; in Triton's multiply-add, which its interpreter has not, up to 1e8."""
+    if kernels[:2] == ("triton", "cuda") and size > 1e6:
+        pytest.skip("a documented limit")
+    check_large_scores(size, kernels.dtype, kernels.device, kernels.backend)
+
+
+def test_gradients_of_large_scores(kernels32):
+    """The documented limit: a weight formed again from its log-sum-exp is off by about 1e-7 times its score."""
+    q, w = tensors((1, 70, 9, 2, 16), torch.float32, kernels32.device)
+    run = lambda backend: lambda q, w: ops.subspace_cross_attention(q, w, 1e4, backend=backend)
+    _, (_, truth) = value_and_gradients(run("torch"), [q.double(), w.double()])
+    _, (_, grad) = value_and_gradients(run(kernels32.backend), [q, w])
+    largest = 1e4 * torch.einsum("bmhd,bnhd->bhmn", q, w).abs().max()
+    # The scores and the sums of their gradients are rounded too, each by as much.
+    assert (grad - truth).abs().max() < 4e-7 * largest * truth.abs().max()
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "column", "offset"])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_checks import check_alignment, run_cross, run_self
+from attention_checks import check_alignment, check_large_scores, run_cross, run_self
 from conftest import PTX
 
 from depict_kernels import ops
@@ -64,6 +64,12 @@ def test_scales(scale, device):
     check_against_float64(
         lambda w: run_self(w, scale), lambda w: peer_self(w, scale), [w], gradient_scale=max(1.0, scale)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1e8, 1e10, 1e20])
+def test_large_scores(size, dtype, device):
+    check_large_scores(size, dtype, device, "cuda")
 
 
 def test_scores_that_rise_slowly(device):

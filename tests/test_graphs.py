@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depict_kernels import use_backend
 from depict_kernels.models import create_model, graphs
@@ -94,6 +95,107 @@ def test_every_setting_has_its_own_graph(captures):
         torch.use_deterministic_algorithms(False)
     assert len(captures) == len(kinds) + 4
     assert predict(dtype=torch.int32).dtype == torch.int32
+
+
+def matmul_flag(name):
+    return getattr(torch.backends.cuda.matmul, name), lambda value: setattr(
+        torch.backends.cuda.matmul, name, value
+    )
+
+
+def cudnn_flag(name):
+    return getattr(torch.backends.cudnn, name), lambda value: setattr(torch.backends.cudnn, name, value)
+
+
+FLAGS = {
+    "flash_sdp": lambda: (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.enable_flash_sdp),
+    "efficient_sdp": lambda: (
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.enable_mem_efficient_sdp,
+    ),
+    "math_sdp": lambda: (torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.enable_math_sdp),
+    "cudnn_sdp": lambda: (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.enable_cudnn_sdp),
+    "math_sdp_reduction": lambda: (
+        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,
+    ),
+    "fp16_reduction": lambda: matmul_flag("allow_fp16_reduced_precision_reduction"),
+    "bf16_reduction": lambda: matmul_flag("allow_bf16_reduced_precision_reduction"),
+    "fp16_accumulation": lambda: matmul_flag("allow_fp16_accumulation"),
+    "cudnn": lambda: cudnn_flag("enabled"),
+    "cudnn_benchmark": lambda: cudnn_flag("benchmark"),
+    "cudnn_deterministic": lambda: cudnn_flag("deterministic"),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_torchs_flags_are_settings(flag, captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    model.predict(images, cuda_graph=True)
+    before, switch = FLAGS[flag]()
+    try:
+        switch(not before)
+        for _ in range(2):
+            model.predict(images, cuda_graph=True)
+        assert len(captures) == 2
+    finally:
+        switch(before)
+    model.predict(images, cuda_graph=True)
+    assert len(captures) == 2
+
+
+def test_the_order_of_sdpas_kernels_is_a_setting(captures):
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    every = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    for order in (every, every[::-1], every):
+        with sdpa_kernel(order, set_priority=True):
+            model.predict(images, cuda_graph=True)
+    assert len(captures) == 2
+
+
+@pytest.mark.parametrize("name", ["depict_ca_vit_tiny", "segmenter_mask_vit_tiny"])
+def test_a_layers_own_backend_is_a_setting(name, captures):
+    model, images = tiny(name), torch.randn(1, 3, 32, 32)
+    model.predict(images, cuda_graph=True)
+    layers = [m for m in model.decoder.modules() if "backend" in vars(m)]
+    for count, layer in enumerate(layers, 2):
+        layer.backend = "reference"
+        model.predict(images, cuda_graph=True)
+        assert len(captures) == count
+        layer.backend = "auto"
+    model.predict(images, cuda_graph=True)
+    assert len(captures) == 1 + len(layers)
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["no address", "no data_ptr"])
+def test_a_tensor_without_memory_of_its_own_is_refused(raises, captures):
+    class Wrapper(torch.Tensor):  # as of quantised weights
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def data_ptr(self):
+            if raises:
+                raise RuntimeError("cannot access data pointer")
+            return super().data_ptr()
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            plain = [a.inner if isinstance(a, Wrapper) else a for a in args]
+            out = function(*plain, **(kwargs or {}))
+            return Wrapper(out) if function is torch.ops.aten.detach.default else out
+
+    model, images = tiny(), torch.randn(1, 3, 32, 32)
+    norm = model.backbone.vit.norm
+    norm.weight = torch.nn.Parameter(Wrapper(norm.weight.detach()), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"backbone\.vit\.norm\.weight is a Wrapper without memory of its own"
+    ):
+        model.predict(images, cuda_graph=True)
+    norm.weight = torch.nn.Parameter(norm.weight.inner)
+    assert torch.equal(model.predict(images, cuda_graph=True), model.predict(images))
 
 
 def test_autocast_is_a_setting(captures):

@@ -44,6 +44,29 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(lambda *t: ops.mask_logits(*t, (2, 3), backend=backend), inputs)
 
 
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_stock_operators_can_be_differentiated_again(run):
+    inputs = [t.requires_grad_() for t in make(1, 3, (1, 2), 4, torch.float64)]
+    call = lambda *t: ops.mask_logits(*t, (1, 2), backend="torch")
+    if run == "eager":
+        assert torch.autograd.gradgradcheck(call, inputs)
+        assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
+    else:
+        compiled = torch.compile(call, fullgraph=True)
+        torch.testing.assert_close(value_and_gradients(compiled, inputs), value_and_gradients(call, inputs))
+
+
+def test_stock_backward_divides_the_patches_no_more_than_once():
+    """Dividing patches by their norms took three passes over them more in backward than multiplying does."""
+    inputs = [t.requires_grad_() for t in make(1, 5, (4, 4), 64)]
+    out = ops.mask_logits(*inputs, (4, 4), backend="torch")
+    with torch.profiler.profile(record_shapes=True) as profile:
+        torch.autograd.grad(out.sum(), inputs)
+    shapes = lambda name: [e.input_shapes[0] for e in profile.events() if e.name == name and e.input_shapes]
+    # One is in the gradient of vector_norm itself.
+    assert shapes("aten::div").count([1, 16, 64]) <= 1 and [1, 16, 64] not in shapes("aten::neg")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_zero_vectors_give_zeros_not_nan(backend, dtype):
@@ -66,6 +89,38 @@ def test_half_precision(backend, dtype):
         lambda *t: ops.mask_logits(*t, (3, 3), backend="torch"),
         inputs,
     )
+
+
+def check_a_single_column(classes, dtype, device, backend):
+    """A unit vector is 1 or -1 whatever its length: the gradients of patches and classes cancel to 0."""
+    inputs = make(2, classes, (3, 5), 1, dtype, device)
+    # What cancels is as large as 1 / |vector|, and rounded as float32 whatever the dtype.
+    shortest = min(t.abs().min().item() for t in inputs[:2])
+    scale = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps / shortest
+    check_against_float64(
+        lambda *t: ops.mask_logits(*t, (3, 5), backend=backend),
+        lambda *t: ops.mask_logits(*t, (3, 5), backend="torch"),
+        inputs,
+        factor=3 if dtype == torch.float32 else 2,
+        gradient_scale=scale,
+    )
+
+
+@pytest.mark.parametrize("classes", [19, 151, 300])
+def test_a_single_column(classes, kernels):
+    check_a_single_column(classes, kernels.dtype, kernels.device, kernels.backend)
+
+
+@pytest.mark.parametrize("classes", [19, 300])
+def test_a_single_column_in_float16(classes, kernels32):
+    """In Triton's interpreter too, which the other test runs in float32."""
+    check_a_single_column(classes, torch.float16, kernels32.device, kernels32.backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_column_without_a_kernel(backend, dtype, device):
+    check_a_single_column(19, dtype, device, backend)
 
 
 def test_logits_take_the_parameters_dtype():

@@ -140,6 +140,26 @@ def test_unusual_class_weights_count_where_their_class_occurs(name, value, reduc
         assert not loss.isfinite()
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", [*BACKENDS, "triton"])
+def test_infinite_class_weights_give_the_loss_of_stock_torch(name, smoothing, value):
+    reason = backends.why_unavailable(name, "upsample_cross_entropy", "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    # Not so sharp that a probability rounds to 1: its logarithm, 0, times infinity is NaN.
+    for sharpness, size in itertools.product((1.0, 3.0), ((9, 14), (3, 5))):
+        logits, target = logits_and_target(1, 5, (3, 4), size, sharpness=sharpness)
+        assert target.eq(2).any() and target.eq(255).any()
+        weight = torch.tensor([1.0, 2.0, value, 0.5, 0.0])
+        for reduction in ("sum", "mean", "none"):
+            expected = naive(logits.double(), target, 255, weight, smoothing, reduction)
+            loss = ops.upsample_cross_entropy(
+                logits, target, None, weight, smoothing, reduction, backend=name
+            )
+            torch.testing.assert_close(loss.double(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
 def test_target_dtypes_and_strides_agree(backend, dtype):
     logits, target = logits_and_target(2, 5, (3, 4), (9, 11))
@@ -348,6 +368,44 @@ def test_gpu_records_a_bad_label_without_a_sync(name):
             r"ignore_index must be an integer, got 1\.5",
         ),
         (lambda x, t: ops.upsample_confusion(x, t, 255.0), TypeError, "ignore_index must be an integer"),
+        (
+            lambda x, t: ops.upsample_cross_entropy(x, t, 2**70),
+            ValueError,
+            rf"ignore_index must be an integer of 64 bits, got {2**70}",
+        ),
+        (lambda x, t: UpsampleCrossEntropyLoss(ignore_index=-(2**63) - 1)(x, t), ValueError, "ignore_index"),
+        (
+            lambda x, t: ops.upsample_confusion(x, t, 2**63),
+            ValueError,
+            "ignore_index must be an integer of 64",
+        ),
+        (
+            lambda x, t: ops.upsample_cross_entropy(x, t, weight=[1.0] * 5),
+            TypeError,
+            r"weight must be a tensor, got list; torch\.as_tensor makes one",
+        ),
+        (
+            lambda x, t: ops.upsample_cross_entropy(x, t, weight=np.ones(5)),
+            TypeError,
+            "weight must be a tensor, got ndarray",
+        ),
+        (
+            lambda x, t: ops.upsample_cross_entropy(x, t, weight=torch.ones(5, dtype=torch.complex64)),
+            TypeError,
+            "weight must be real, got torch.complex64",
+        ),
+        (
+            lambda x, t: UpsampleCrossEntropyLoss({0: 1.0}),
+            TypeError,
+            r"weight must be a tensor \(C,\) or C numbers, got {0: 1.0}",
+        ),
+        (
+            lambda x, t: ops.upsample_argmax(x.tolist(), (4, 4)),
+            TypeError,
+            "logits must be a tensor, got list",
+        ),
+        (lambda x, t: ops.upsample_cross_entropy(x, t.numpy()), TypeError, "target must be a tensor"),
+        (lambda x, t: ops.upsample_confusion(x, t, out=[0]), TypeError, "out must be a tensor, got list"),
         (lambda x, t: ops.upsample_argmax(x, (4, 4), torch.int16), TypeError, "uint8, int32 or int64"),
         (lambda x, t: ops.upsample_argmax(torch.zeros(1, 300, 2, 2), (4, 4), torch.uint8), ValueError, "300"),
         (lambda x, t: ops.upsample_confusion(x, t, out=torch.zeros(5, 5)), ValueError, "int64"),
@@ -387,6 +445,13 @@ def test_every_kind_of_integer_is_taken(run):
         assert ops.upsample_cross_entropy(logits, target, three).equal(loss)
         assert ops.upsample_argmax(logits, [three + three, 4]).equal(labels)
         assert ops.upsample_argmax(logits, torch.Size((6, 4))).equal(labels)
+
+
+def test_module_takes_weights_as_numbers():
+    logits, target = logits_and_target(2, 5, (2, 2), (8, 8))
+    weight = [0.5, 1.0, 2.0, 0.0, 3.0]
+    expected = ops.upsample_cross_entropy(logits, target, weight=torch.tensor(weight))
+    assert UpsampleCrossEntropyLoss(weight)(logits, target) == expected
 
 
 def test_module_is_a_drop_in():

@@ -123,10 +123,14 @@ void write_pixel_losses(const CrossEntropyTask<T>& task, const Cell<T>& cell, co
   for (int k = 0; k < cell.n; ++k) {
     double loss = 0;
     if (row.label[k] >= 0) {
-      // base - label first: beside logits as large as masks have, the logarithm would round away.
-      loss = row.scale[k] * pixel_log<T>(row.z[k]) + row.hit[k] * (base(k) - label_logit(k));
-      if (task.smoothing != 0) {
-        loss += (row.scale[k] - row.hit[k]) * base(k);
+      // base - label first: beside logits as large as masks have, the logarithm would round away. An infinite
+      // weight multiplies their sum: its terms have both signs.
+      const double log_z = pixel_log<T>(row.z[k]);
+      loss = row.hit[k] * ((base(k) - label_logit(k)) + log_z);
+      if (__builtin_isinf(task.total_weight)) {
+        loss = task.total_weight;
+      } else if (task.smoothing != 0) {
+        loss += (row.scale[k] - row.hit[k]) * (log_z + base(k));
         const double *pair = task.pixel.pair + 2 * (cell.x + k), *s = cell.smooth;
         loss -= task.smoothing * (row.upper * (pair[0] * s[0] + pair[1] * s[1]) +
                                   row.lower * (pair[0] * s[2] + pair[1] * s[3]));

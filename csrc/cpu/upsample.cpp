@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -222,6 +223,9 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
       weight += part.weight;
       if (part.bad >= 0 && (bad < 0 || part.bad < bad)) bad = part.bad;
     }
+    // Infinite weights multiply terms of both signs. What they multiply in the end is positive.
+    if (std::isinf(weight)) loss = weight;
+    if (std::isinf(task.total_weight) && !std::isfinite(loss)) loss = task.total_weight;
     if (!problem.mean) return;
     // Without a valid pixel loss and gradient are 0, also where weights make the sum 0.
     scale = weight == 0 ? 0.0 : 1.0 / weight;

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 0) forward_kern
             for (int m = 0; m < MT; ++m) s[m][n][i] = -INFINITY;
     }
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
+    for (int m = 0; m < MT; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float highest = top[m][half];
@@ -93,9 +93,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 0) forward_kern
           highest = fmaxf(highest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         highest = fmaxf(highest, shuffle_xor(highest, 1));  // the four lanes of a row
         highest = fmaxf(highest, shuffle_xor(highest, 2));
-        const float rescale = fast_exp2((top[m][half] - highest) * a.scale), shift = -highest * a.scale;
+        const float rescale = fast_exp2((top[m][half] - highest) * a.scale);
         top[m][half] = highest;
-        float row = 0;
+        total[m][half] *= rescale;
+#pragma unroll
+        for (int c = 0; c < D / 8; ++c) sum[m][c][2 * half] *= rescale, sum[m][c][2 * half + 1] *= rescale;
+      }
+      const bool relative = subtract_large_top(s[m], top[m], a.scale);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float shift = relative ? 0.0f : -top[m][half] * a.scale;
+        float row = 0;  // this lane's columns only
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -103,10 +111,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 0) forward_kern
             s[m][n][i] = fast_exp2(fmaf(s[m][n][i], a.scale, shift));
             row += s[m][n][i];
           }
-        total[m][half] = total[m][half] * rescale + row;  // this lane's columns only
-#pragma unroll
-        for (int c = 0; c < D / 8; ++c) sum[m][c][2 * half] *= rescale, sum[m][c][2 * half + 1] *= rescale;
+        total[m][half] += row;
       }
+    }
     add_weighted_rows<T, D, MT, NT>(sum, s, w, a.precise);
   }
 

@@ -163,9 +163,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_wgmma_kernel(ForwardArgum
         for (int c = 0; c < D / 8; ++c) sum[0][c][2 * half] *= rescale, sum[0][c][2 * half + 1] *= rescale;
       }
     }
+    const bool relative = subtract_large_top(s, top, a.scale);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float shift = -top[half] * a.scale;
+      const float shift = relative ? 0.0f : -top[half] * a.scale;
       float row = 0;  // this lane's columns only
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)

@@ -187,6 +187,19 @@ __device__ __forceinline__ void multiply_rows(const T* x, const T* grad_x, const
   }
 }
 
+// A score's exponent is fma(score, scale, -top * scale), whose last term is rounded by up to 1 from 2^24 on,
+// and by 128 from 2^31 on, where a row overflows or vanishes. Where terms are so large, in any of the warp's
+// rows, this subtracts the rows' top scores and returns true: the last term is then 0.
+template <int NT>
+__device__ __forceinline__ bool subtract_large_top(float (&s)[NT][4], const float (&top)[2], float scale) {
+  if (!ballot(fmaxf(fabsf(top[0]), fabsf(top[1])) * scale > 0x1p24f)) return false;
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[n][i] -= top[i / 2];
+  return true;
+}
+
 // sum += p y: p is (16 MT) x (8 NT) in the registers that multiply_rows fills, y has 8 NT rows.
 template <class T, int D, int MT, int NT>
 __device__ __forceinline__ void add_weighted_rows(float (&sum)[MT][D / 8][4], const float (&p)[MT][NT][4],

@@ -31,10 +31,10 @@ constexpr int kMaskHeadAlign = 8;  // classes: rows of products_grad are padded 
 // Scratch memory of the backward.
 struct MaskHeadScratch {
   void* products_grad;  // (batch, patches, classes padded) in `type`: the gradient of the products x q^T
-  float* along;         // (batch, patches): what times x is to be subtracted from the patches' gradient
+  float* along;         // (batch, patches): what times x is to be subtracted from products_grad q
   float* sums;          // (3, classes, batch * blocks of patches): over a block's patches
   float* classes_grad;  // (splits, batch, classes, dim): the classes' gradient from a part of the patches
-  float* scale;         // (batch,): products_grad times it is the gradient (float16; else 1)
+  float* scale;         // (batch,): what products_grad, and all that is formed of it, lacks (float16; else 1)
   int64_t splits;
 };
 

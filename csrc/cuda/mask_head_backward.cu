@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_columns(float* staged, const P* from, int64
 }
 
 // With t the gradient of x q^T: grad_patches = t q - x along. Rounded to 16 bits t keeps float16's range only
-// if it is about as large as grad, so it is scaled by a power of two that the norms give.
+// if it is about as large as grad, so t, and along with it, is scaled by a power of two that the norms give.
 template <class T, int NT>
 constexpr int kBackwardSpace =  // the ring, and in its place afterwards the upstream gradient and t
     larger(kRing<T, NT>, kClasses<NT> * kColumnPitch * 4 + kRows * kRowPitch<NT> * int(sizeof(T)));
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
     if (first == 0 && thread_index() == 0) a.scratch.scale[batch] = ldexpf(1.0f, exponent);
   }
 
-  float m[2][NT][4];
+  float products[2][NT][4];
   float mean_g[4] = {0, 0, 0, 0}, mean_gz[4] = {0, 0, 0, 0}, along[4] = {0, 0, 0, 0};
   for (int64_t step = 0; step < 2 * tiles; ++step) {  // LayerNorm's means over all tiles, then the gradient
     const bool second = step >= tiles;
@@ -111,17 +111,20 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
         small.inv_q[c] = c < classes_left ? a.in.inv_q[batch * s.classes + first_class + c] : 0.0f;
       }
       const Source<T> q = rows_of<T>(a.q, batch, first_class, s.classes, s.dim, a.q_unit);
-      product<T, NT, false, false>(m, x, q, s.dim, s.precise, ring, static_cast<Squares<NT>*>(nullptr));
+      product<T, NT, false, false>(products, x, q, s.dim, s.precise, ring,
+                                   static_cast<Squares<NT>*>(nullptr));
       const int64_t at = (batch * s.classes + first_class) * s.patches + first;
       with_type(s.parameter_type, [&](auto type) {
         using P = typename decltype(type)::type;
         load_columns<NT>(grad, static_cast<const P*>(a.grad) + at, s.patches, rows_left, classes_left);
       });
       barrier();
-      for_each<NT>([&](int i, int n, int k) {
-        m[i][n][k] = cosine_of(m[i][n][k], small.inv_x[place.row(i, k)], small.inv_q[place.column(n, k)]);
-      });
     }
+    const auto normalised = [&](int i, int n, int k) {
+      const int row = place.row(i, k);
+      const float m = cosine_of(products[i][n][k], small.inv_x[row], small.inv_q[place.column(n, k)]);
+      return (m - small.mean[row]) * small.rstd[row];
+    };
     const auto grad_of = [&](int i, int n, int k) {
       return grad[place.column(n, k) * kColumnPitch + place.row(i, k)];
     };
@@ -129,9 +132,7 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
       for_each<NT>([&](int i, int n, int k) {
         const int j = 2 * i + k / 2, c = place.column(n, k);
         const float g = grad_of(i, n, k) * small.weight[c];
-        const int row = place.row(i, k);
-        const float z = (m[i][n][k] - small.mean[row]) * small.rstd[row];
-        mean_g[j] += g, mean_gz[j] += c < classes_left ? g * z : 0.0f;
+        mean_g[j] += g, mean_gz[j] += c < classes_left ? g * normalised(i, n, k) : 0.0f;
       });
       if (step + 1 == tiles) {
         RowSums{small.row_sums[0][0]}(mean_g);
@@ -156,13 +157,15 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
           const int i = j / 2, k = j % 2 * 2 + odd;
           const bool exists = class_exists && place.row(i, k) < rows_left;
           const int row = place.row(i, k);
-          const float z = (m[i][n][k] - small.mean[row]) * small.rstd[row];
+          const float z = normalised(i, n, k);
           const float g = grad_of(i, n, k) * small.weight[c];
           const float grad_m = exists ? small.rstd[row] * (g - mean_g[j] - z * mean_gz[j]) : 0.0f;
-          const float part = exists ? grad_m * m[i][n][k] : 0.0f;
+          // grad_m m of t as it was rounded: the gradients are then orthogonal to the vectors as they should.
+          const float t = to_float(from_float<T>(grad_m * small.inv_x[row] * (small.inv_q[c] * scale)));
+          const float part = exists ? t * products[i][n][k] : 0.0f;
           along[j] += part;
           sums[0] += exists ? grad_of(i, n, k) * z : 0.0f, sums[1] += grad_of(i, n, k), sums[2] += part;
-          m[i][n][k] = grad_m * small.inv_x[row] * (small.inv_q[c] * scale);
+          products[i][n][k] = t;
         }
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
           if (lane / 4 == 0) small.class_sums[k][place.warp_row][c] = sums[k];
         }
       }
-    stage_rows<NT>(m, staged);
+    stage_rows<NT>(products, staged);
     barrier();
     const int64_t programs = block_count();
     for (int i = thread_index(); i < 3 * kClasses<NT>; i += kThreads) {
@@ -212,7 +215,7 @@ template <class T, int NT>
 constexpr int kProductRing =
     kStages * larger(kStageBytes<T, kWidthTile, false, true>, kStageBytes<T, NT, true, true>);
 
-// grad_patches = t q - x along; partial sums of t^T x over a split of the patches.
+// grad_patches = scale (t q - x along); partial sums of t^T x over a split of the patches.
 template <class T, int NT>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_products(ProductArguments a) {
   const MaskHeadShape& s = a.shape;
@@ -287,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_products(ProductArg
     float values[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      values[e] = staged[row * kRowPitch<kWidthTile> + d + e] * scale - to_float(mine.at[e]) * along;
+      values[e] = (staged[row * kRowPitch<kWidthTile> + d + e] - to_float(mine.at[e]) * along) * scale;
     store_vector<T, kElements>(out + row * s.dim + column + d, values, columns_left, vector);
   }
 }
@@ -328,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) mask_finish(FinishArguments a) {
     float sum = 0;
     for (int64_t split = 0; split < a.scratch.splits; ++split)
       sum += parts[split * s.batch * s.classes * s.dim + d];
-    out[d] = from_float<T>(sum * scale - to_float(q[d]) * along);
+    out[d] = from_float<T>((sum - to_float(q[d]) * along) * scale);
   }
   if (batch == 0) {
     const float weight = sum_of(sums, programs), bias = sum_of(sums + s.classes * programs, programs);

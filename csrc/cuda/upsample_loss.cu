@@ -74,10 +74,17 @@ __device__ __forceinline__ bool finish_pixels(const Work<N>& w, bool direct, Sum
         u = pixel.scale * fast_reciprocal(sum);
         if (a.partial != nullptr || a.pixel_loss != nullptr) {
           const Weights t = weights_at(w.weight_y(w.row(i)), w.weight_x(w.column()));
-          loss = pixel.scale * (logf(sum) + (direct ? w.peak[p] : 0.0f));
-          if (pixel.hit != 0) loss -= pixel.hit * bilinear_without_zeros(t, a.packed + label, w.tile.packed);
-          if (a.label_smoothing > 0)
-            loss -= pixel.smooth * bilinear_without_zeros(t, a.smooth, w.tile.sample);
+          const float log_z = logf(sum) + (direct ? w.peak[p] : 0.0f);
+          // An infinite weight multiplies what is positive, not terms of both signs.
+          if (pixel.hit != 0)
+            loss = pixel.hit * (log_z - bilinear_without_zeros(t, a.packed + label, w.tile.packed));
+          if (a.label_smoothing > 0) {
+            const float all = a.weight_sum != nullptr ? *a.weight_sum : static_cast<float>(a.grid.classes);
+            if (fabsf(all) == INFINITY)
+              loss = all;
+            else
+              loss += pixel.smooth * (all * log_z - bilinear_without_zeros(t, a.smooth, w.tile.sample));
+          }
         }
       }
     }

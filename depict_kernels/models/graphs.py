@@ -9,6 +9,7 @@ in place shows in the next replay.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
@@ -89,7 +90,7 @@ class Snapshot:
         members = [(r, name, value) for r in registries for name, value in r.items()]
         self.nothing = [(registry, name) for registry, name, value in members if value is None]
         self.tensors = [
-            (registry, name, value, value.data_ptr(), value.dtype)
+            (registry, name, value, _address(model, value), value.dtype)
             for registry, name, value in members
             if isinstance(value, Tensor)
         ]
@@ -109,6 +110,22 @@ class Snapshot:
             if registry.get(name) is not tensor or tensor.data_ptr() != address or tensor.dtype != dtype:
                 return False
         return True
+
+
+def _address(model: nn.Module, tensor: Tensor) -> int:
+    """Where a graph reads the tensor. Raises ValueError for one without memory of its own."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        address = 0
+    if address == 0 and tensor.numel() > 0:
+        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        name = next(name for name, value in named if value is tensor)
+        raise ValueError(
+            f"cuda_graph=True needs to know where tensors lie, and {name} is a {type(tensor).__name__} without memory "
+            "of its own; leave it False"
+        )
+    return address
 
 
 class GraphCache:
@@ -134,7 +151,9 @@ class GraphCache:
             if device not in _last:
                 _last[device] = torch.cuda.Event()
             torch.cuda.current_stream().wait_event(_last[device])
-            key = (images.shape, images.dtype, device, dtype, model.backend, *_settings())
+            # Layers may differ from the decoder, whose backend the model's is.
+            layers = tuple(module.__dict__.get("backend") for module in model.decoder.modules())
+            key = (images.shape, images.dtype, device, dtype, layers, *_settings())
             recording = self.recordings.get(key)
             if recording is None:
                 while len(self.recordings) >= CAPACITY:
@@ -153,12 +172,27 @@ class GraphCache:
 def _settings() -> tuple:
     """What decides, beside the arguments, which kernels run."""
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         backends._override,
         autocast,
-        torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision,
+        cuda.matmul.fp32_precision,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_accumulation,
+        cuda.preferred_blas_library(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        tuple(torch._C._get_sdp_priority_order()),
+        cudnn.conv.fp32_precision,
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
     )
 
 
@@ -176,7 +210,8 @@ def check_device(images: Tensor) -> None:
 def predict(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
     """``model.predict(images, dtype)`` replayed from a CUDA graph, captured at the first call of a kind.
 
-    Raises ValueError where the images are not on a GPU or the model is in training mode.
+    Raises ValueError where the images are not on a GPU, the model is in training mode or a tensor of it has no memory
+    of its own.
     """
     check_device(images)
     if torch.cuda.is_current_stream_capturing():  # the caller's graph takes it in

@@ -135,7 +135,8 @@ class SegmentationModel(nn.Module):
                 torch.compile, which has mode="reduce-overhead" for this, it does nothing.
 
         Raises:
-            ValueError: ``cuda_graph`` with images on the CPU or a model in training mode.
+            ValueError: ``cuda_graph`` with images on the CPU, a model in training mode, or a weight without memory of
+                its own (a wrapper around other tensors, as quantisation makes).
         """
         if cuda_graph and not torch.compiler.is_compiling():
             return graphs.predict(self, images, dtype)

@@ -51,12 +51,25 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def integer(name: str, value) -> int:
-    """``value`` as an int, which may be symbolic: numpy's integers are taken, 4.0 is not. Raises TypeError."""
-    if isinstance(value, (int, torch.SymInt)):
+    """``value`` as an int, which may be symbolic: numpy's integers are taken, 4.0 is not.
+
+    Raises TypeError, and ValueError for one that 64 bits do not hold.
+    """
+    if isinstance(value, torch.SymInt):
         return value
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    return operator.index(value)
+    if not isinstance(value, int):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        value = operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
+    return value
+
+
+def check_tensor(name: str, value) -> None:
+    """Raises TypeError where ``value`` is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
 
 
 def pair(name: str, value) -> tuple[int, int]:

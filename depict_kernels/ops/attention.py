@@ -27,6 +27,11 @@ def subspace_self_attention(w: Tensor, scale: float | None = None, *, backend: s
     Raises:
         TypeError, ValueError: w is not a floating tensor of four dimensions.
         BackendUnavailable: a backend named explicitly cannot run here.
+
+    Large scores (scale included): the output holds for any that float32 holds, with backend "triton" on a GPU up to
+    1e8, NaN beyond. Gradients form the weights again from their float32 log-sum-exp, as flash attention's do: those of
+    a score s are off by a factor of about 1 + 1e-7 |s|, so that gradients mean nothing beyond 1e6 and may be NaN or
+    infinite beyond 1e8.
     """
     _check(w=w)
     (w,) = _library.autocast(w)
@@ -42,6 +47,8 @@ def subspace_cross_attention(
     q: Tensor, w: Tensor, scale: float | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """softmax(scale q w^T) w per head: the core of MSCA (DEPICT, arXiv 2411.03033, eq. 11).
+
+    Large scores are as in :func:`subspace_self_attention`.
 
     Args:
         q: (B, M, H, d) projected class queries.

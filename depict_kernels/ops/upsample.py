@@ -46,7 +46,8 @@ def upsample_cross_entropy(
         logits: (B, C, h, w) float16, bfloat16, float32 or float64, any strides.
         target: (B, H, W) any integer dtype, uint8 included; classes 0..C-1 and ignore_index.
         ignore_index: label that takes no part; None means 255 up to 255 classes and -100 above.
-        weight: (C,) class weights w_c or None; they get no gradient.
+        weight: (C,) class weights w_c or None; they get no gradient. An infinite one makes the loss infinite where
+            its class occurs, with label smoothing at every valid pixel, as in torch's.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         reduction: "mean" (over the summed weight of the valid pixels), "sum" or "none".
         check_targets: what happens to a label that is neither a class nor ignored. It is never used as an
@@ -60,7 +61,7 @@ def upsample_cross_entropy(
         logits.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or options; a bad label as above.
+        TypeError, ValueError: no tensors, wrong dtypes, shapes or options; a bad label as above.
         BackendUnavailable: a backend named explicitly cannot run here.
     """
     ignore_index = _check_logits(logits, target, ignore_index)
@@ -68,13 +69,8 @@ def upsample_cross_entropy(
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if weight is not None and (weight.shape != (logits.shape[1],) or weight.device != logits.device):
-        raise ValueError(
-            f"weight must be ({logits.shape[1]},) on {logits.device}, "
-            f"got {tuple(weight.shape)} on {weight.device}"
-        )
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight gets no gradient here, as in torch's cross_entropy; pass weight.detach()")
+    if weight is not None:
+        _check_weight(weight, logits)
     raise_now = _raises_at_once(logits) if check_targets is None else check_targets
     report_bad = check_targets is None or check_targets
     inputs = (logits,) if weight is None else (logits, weight)
@@ -155,11 +151,12 @@ def upsample_confusion(
     shape = (logits.shape[1], logits.shape[1])
     if out is None:
         out = torch.zeros(shape, dtype=torch.int64, device=logits.device)
-    elif out.shape != shape or out.dtype != torch.int64 or out.device != logits.device:
+    _library.check_tensor("out", out)
+    if out.shape != shape or out.dtype != torch.int64 or out.device != logits.device:
         raise ValueError(
             f"out must be {shape} int64 on {logits.device}, got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
-    elif 0 in out.stride() and out.numel() > 1:
+    if 0 in out.stride() and out.numel() > 1:
         raise ValueError(f"out must hold every count once, got an expanded tensor of strides {out.stride()}")
     backend = backends.choose(backend, "upsample_confusion", logits, **_sizes(logits, target.shape[1:]))
     report = torch.ops.depict_kernels.upsample_confusion(logits.detach(), target, ignore_index, out, backend)
@@ -169,6 +166,7 @@ def upsample_confusion(
 
 
 def _check_map(logits: Tensor) -> None:
+    _library.check_tensor("logits", logits)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be a floating point tensor, got {logits.dtype}")
     if logits.ndim != 4 or 0 in logits.shape[1:]:
@@ -177,8 +175,22 @@ def _check_map(logits: Tensor) -> None:
         )
 
 
+def _check_weight(weight: Tensor, logits: Tensor) -> None:
+    _library.check_tensor("weight", weight)
+    if weight.is_complex():
+        raise TypeError(f"weight must be real, got {weight.dtype}")
+    if weight.shape != (logits.shape[1],) or weight.device != logits.device:
+        raise ValueError(
+            f"weight must be ({logits.shape[1]},) on {logits.device}, "
+            f"got {tuple(weight.shape)} on {weight.device}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight gets no gradient here, as in torch's cross_entropy; pass weight.detach()")
+
+
 def _check_logits(logits: Tensor, target: Tensor, ignore_index: int | None) -> int:
     _check_map(logits)
+    _library.check_tensor("target", target)
     check_target_tensor(logits, target)
     if ignore_index is None:
         return default_ignore_index(logits.shape[1])

@@ -6,11 +6,12 @@ from torch import Tensor
 
 
 def _unit(x: Tensor) -> Tensor:
-    # Dividing a zero vector by infinity gives zeros with gradient 0, where F.normalize's eps gives a gradient
-    # of 1e12 (and NaN in float16, which cannot hold the eps).
+    # A zero vector times 1 / infinity gives zeros with gradient 0, where F.normalize's eps gives a gradient of 1e12
+    # (and NaN in float16, which cannot hold the eps). Multiplying by the inverse takes three passes over x fewer
+    # than dividing, in backward.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
+    return (x * F.threshold(norm, 0.0, torch.inf).reciprocal()).to(x.dtype)
 
 
 def mask_logits(

@@ -298,16 +298,17 @@ def _finish(
     inv_x, _, rstd, left = patch
     for i in tl.static_range(len(WIDTHS)):
         classes = _class_range(start + STARTS[i], WIDTHS[i])
-        grad, g, m, z, inv_q = _upstream(
+        grad, g, _, z, inv_q = _upstream(
             grad_ptr, weight_ptr, inv_q_ptr, products[i], patch, classes, patch_count, class_count, rows, WIDE
         )  # fmt: skip
         valid = classes < class_count
         grad_m = rstd[:, None] * (g - mean_g[:, None] - z * mean_gz[:, None])
         grad_m = tl.where((rows[:, None] < left) & valid[None, :], grad_m, 0.0)
-        t = grad_m * inv_x[:, None] * inv_q[None, :]
+        t = (grad_m * inv_x[:, None] * inv_q[None, :]).to(t_ptr.dtype.element_ty)
         mask = (rows[:, None] < left) & valid[None, :]
-        tl.store(t_ptr + (rows[:, None] * t_row + classes[None, :]), t.to(t_ptr.dtype.element_ty), mask=mask)
-        product = rounded_product(grad_m, m)
+        tl.store(t_ptr + (rows[:, None] * t_row + classes[None, :]), t, mask=mask)
+        # grad_m * m of t as it was rounded: the gradients are then orthogonal to the vectors as they should.
+        product = rounded_product(t.to(tl.float32), products[i])
         tl.store(sums_ptr + classes, sum_of_products(grad, z, 0), mask=valid)
         tl.store(sums_ptr + sums_stride + classes, tl.sum(grad, 0), mask=valid)
         tl.store(sums_ptr + 2 * sums_stride + classes, tl.sum(product, 0), mask=valid)

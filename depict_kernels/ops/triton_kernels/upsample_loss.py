@@ -126,10 +126,11 @@ def losses(
     ty,
     label,
     hit,
-    scale,
     smooth,
+    weight_sum_ptr,
     log_sum,
     SMOOTHING: tl.constexpr,
+    CLASSES: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Loss per pixel; ``log_sum`` is the logarithm of the sum of exponentials of the shifted logits."""
@@ -142,7 +143,7 @@ def losses(
         tx,
         ty,
     )
-    loss = scale * log_sum - hit * z
+    loss = hit * (log_sum - z)  # an infinite weight multiplies what is positive, not terms of both signs
     if SMOOTHING > 0:
         at_samples = bilinear(
             tl.load(smooth_ptr + corners[0]),
@@ -152,7 +153,12 @@ def losses(
             tx,
             ty,
         )
-        loss -= smooth * at_samples
+        if weight_sum_ptr is None:
+            loss += smooth * (CLASSES * log_sum - at_samples)
+        else:
+            all = tl.load(weight_sum_ptr)
+            loss += smooth * (all * log_sum - at_samples)
+            loss = tl.where(tl.abs(all) == float("inf"), all, loss)
     return tl.where(valid, loss, 0.0)
 
 
@@ -256,7 +262,8 @@ def loss_series(
         pixel_tx = tx + step * column.to(tl.float32)[None, :]
         log_sum = tl.log(tl.where(live, z, 1.0))
         loss = losses(
-            packed_ptr, smooth_ptr, corners, pixel_tx, ty[:, None], label, hit, scale, smooth, log_sum, SMOOTHING, LANES
+            packed_ptr, smooth_ptr, corners, pixel_tx, ty[:, None], label, hit, smooth, weight_sum_ptr, log_sum,
+            SMOOTHING, CLASSES, LANES,
         )  # fmt: skip
         if pixel_loss_ptr is not None:
             at = (batch * height + y[:, None]) * width + x[None, :]
