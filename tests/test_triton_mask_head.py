@@ -17,7 +17,7 @@ CASES = [
     (1, 256, (2, 3), 16),
     (2, 300, (5, 7), 20),
     (1, 257, (1, 2), 130),
-    (1, 20, (9, 9), 264),  # several steps along the width
+    (1, 20, (9, 9), 272),  # several steps along the width
 ]
 
 
