@@ -235,9 +235,7 @@ def _instructions(program: Program, text: str, first_line: int) -> None:
             statement = re.sub(r"\.loc\b[^\n]*\n", "", statement).strip()
             if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S):
                 scopes.declare(declared[1], declared[2])
-            elif declared := re.match(
-                r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", statement
-            ):
+            elif declared := re.match(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d+)\]", statement):
                 _shared(program, declared)
             elif not statement.startswith("."):
                 _add(program, statement, scopes, line)
