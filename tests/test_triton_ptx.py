@@ -32,15 +32,12 @@ TESTS = [
     "test_triton_upsample.py::test_argmax_is_the_argmax[cpu-float32-(2, 5, (2, 3), (9, 13))-noise]",
 ]
 
+_BOTH = ("attention_forward", "attention_delta", "attention_backward", "mask_forward", "mask_backward")
+_BOTH += ("mask_product", "pack_logits")
+_FLOAT32 = ("loss_series", "gradient_series", "loss_careful", "gather_gradient", "label_tiles")
 # kernel -> dtypes of its first argument
-KERNELS = {
-    **{f"attention_{part}": {"bf16", "fp32"} for part in ("forward", "delta", "backward")},
-    **{f"mask_{part}": {"bf16", "fp32"} for part in ("forward", "backward", "product")},
-    "pack_logits": {"bf16", "fp32"},
-    **{f"{part}_series": {"fp32"} for part in ("loss", "gradient")},
-    **{name: {"fp32"} for name in ("loss_careful", "gather_gradient", "label_tiles")},
-    "finish_loss": {"fp64", "constexpr"},  # sums of float64; none where only bad labels are reported
-}
+KERNELS = {name: {"bf16", "fp32"} for name in _BOTH} | {name: {"fp32"} for name in _FLOAT32}
+KERNELS["finish_loss"] = {"fp64", "constexpr"}  # sums of float64; none where only bad labels are reported
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
