@@ -45,6 +45,7 @@ class Machine:
         races: bool,
         profile=None,
         approximate: bool = False,
+        fences: bool = True,
     ):
         if threads % WARP:
             raise PtxError(f"{threads} threads are no multiple of {WARP}")
@@ -57,7 +58,7 @@ class Machine:
             )
         self.program, self.parameters, self.memory = program, parameters, memory
         self.grid, self.threads, self.blocks, self.profile = grid, threads, blocks, profile
-        self.approximate = approximate
+        self.approximate, self.check_fences = approximate, fences
         self.lanes = blocks * threads
         self.all = slice(0, self.lanes)
         self.everyone = np.arange(self.lanes)
@@ -354,10 +355,12 @@ def launch(
     races: bool = False,
     profile=None,
     approximate: bool = False,
+    fences: bool = True,
 ) -> None:
     """Runs a kernel on host memory; raises PtxError for what a kernel may not do.
 
     ``approximate``: results of ex2.approx and its like err by as much as they may, else they are the nearest floats.
+    ``fences``: what wgmma reads must have been fenced for the asynchronous proxy by the thread that wrote it.
     """
     grid = tuple(grid) + (1,) * (3 - len(grid))
     blocks = grid[0] * grid[1] * grid[2]
@@ -377,6 +380,7 @@ def launch(
             races,
             profile,
             approximate,
+            fences,
         ).run()
         memory.forget_accesses()
     memory.write_back()

@@ -197,7 +197,8 @@ def _wgmma(instruction, machine):
         a_read = reader(a, "b64", machine)
     b_read = reader(b, "b64", machine)
     scale = reader(scale, "pred", machine)
-    machine.shared.watch_proxy()
+    if machine.check_fences:
+        machine.shared.watch_proxy()
     group = 4 * _WARP
 
     def matrices(read, lanes, rows, k_major, tiles):
@@ -215,7 +216,8 @@ def _wgmma(instruction, machine):
                 raise PtxError("a matrix descriptor names bytes beyond the shared memory")
             at = at[None] + blocks[chosen][:, None, None] * machine.shared.pitch
             each = (at[..., None] + np.arange(size)).reshape(len(at), -1)
-            machine.shared.check_fenced(each, machine)
+            if machine.check_fences:
+                machine.shared.check_fenced(each, machine)
             for lane in ids.reshape(-1, group)[chosen][:, ::_WARP].T:  # one thread of every warp
                 if machine.shared.races:
                     machine.shared.races.on_read(each.ravel(), np.repeat(lane, each.shape[1]), machine)

@@ -9,11 +9,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+import triton
 
 from depict_kernels.ops.triton_kernels import launch
 from tests.ptx import machine, program
 
 _FORMATS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "fp32": "<f", "fp64": "<d"}
+# Older ones leave out the fence between cp.async and wgmma, which the PTX ISA asks for and Hopper in practice not
+# (https://github.com/triton-lang/triton/pull/9610).
+FENCES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 _compiled: dict[tuple, tuple] = {}
 
 
@@ -66,6 +70,7 @@ class Executor(list):
             races=self.races,
             profile=self.profile,
             approximate=self.approximate,
+            fences=FENCES,
         )
         name, first = recorded.kernel.__name__, next(iter(kinds.values()))
         self.counts[f"{name} {first.lstrip('*')}"] += 1
