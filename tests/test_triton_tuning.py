@@ -108,3 +108,14 @@ def test_every_tiny_call_is_tuned(triton_device):
         *(f"upsample {k}" for k in ("series", "careful", "labels", "pack", "gather", "finish")),
     }
     assert all(row["tried"] == 1 and not row["rejected"] for row in rows)
+
+
+def test_backward_is_not_pipelined_where_triton_miscompiles_it(monkeypatch):
+    """Two products into one accumulator per step, on data-centre Blackwell: triton-lang/triton issue 10821."""
+    stages = lambda kernel, architecture: tuning.attention(kernel, architecture, 100, 2).num_stages
+    monkeypatch.setattr(tuning, "TRITON", (3, 8))
+    for kernel in ("self_backward", "query_backward", "key_backward"):
+        assert stages(kernel, "sm_100") == stages(kernel, "sm_103") == 1 < stages(kernel, "sm_90")
+    assert stages("self_forward", "sm_100") > 1
+    monkeypatch.setattr(tuning, "TRITON", (3, 9))
+    assert stages("self_backward", "sm_100") > 1

@@ -16,13 +16,16 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+
+import triton
 
 from depict_kernels.ops.triton_kernels.tuned import TUNED
 
 VARIABLE = "DEPICT_KERNELS_TUNING"
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,12 @@ def attention(kernel: str, architecture: str, dim: int, element_size: int, tf32:
         )
     kind = "tf32" if tf32 else str(8 * element_size)
     default = _attention_default(kernel, architecture, width, kind)
-    return choose(architecture, f"attention {kernel} d{width} {kind}", default)
+    config = choose(architecture, f"attention {kernel} d{width} {kind}", default)
+    # Backward adds two products to one accumulator in each step, which Triton before 3.9 pipelines wrongly on these
+    # (https://github.com/triton-lang/triton/issues/10821): wrong gradients, and without pipelining right ones.
+    if kernel.endswith("_backward") and architecture.startswith("sm_10") and TRITON < (3, 9):
+        return replace(config, num_stages=1)
+    return config
 
 
 def _attention_default(kernel: str, architecture: str, width: int, kind: str) -> Config:
