@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from benchmarks.wgmma_inputs import overwritten
+
 LIBRARY = Path(__file__).resolve().parents[1] / "depict_kernels" / "_cuda.abi3.so"
 
 
@@ -71,6 +73,12 @@ def rows(library: Path = LIBRARY) -> list[dict]:
     for row, name in zip(found, readable([row["name"] for row in found])):
         row["name"] = name
     return sorted(found, key=lambda row: (row["target"], row["name"]))
+
+
+def wgmma_inputs(library: Path = LIBRARY) -> tuple[int, list[str]]:
+    """What :func:`benchmarks.wgmma_inputs.overwritten` finds in the library."""
+    command = [tool("cuobjdump"), "-sass", str(library)]
+    return overwritten(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def report(match: str = "") -> list[dict]:

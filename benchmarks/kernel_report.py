@@ -6,7 +6,8 @@ in the compiled library: no GPU needed.
 
 NVIDIA: registers per thread, dynamic shared memory, bytes of stack per thread (spills) from
 ``cuobjdump --dump-resource-usage``. AMD: vector registers, shared memory, spilled vector registers. Exits with 1
-where a kernel spills that must not: 16 bit, head_dim <= 128.
+where a kernel spills that must not (16 bit, head_dim <= 128) or the assembler overwrote what wgmma reads
+(wgmma_inputs.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cuda_report
+from benchmarks.wgmma_inputs import overwritten
 
 
 def report(targets: tuple[str, ...], core: bool, match: str, workers: int) -> list[dict]:
@@ -37,8 +41,9 @@ def report(targets: tuple[str, ...], core: bool, match: str, workers: int) -> li
             "num_stages": variant.launch.num_stages,
             "may_spill": variant.may_spill,
         }
-        used = launch.resources(launch.compile_ahead(variant.launch, variant.target))
-        row.update(vars(used), seconds=round(time.perf_counter() - start, 2))
+        compiled = launch.compile_ahead(variant.launch, variant.target)
+        row.update(vars(launch.resources(compiled)), seconds=round(time.perf_counter() - start, 2))
+        row["overwritten"] = overwritten(_sass(compiled))[1] if "wgmma" in compiled.asm.get("ptx", "") else []
         return row
 
     chosen = [v for v in variants.variants(targets, core=core) if match in v.name]
@@ -53,6 +58,16 @@ def report(targets: tuple[str, ...], core: bool, match: str, workers: int) -> li
                 flush=True,
             )
     return rows
+
+
+def _sass(compiled) -> str:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> int:
@@ -74,7 +89,11 @@ def main() -> int:
         args.json.write_text(json.dumps(rows, indent=1))
     spilled = [f"{r['name']} {r['target']}" for r in rows if r["spills"] and not r["may_spill"]]
     print(f"{len(rows)} kernels; spills where there must be none: {', '.join(spilled) or 'none'}")
-    return 1 if spilled else 0
+    faults = [fault for r in rows for fault in r.get("overwritten", [])]
+    if not args.triton_only and cuda_report.why_not() is None:
+        faults += cuda_report.wgmma_inputs()[1]
+    print(f"registers of wgmma overwritten: {', '.join(faults) or 'none'}")
+    return 1 if spilled or faults else 0
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ def rows(tmp_path_factory) -> list[dict]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert out.exists(), done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert done.returncode == (1 if any(r["spills"] and not r["may_spill"] for r in found) else 0), (
-        done.stderr
-    )
+    bad = any((r["spills"] and not r["may_spill"]) or r["overwritten"] for r in found)
+    assert done.returncode == (1 if bad else 0), done.stderr
     return found
 
 
@@ -67,6 +66,10 @@ def test_resources_fit_the_machine(rows):
 
 def test_no_spills_in_16_bit(rows):
     assert not [f"{r['name']} {r['target']}" for r in rows if r["spills"] and not r["may_spill"]]
+
+
+def test_no_register_is_overwritten_while_wgmma_reads_it(rows):
+    assert not [fault for row in rows for fault in row["overwritten"]]
 
 
 def test_recording_launches_nothing_and_ends(ptx_executor):
