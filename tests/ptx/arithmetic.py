@@ -1,141 +1,18 @@
-"""What each instruction on a thread's own registers does, for vectors of threads.
-
-A maker takes an instruction and the machine and returns ``run(lanes)``, where ``lanes`` selects threads: a slice of
-all or an array of indices.
-"""
+"""Arithmetic, bits and comparisons on a thread's own registers."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from tests.ptx import rounding
-from tests.ptx.errors import PtxError
-from tests.ptx.program import Address, Float, Integer, Not, Pair, Register, Symbol, Vector
-
-DTYPES = {
-    **{f"{kind}{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8) for kind in "ub"},
-    **{f"s{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
-    "f16": np.dtype("f2"),
-    "f32": np.dtype("f4"),
-    "f64": np.dtype("f8"),
-    "bf16": np.dtype("u2"),
-    "f16x2": np.dtype("u4"),
-    "bf16x2": np.dtype("u4"),
-    "tf32": np.dtype("u4"),
-}
-_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
-MAKERS = {}
-
-
-def maker(*names):
-    def add(function):
-        MAKERS.update(dict.fromkeys(names, function))
-        return function
-
-    return add
-
-
-def bits_of(value: np.ndarray) -> np.ndarray:
-    return value.view(_UNSIGNED[value.dtype.itemsize])
-
-
-def reader(operand, kind: str, machine):
-    """A function of lanes that gives an operand's values as type ``kind`` (or "pred")."""
-    if kind == "pred":
-        if isinstance(operand, Not):
-            array = machine.register(operand.register)
-            return lambda lanes: ~array[lanes]
-        if isinstance(operand, Integer):
-            value = np.bool_(operand.value != 0)
-            return lambda lanes: value
-        array = machine.register(operand)
-        return lambda lanes: array[lanes]
-    dtype = DTYPES[kind]
-    if isinstance(operand, Register):
-        array = machine.register(operand)
-        if operand.bits == 8 * dtype.itemsize:
-            viewed = array.view(dtype)
-            return lambda lanes: viewed[lanes]
-        if operand.bits < 8 * dtype.itemsize:
-            raise PtxError(f"{operand.name} is narrower than .{kind}")
-        narrow = _UNSIGNED[dtype.itemsize]
-        return lambda lanes: array[lanes].astype(narrow).view(dtype)
-    if isinstance(operand, Float):
-        if operand.width != 8 * dtype.itemsize:
-            raise PtxError(f"a floating-point constant of {operand.width} bits as .{kind}")
-        value = np.array(operand.bits, _UNSIGNED[operand.width // 8]).view(dtype)[()]
-        return lambda lanes: value
-    if isinstance(operand, Integer):
-        if dtype.kind == "f":
-            raise PtxError(f"the integer constant {operand.value} as .{kind}")
-        unsigned = _UNSIGNED[dtype.itemsize]
-        value = np.array(operand.value % 2 ** (8 * dtype.itemsize), unsigned).view(dtype)[()]
-        return lambda lanes: value
-    if isinstance(operand, Symbol):
-        value = machine.symbol(operand.name)
-        if np.ndim(value):
-            value = value.astype(dtype)
-            return lambda lanes: value[lanes]
-        value = dtype.type(value)
-        return lambda lanes: value
-    raise PtxError(f"operand not understood: {operand}")
-
-
-def writer(operand, kind: str, machine):
-    """A function (lanes, values) that puts values of type ``kind`` into a register, widened by its sign."""
-    if operand is None:
-        return lambda lanes, value: None
-    array = machine.register(operand)
-    if operand.bits == 1:
-
-        def put(lanes, value):
-            array[lanes] = value
-
-        return put
-    dtype, wide = DTYPES[kind], _UNSIGNED[operand.bits // 8]
-    if operand.bits < 8 * dtype.itemsize:
-        raise PtxError(f"{operand.name} is narrower than .{kind}")
-    if operand.bits == 8 * dtype.itemsize:
-        viewed = array.view(dtype)
-
-        def put(lanes, value):
-            viewed[lanes] = value
-
-        return put
-    signed = np.dtype(f"i{operand.bits // 8}")
-
-    def put(lanes, value):
-        if dtype.kind == "i":
-            array[lanes] = value.astype(signed).view(wide)
-        else:
-            array[lanes] = bits_of(np.asarray(value)).astype(wide)
-
-    return put
-
-
-def _elementwise(instruction, machine, kind, function, inputs=None):
-    reads = [reader(o, k, machine) for o, k in zip(instruction.operands[1:], inputs or [kind] * 9)]
-    write = writer(instruction.operands[0], kind, machine)
-    if "ftz" in instruction.words:
-        plain, flush = function, rounding.flush
-        function = lambda *values: flush(plain(*map(flush, values)))
-    if len(reads) == 1:
-        (a,) = reads
-        return lambda lanes: write(lanes, function(a(lanes)))
-    if len(reads) == 2:
-        a, b = reads
-        return lambda lanes: write(lanes, function(a(lanes), b(lanes)))
-    return lambda lanes: write(lanes, function(*(read(lanes) for read in reads)))
-
-
-def _kind(instruction):
-    return instruction.words[-1]
+from tests.ptx.operands import DTYPES, bits_of, elementwise, kind_of, maker, reader, writer
+from tests.ptx.program import Pair
 
 
 def _simple(names, function):
     @maker(*names)
     def make(instruction, machine):
-        return _elementwise(instruction, machine, _kind(instruction), function)
+        return elementwise(instruction, machine, kind_of(instruction), function)
 
 
 _simple(["add"], np.add)
@@ -149,18 +26,18 @@ _simple(["copysign"], lambda sign, size: np.copysign(size, sign))
 
 @maker("abs", "neg")
 def _sign(instruction, machine):
-    kind, negate = _kind(instruction), instruction.name == "neg"
+    kind, negate = kind_of(instruction), instruction.name == "neg"
     if kind not in ("bf16", "f16x2", "bf16x2"):
-        return _elementwise(instruction, machine, kind, np.negative if negate else np.abs)
+        return elementwise(instruction, machine, kind, np.negative if negate else np.abs)
     signs = DTYPES[kind].type(0x80008000 if kind.endswith("x2") else 0x8000)
-    return _elementwise(instruction, machine, kind, lambda a: a ^ signs if negate else a & ~signs)
+    return elementwise(instruction, machine, kind, lambda a: a ^ signs if negate else a & ~signs)
 
 
 @maker("max", "min")
 def _extreme(instruction, machine):
-    kind, greater = _kind(instruction), instruction.name == "max"
+    kind, greater = kind_of(instruction), instruction.name == "max"
     if DTYPES[kind].kind != "f":
-        return _elementwise(instruction, machine, kind, np.maximum if greater else np.minimum)
+        return elementwise(instruction, machine, kind, np.maximum if greater else np.minimum)
     through = "NaN" in instruction.words
     pick = (np.maximum if through else np.fmax) if greater else (np.minimum if through else np.fmin)
 
@@ -168,7 +45,7 @@ def _extreme(instruction, machine):
         zero = a + b if greater else -(-a - b)
         return rounding.canonical(np.where((a == 0) & (b == 0), zero, pick(a, b)))
 
-    return _elementwise(instruction, machine, kind, function)
+    return elementwise(instruction, machine, kind, function)
 
 
 def _high(a, b):
@@ -189,27 +66,27 @@ def _widened(kind):
 
 @maker("mul", "mad")
 def _multiply(instruction, machine):
-    kind, words = _kind(instruction), instruction.words
+    kind, words = kind_of(instruction), instruction.words
     plus = instruction.name == "mad"
     if DTYPES[kind].kind == "f":
         if plus:
-            return MAKERS["fma"](instruction, machine)
-        return _elementwise(instruction, machine, kind, np.multiply)
+            return _fused(instruction, machine)
+        return elementwise(instruction, machine, kind, np.multiply)
     if "wide" in words:
         wide = DTYPES[_widened(kind)]
         inputs = [kind, kind, _widened(kind)]
         product = lambda a, b: np.asarray(a).astype(wide) * np.asarray(b).astype(wide)
         function = (lambda a, b, c: product(a, b) + c) if plus else product
-        return _elementwise(instruction, machine, _widened(kind), function, inputs)
+        return elementwise(instruction, machine, _widened(kind), function, inputs)
     product = _high if "hi" in words else np.multiply
-    return _elementwise(instruction, machine, kind, (lambda a, b, c: product(a, b) + c) if plus else product)
+    return elementwise(instruction, machine, kind, (lambda a, b, c: product(a, b) + c) if plus else product)
 
 
 @maker("fma")
 def _fused(instruction, machine):
-    kind = _kind(instruction)
+    kind = kind_of(instruction)
     function = {"f32": rounding.fused_float, "f64": rounding.fused_double}[kind]
-    return _elementwise(instruction, machine, kind, function)
+    return elementwise(instruction, machine, kind, function)
 
 
 def _truncated(a, b):
@@ -245,9 +122,9 @@ def _approximation(name, exact):
 
 
 def _approximable(instruction, machine, exact):
-    if machine.approximate and {"approx", "full"} & set(instruction.words) and _kind(instruction) == "f32":
+    if machine.approximate and {"approx", "full"} & set(instruction.words) and kind_of(instruction) == "f32":
         exact = _approximation(instruction.name, exact)
-    return _elementwise(instruction, machine, _kind(instruction), exact)
+    return elementwise(instruction, machine, kind_of(instruction), exact)
 
 
 def _approximate_division(a, b):
@@ -258,7 +135,7 @@ def _approximate_division(a, b):
 
 @maker("div", "rem")
 def _divide(instruction, machine):
-    kind = _kind(instruction)
+    kind = kind_of(instruction)
     if DTYPES[kind].kind == "f":
         approximate = "approx" in instruction.words
         return _approximable(instruction, machine, _approximate_division if approximate else np.divide)
@@ -266,7 +143,7 @@ def _divide(instruction, machine):
         function = _truncated
     else:
         function = lambda a, b: a - _truncated(a, b) * b
-    return _elementwise(instruction, machine, kind, function)
+    return elementwise(instruction, machine, kind, function)
 
 
 @maker("rcp")
@@ -292,166 +169,6 @@ def _root_or_exponential(instruction, machine):
         "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt, "rsqrt": lambda x: x.dtype.type(1) / np.sqrt(x),
     }[instruction.name]  # fmt: skip
     return _approximable(instruction, machine, exact)
-
-
-@maker("shl", "shr")
-def _shift(instruction, machine):
-    kind = _kind(instruction)
-    bits = 8 * DTYPES[kind].itemsize
-    left = instruction.name == "shl"
-
-    def function(a, by):
-        a = np.asarray(a)
-        inside = np.minimum(by, np.uint32(bits - 1)).astype(a.dtype)
-        if left:
-            return np.where(by >= bits, a.dtype.type(0), a << inside)
-        if a.dtype.kind == "i":
-            return a >> inside
-        return np.where(by >= bits, a.dtype.type(0), a >> inside)
-
-    return _elementwise(instruction, machine, kind, function, [kind, "u32"])
-
-
-@maker("bfe")
-def _extract(instruction, machine):
-    kind = _kind(instruction)
-    bits = 8 * DTYPES[kind].itemsize
-
-    def function(a, position, length):
-        out = np.zeros(np.broadcast(a, position, length).shape, object)
-        each = np.broadcast_arrays(a, position & 0xFF, length & 0xFF)
-        for i in np.ndindex(out.shape):
-            value, at, count = (int(x[i]) for x in each)
-            count = min(count, bits - at) if kind[0] == "u" else count
-            field = (value >> at) & ((1 << max(count, 0)) - 1)
-            if kind[0] == "s" and count > 0:
-                top = min(at + count - 1, bits - 1)
-                if (value >> top) & 1:
-                    field |= -1 << min(count, bits)
-            out[i] = field % 2**bits
-        return out.astype(_UNSIGNED[bits // 8]).view(DTYPES[kind])
-
-    def small(a, position, length):  # both immediate, as compilers write it
-        at, count = int(position) & 0xFF, int(length) & 0xFF
-        if at + count > bits or count == 0 or np.ndim(position) or np.ndim(length):
-            return function(a, position, length)
-        left, right = bits - at - count, bits - count
-        return (a << DTYPES[kind].type(left)) >> DTYPES[kind].type(right)
-
-    run = lambda a, p, n: function(a, p, n) if np.ndim(p) or np.ndim(n) else small(a, p, n)
-    return _elementwise(instruction, machine, kind, run, [kind, "u32", "u32"])
-
-
-@maker("bfi")
-def _insert(instruction, machine):
-    kind = _kind(instruction)
-    bits = int(kind[1:])
-    wide = _UNSIGNED[bits // 8].type
-
-    def function(a, b, position, length):
-        position, length = (
-            np.minimum(np.asarray(x) & np.uint32(0xFF), np.uint32(bits)) for x in (position, length)
-        )
-        whole = length == bits  # a shift by all bits is none in numpy
-        low = (wide(1) << np.where(whole, 0, length).astype(wide)) - wide(1)
-        mask, inside = np.where(whole, wide(2**bits - 1), low), position < bits
-        by = np.where(inside, position, 0).astype(wide)
-        return np.where(inside, (b & ~(mask << by)) | (a & mask) << by, b)
-
-    return _elementwise(instruction, machine, kind, function, [kind, kind, "u32", "u32"])
-
-
-@maker("shf")
-def _funnel(instruction, machine):
-    left, wrap = instruction.words[0] == "l", instruction.words[1] == "wrap"
-
-    def function(low, high, by):
-        by = (np.asarray(by) & np.uint32(31) if wrap else np.minimum(by, np.uint32(32))).astype(np.uint64)
-        both = np.asarray(low).astype(np.uint64) | np.asarray(high).astype(np.uint64) << np.uint64(32)
-        return ((both << by) >> np.uint64(32) if left else both >> by).astype(np.uint32)
-
-    return _elementwise(instruction, machine, "b32", function)
-
-
-@maker("lop3")
-def _logic(instruction, machine):
-    table = instruction.operands[4].value
-    if not 0 <= table <= 255:
-        raise PtxError(f"no table of three inputs: {table}")
-
-    def function(a, b, c):
-        out = np.uint32(0)
-        for row in range(8):  # of the table: a is the row's bit 2, b bit 1, c bit 0
-            if table >> row & 1:
-                out = out | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-        return out
-
-    return _elementwise(instruction, machine, "b32", function, ["b32"] * 3)
-
-
-@maker("popc")
-def _popc(instruction, machine):
-    kind = _kind(instruction)
-    read = reader(instruction.operands[1], kind, machine)
-    write = writer(instruction.operands[0], "u32", machine)
-    return lambda lanes: write(lanes, np.bitwise_count(read(lanes)).astype(np.uint32))
-
-
-@maker("brev")
-def _brev(instruction, machine):
-    kind = _kind(instruction)
-    bits = int(kind[1:])
-
-    def function(a):
-        one, out = a.dtype.type(1), np.zeros_like(a)
-        for i in range(bits):
-            out |= ((a >> a.dtype.type(i)) & one) << a.dtype.type(bits - 1 - i)
-        return out
-
-    return _elementwise(instruction, machine, kind, function)
-
-
-@maker("bfind", "clz")
-def _bfind(instruction, machine):
-    kind = _kind(instruction)
-    bits = int(kind[1:])
-    read = reader(instruction.operands[1], kind, machine)
-    write = writer(instruction.operands[0], "u32", machine)
-
-    def run(lanes):
-        value = np.asarray(read(lanes))
-        if kind[0] == "s":
-            value = np.where(value < 0, ~value, value)
-        value = value.view(_UNSIGNED[bits // 8])
-        highest = np.full(value.shape, -1)
-        for i in range(bits):
-            highest = np.where(value >> value.dtype.type(i) & value.dtype.type(1), i, highest)
-        if instruction.name == "clz":
-            result = bits - 1 - highest
-        else:
-            result = np.where((highest >= 0) & ("shiftamt" in instruction.words), bits - 1 - highest, highest)
-        write(lanes, result.astype(np.int32).view(np.uint32))
-
-    return run
-
-
-@maker("prmt")
-def _permute(instruction, machine):
-    if instruction.words != ("b32",):
-        raise PtxError(f"not supported: {instruction.text}")
-
-    def function(a, b, selector):
-        both = np.asarray(a).astype(np.uint64) | np.asarray(b).astype(np.uint64) << np.uint64(32)
-        out = np.uint64(0)
-        for i in range(4):
-            chosen = (np.asarray(selector) >> np.uint32(4 * i)) & np.uint32(0xF)
-            byte = (both >> ((chosen & np.uint32(7)).astype(np.uint64) * np.uint64(8))) & np.uint64(0xFF)
-            sign = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
-            byte = np.where(chosen & np.uint32(8), sign, byte)
-            out = out | byte << np.uint64(8 * i)
-        return out.astype(np.uint32)
-
-    return _elementwise(instruction, machine, "b32", function)
 
 
 _COMPARE = {
@@ -480,7 +197,7 @@ def comparison(word: str, kind: str):
 
 @maker("setp")
 def _set_predicate(instruction, machine):
-    kind, words = _kind(instruction), [w for w in instruction.words if w != "ftz"]
+    kind, words = kind_of(instruction), [w for w in instruction.words if w != "ftz"]
     compare = comparison(words[0], kind)
     if "ftz" in instruction.words:
         exact, flush = compare, rounding.flush
@@ -511,251 +228,10 @@ def _set_predicate(instruction, machine):
 
 @maker("selp")
 def _select(instruction, machine):
-    kind = _kind(instruction)
+    kind = kind_of(instruction)
     a, b = (reader(operand, kind, machine) for operand in instruction.operands[1:3])
     p, write = (
         reader(instruction.operands[3], "pred", machine),
         writer(instruction.operands[0], kind, machine),
     )
     return lambda lanes: write(lanes, np.where(p(lanes), a(lanes), b(lanes)))
-
-
-@maker("cvta")
-def _convert_address(instruction, machine):
-    return MAKERS["mov"](instruction, machine)
-
-
-@maker("mov")
-def _move(instruction, machine):
-    kind = _kind(instruction)
-    to, source = instruction.operands
-    if isinstance(source, Vector):  # the first part lies lowest
-        part = f"b{int(kind[1:]) // len(source.parts)}"
-        reads = [reader(operand, part, machine) for operand in source.parts]
-        write, wide, bits = writer(to, kind, machine), DTYPES[kind].type, int(part[1:])
-
-        def run(lanes):
-            value = wide(0)
-            for i, read in enumerate(reads):
-                value = value | np.asarray(read(lanes)).astype(wide) << wide(bits * i)
-            write(lanes, value)
-
-        return run
-    if isinstance(to, Vector):
-        bits = int(kind[1:]) // len(to.parts)
-        read, narrow = reader(source, kind, machine), DTYPES[f"b{bits}"].type
-        writes = [writer(part, f"b{bits}", machine) for part in to.parts]
-
-        def run(lanes):
-            value = read(lanes)
-            for i, write in enumerate(writes):
-                write(lanes, (value >> value.dtype.type(bits * i)).astype(narrow))
-
-        return run
-    read, write = reader(source, kind, machine), writer(to, kind, machine)
-    return lambda lanes: write(lanes, read(lanes))
-
-
-_ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-
-
-def _to_integer(value, to, source, how):
-    rounded = _ROUND[how](value)
-    limits = np.iinfo(DTYPES[to])
-    # The largest integer of 64 bits is no float: what reaches the power of two above it is clamped apart.
-    above = rounded >= 2.0 ** (limits.bits - (to[0] == "s"))
-    below = rounded <= float(limits.min)
-    unknown = np.isnan(value)
-    inside = np.where(above | below | unknown, 0, rounded).astype(DTYPES[to])
-    nan = limits.min if to[0] == "s" else 1 << (limits.bits - 1)
-    if source != "f64" and limits.bits < 64:
-        nan = 0
-    result = np.where(
-        above, DTYPES[to].type(limits.max), np.where(below, DTYPES[to].type(limits.min), inside)
-    )
-    return np.where(unknown, DTYPES[to].type(nan), result)
-
-
-@maker("cvt")
-def _convert(instruction, machine):
-    words = instruction.words
-    to, source = words[-2:]
-    how = words[0]
-    if to in ("bf16x2", "f16x2"):
-        first, second = (reader(operand, source, machine) for operand in instruction.operands[1:3])
-        write = writer(instruction.operands[0], "b32", machine)
-        half = (
-            rounding.float_to_bfloat16
-            if to == "bf16x2"
-            else lambda v: rounding.float_to_float16(v).view(np.uint16)
-        )
-
-        def run(lanes):
-            high, low = half(first(lanes)).astype(np.uint32), half(second(lanes)).astype(np.uint32)
-            write(lanes, high << np.uint32(16) | low)
-
-        return run
-    if to == "tf32":  # half away from zero
-        read, write = (
-            reader(instruction.operands[1], "b32", machine),
-            writer(instruction.operands[0], "b32", machine),
-        )
-        finite = np.uint32(0x7F800000)
-
-        def run(lanes):
-            bits = read(lanes)
-            rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
-            write(lanes, np.where(bits & finite == finite, bits, rounded))
-
-        return run
-    read, write = (
-        reader(instruction.operands[1], source, machine),
-        writer(instruction.operands[0], to, machine),
-    )
-    dtype, integer = DTYPES[to], lambda kind: kind[0] in "us"
-    to_float = rounding.bfloat16_to_float if source == "bf16" else np.asarray
-    if integer(to) and not integer(source):
-        function = lambda value: _to_integer(to_float(value), to, source, how)
-    elif to == "bf16":
-        function = lambda value: rounding.double_to_bfloat16(value.astype(np.float64))
-    elif how in _ROUND:
-        function = lambda value: rounding.canonical(_ROUND[how](value))
-    elif to == "f16":  # through float64, which holds every integer that is not infinite as float16
-        function = lambda value: rounding.float_to_float16(np.asarray(value).astype(np.float64))
-    elif integer(source):
-        function = lambda value: np.asarray(value).astype(dtype)
-    else:
-        function = lambda value: rounding.canonical(to_float(value).astype(dtype))
-    if "ftz" in words:  # of float32 alone, what goes in and what comes out
-        exact, flush = function, rounding.flush
-        function = lambda value: exact(flush(value)) if source == "f32" else exact(value)
-        if to == "f32":
-            inner = function
-            function = lambda value: flush(inner(value))
-    return lambda lanes: write(lanes, function(read(lanes)))
-
-
-def address(operand: Address, machine):
-    """A function of lanes that gives addresses (or offsets in shared memory, or among parameters) as uint64."""
-    offset = np.uint64(operand.offset % 2**64)
-    if isinstance(operand.base, Register):
-        array = machine.register(operand.base)
-        if operand.base.bits == 32:
-            narrow = np.uint32(operand.offset % 2**32)
-            return lambda lanes: (array[lanes] + narrow).astype(np.uint64)
-        return lambda lanes: array[lanes] + offset
-    base = operand.base.value if isinstance(operand.base, Integer) else machine.symbol(operand.base.name)
-    value = np.uint64(base + operand.offset)
-    return lambda lanes: np.full(machine.size(lanes), value)
-
-
-def parts(operand) -> tuple:
-    return operand.parts if isinstance(operand, Vector) else (operand,)
-
-
-def _memory(words, machine):
-    return machine.shared if "shared" in words else machine.memory
-
-
-def _strong(words) -> bool:
-    """Whether accesses of several threads at once are no race, as with atomic ones."""
-    return not {"volatile", "relaxed", "acquire", "release"}.isdisjoint(words)
-
-
-@maker("ld")
-def _load(instruction, machine):
-    words, kind = instruction.words, _kind(instruction)
-    to, place = parts(instruction.operands[0]), address(instruction.operands[1], machine)
-    size, dtype = DTYPES[kind].itemsize, DTYPES[kind]
-    _count_parts(words, to)
-    writes = [writer(operand, kind, machine) for operand in to]
-    if words[0] == "param":
-        blob = np.frombuffer(machine.parameters, np.uint8)
-
-        def run(lanes):
-            at = place(lanes).astype(np.int64)
-            if (at % (size * len(writes))).any() or (at + size * len(writes) > len(blob)).any():
-                raise PtxError(f"parameters at {at[0]}: misaligned, or beyond their {len(blob)} bytes")
-            for i, write in enumerate(writes):
-                write(lanes, blob[at[:, None] + np.arange(i * size, (i + 1) * size)].view(dtype)[:, 0])
-
-        return run
-    memory, strong = _memory(words, machine), _strong(words)
-
-    def run(lanes):
-        values = memory.load(place(lanes), size, len(writes), machine.ids(lanes), machine, strong)
-        for write, value in zip(writes, values):
-            write(lanes, value.view(dtype))
-
-    return run
-
-
-def _count_parts(words, operands) -> None:
-    (count,) = [int(word[1:]) for word in words if word in ("v2", "v4", "v8")] or [1]
-    if len(operands) != count:
-        raise PtxError(f"{len(operands)} registers, not {count}")
-
-
-@maker("st")
-def _store(instruction, machine):
-    words, kind = instruction.words, _kind(instruction)
-    place, values = address(instruction.operands[0], machine), parts(instruction.operands[1])
-    size, dtype = DTYPES[kind].itemsize, DTYPES[kind]
-    _count_parts(words, values)
-    reads = [reader(operand, kind, machine) for operand in values]
-    memory, strong = _memory(words, machine), _strong(words)
-
-    def run(lanes):
-        count = machine.size(lanes)
-        bits = [np.broadcast_to(bits_of(np.asarray(read(lanes), dtype)), (count,)) for read in reads]
-        memory.store(place(lanes), bits, size, machine.ids(lanes), machine, strong)
-
-    return run
-
-
-@maker("atom", "red")
-def _atomic(instruction, machine):
-    words, kind = instruction.words, _kind(instruction)
-    memory, dtype = _memory(words, machine), DTYPES[kind]
-    operands = instruction.operands if instruction.name == "atom" else [None, *instruction.operands]
-    write, place = writer(operands[0], kind, machine), address(operands[1], machine)
-    reads = [reader(operand, kind, machine) for operand in operands[2:]]
-    add = lambda old, new: old + new
-    if kind == "f32" and "shared" not in words:  # as on global memory
-        add = lambda old, new: rounding.flush(rounding.flush(old) + rounding.flush(new))
-    combine = {
-        "add": add, "min": min, "max": max, "exch": lambda old, new: new,
-        "or": lambda old, new: old | new, "and": lambda old, new: old & new, "xor": lambda old, new: old ^ new,
-    }  # fmt: skip
-    (name,) = [word for word in words if word in combine or word == "cas"]
-
-    def run(lanes):
-        ids, addresses = machine.ids(lanes), place(lanes)
-        at = memory.locate(addresses, dtype.itemsize, 1, ids, machine)
-        machine.count(memory, addresses, dtype.itemsize, ids, "atomic")
-        memory.note_atomic(at, dtype.itemsize, ids, machine)
-        at = at // dtype.itemsize
-        view = memory.bytes.view(dtype)
-        values = [np.broadcast_to(read(lanes), ids.shape) for read in reads]
-        old = np.zeros(len(ids), dtype)
-        for i in range(len(ids)):
-            old[i] = view[at[i]]
-            if name == "cas":
-                if old[i] == values[0][i]:
-                    view[at[i]] = values[1][i]
-            else:
-                view[at[i]] = combine[name](old[i], values[0][i])
-        write(lanes, old)
-
-    return run
-
-
-@maker("fence", "membar", "nanosleep", "prefetch", "griddepcontrol")
-def _nothing(instruction, machine):
-    if instruction.words[:2] == ("proxy", "async") and "global" not in instruction.words:
-
-        def run(lanes):
-            machine.fences[lanes] += 1
-
-        return run
-    return lambda lanes: None

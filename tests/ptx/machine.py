@@ -18,11 +18,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.ptx import arithmetic, forms, tensor_cores, warp
+from tests.ptx import accesses, arithmetic, bit_fields, forms, moves, operands, tensor_cores, warp
 from tests.ptx.errors import PtxError
 from tests.ptx.memory import Global, Region, Shared
 from tests.ptx.program import Not, Program, Register
 
+FAMILIES = (
+    accesses,
+    arithmetic,
+    bit_fields,
+    moves,
+    tensor_cores,
+    warp,
+)  # each adds its instructions to operands.MAKERS
 WARP = 32
 _RUNNING, _AT_BARRIER, _WAITING, _DONE = range(4)
 _MOST_LANES = 8192
@@ -143,7 +151,7 @@ class Machine:
             if warp.is_barrier(instruction):
                 return self._barrier_of(instruction)
             name = "bar.warp" if instruction.name == "bar" else instruction.name
-            run = arithmetic.MAKERS[name](instruction, self)
+            run = operands.MAKERS[name](instruction, self)
             mask = warp.member_mask(instruction, self) if warp.together(instruction) else None
             if mask is not None:
                 run.mask = mask
@@ -154,7 +162,7 @@ class Machine:
 
     def _barrier_of(self, instruction):
         """A function of lanes that gives the barrier they arrive at."""
-        number, *count = (arithmetic.reader(operand, "u32", self) for operand in instruction.operands)
+        number, *count = (operands.reader(operand, "u32", self) for operand in instruction.operands)
 
         def run(lanes):
             if count and (np.asarray(count[0](lanes)) != self.threads).any():

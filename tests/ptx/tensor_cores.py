@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from tests.ptx.arithmetic import maker, reader, writer
 from tests.ptx.errors import PtxError
+from tests.ptx.operands import maker, reader, writer
 from tests.ptx.program import Register, Vector
 from tests.ptx.rounding import bfloat16_to_float
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.ptx.arithmetic import address, maker, reader, writer
 from tests.ptx.errors import PtxError
+from tests.ptx.operands import address, maker, reader, writer
 from tests.ptx.program import Integer, Pair, Register
 
 _WARP = 32
