@@ -1,0 +1,111 @@
+"""How often a GPU issues each instruction of a kernel's machine code (SASS), from the profile of its PTX: no GPU needed.
+
+ptxas keeps line numbers: every PTX instruction is given its own line's as the source's, so that nvdisasm names, for
+each machine instruction, the PTX line it comes from. It is issued as often as that line is.
+
+Where this is not exact: what ptxas moves out of a loop, or to another place, keeps its line's count (too large);
+branches inside one PTX instruction (a division's rare cases) count as executed, out-of-line subroutines not at all;
+loops that ptxas unrolls would count once for each copy. The last shows in :func:`copied`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.cuda_report import tool
+from tests.ptx.profile import Counts, Profile
+from tests.ptx.program import Program
+
+_ASSEMBLERS = ("ptxas", "ptxas-blackwell")  # the second, of Triton's, takes newer PTX
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+# One PTX instruction of these is one machine instruction of these.
+_SINGLE = {"mma": "HMMA", "shfl": "SHFL", "ldmatrix": "LDSM"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine instruction: its opcode with modifiers and the PTX line it stands for."""
+
+    opcode: str
+    line: int
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+
+def why_not() -> str | None:
+    """What keeps :func:`disassembled` from working, or None."""
+    missing = [name for name in ("ptxas", "nvdisasm") if tool(name) is None]
+    return f"{' and '.join(missing)} not found (the CUDA toolkit and Triton have them)" if missing else None
+
+
+def with_lines(program: Program) -> str:
+    """The kernel's PTX with every instruction's line as its source line; line numbers stay."""
+    lines = re.sub(r"\.(?:loc|file)\b[^\n]*", "", program.text).split("\n")
+    for line in {instruction.line for instruction in program.instructions}:
+        lines[line - 1] = f".loc 1 {line} 0 {lines[line - 1]}"
+    size = next(i for i, line in enumerate(lines) if ".address_size" in line)
+    lines[size] += ' .file 1 "kernel.ptx"'
+    return "\n".join(lines)
+
+
+def parse(text: str, kernel: str) -> list[Machine]:
+    """``kernel``'s instructions in what nvdisasm prints, without the padding behind them and subroutines."""
+    found, line, inside = [], None, False
+    for row in text.splitlines():
+        if section := re.match(r"\.text\.(\S+):", row.strip()):
+            inside, line = section[1] == kernel, None
+        elif row.startswith("$__internal"):
+            inside = False
+        elif source := re.search(r'//## File ".*?", line (\d+)', row):
+            line = int(source[1])
+        elif inside and (instruction := _INSTRUCTION.match(row)):
+            found.append(Machine(instruction[1], line))
+    while found and found[-1].name == "NOP":
+        found.pop()
+    if found and found[-1].name == "BRA":  # to itself, behind the end
+        found.pop()
+    if not found:
+        raise ValueError(f"no machine code of {kernel}")
+    first = next(m.line for m in found if m.line is not None)
+    return [Machine(m.opcode, first if m.line is None else m.line) for m in found]
+
+
+def disassembled(program: Program, architecture: str) -> list[Machine]:
+    """The machine code that ptxas makes of a kernel for ``architecture`` ("sm_90a")."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(with_lines(program))
+        for name in filter(None, map(tool, _ASSEMBLERS)):
+            command = [name, f"-arch={architecture}", "-lineinfo", str(source), "-o", str(binary)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+        else:
+            raise RuntimeError(f"{program.name}: {(done.stdout + done.stderr)[:2000]}")
+        command = [tool("nvdisasm"), "-c", "--print-line-info", str(binary)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parse(text, program.name)
+
+
+def issued(program: Program, code: list[Machine], profile: Profile) -> Counter[str]:
+    """Warp instructions by opcode."""
+    on_line = Counter(instruction.line for instruction in program.instructions)
+    counts: Counter[str] = Counter()
+    for instruction in code:
+        executed = profile.lines.get((program.name, instruction.line), Counts()).issued
+        counts[instruction.opcode] += executed // on_line[instruction.line]
+    return counts
+
+
+def copied(program: Program, code: list[Machine]) -> int:
+    """How many PTX instructions have several copies in the machine code, of those that should have one."""
+    expected = {i.line: _SINGLE[i.name] for i in program.instructions if i.name in _SINGLE}
+    found = Counter(m.line for m in code if expected.get(m.line) == m.name)
+    return sum(count > 1 for count in found.values())
