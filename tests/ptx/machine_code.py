@@ -1,4 +1,4 @@
-"""How often a GPU issues each instruction of a kernel's machine code (SASS), from the profile of its PTX: no GPU needed.
+"""How often a GPU issues each instruction of a kernel's machine code (SASS), from the profile of its PTX.
 
 ptxas keeps line numbers: every PTX instruction is given its own line's as the source's, so that nvdisasm names, for
 each machine instruction, the PTX line it comes from. It is issued as often as that line is.
@@ -56,8 +56,12 @@ def with_lines(program: Program) -> str:
 
 
 def parse(text: str, kernel: str) -> list[Machine]:
-    """``kernel``'s instructions in what nvdisasm prints, without the padding behind them and subroutines."""
-    found, line, inside = [], None, False
+    """``kernel``'s instructions in what nvdisasm prints, without the padding behind them and subroutines.
+
+    Behind the last exit ptxas puts copies of warp operations for warps that have parted (WARPSYNC.COLLECTIVE): the
+    machine's operations take place with all lanes together, so they are left out too.
+    """
+    found, line, inside, end, apart = [], None, False, 0, None
     for row in text.splitlines():
         if section := re.match(r"\.text\.(\S+):", row.strip()):
             inside, line = section[1] == kernel, None
@@ -67,6 +71,11 @@ def parse(text: str, kernel: str) -> list[Machine]:
             line = int(source[1])
         elif inside and (instruction := _INSTRUCTION.match(row)):
             found.append(Machine(instruction[1], line))
+            if re.search(r"\*/\s+EXIT\b", row):  # without a guard
+                end = len(found)
+            if instruction[1] == "WARPSYNC.COLLECTIVE" and apart is None:
+                apart = end
+    found = found[:apart] if apart else found
     while found and found[-1].name == "NOP":
         found.pop()
     if found and found[-1].name == "BRA":  # to itself, behind the end
