@@ -8,8 +8,8 @@ instruction became (tests/ptx/machine_code.py). The problem is a training step's
 tokens, 150 classes, width 384, bfloat16. Run are one image and one head, all of whose tokens are there, times 24 in
 attention and times 8 in the mask head: blocks do the same for every head and image. Of the upsample operators a corner
 of 16 x 16 cells is run, times the tiles, 8 * 33 * 33 / (17 * 17), or the cells where a kernel walks cells: tiles at the
-border, which do less, are 22 % of the corner's and 12 % of the whole's. Random: logits and labels are noise; smooth: as a
-trained model's, with labels in regions.
+border, which do less, are 22 % of the corner's and 12 % of the whole's. Random: logits and labels are noise; smooth: as
+a trained model's, with labels in regions.
 
 Counts, not timings. Microseconds are lower bounds, at the full rate of an H100 SXM (or A100): one warp instruction per
 clock and scheduler; one wavefront of shared memory per clock and SM ("ideal": without bank conflicts); 4 sectors of 32
@@ -265,7 +265,7 @@ def print_row(row: dict, lines: bool) -> None:
     )
     if row["copied"]:
         print(
-            f"    {row['copied']} PTX instructions stand several times in the machine code: counts may be too large"
+            f"    {row['copied']} blocks of PTX stand several times in the machine code: their counts are estimates"
         )
     if lines:
         for line in row["lines"]:

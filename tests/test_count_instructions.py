@@ -59,11 +59,14 @@ def test_a_loop(warps):
 
 
 @needs_tools
-def test_copies_are_noticed():
-    parsed, _ = counted(1)
+def test_copies_share_their_count():
+    parsed, profile = counted(1)
     code = machine_code.disassembled(parsed, small.ARCHITECTURE)
-    again = [m for m in code if m.name == "SHFL"]
-    assert machine_code.copied(parsed, code + again) == 1
+    loop = [m for m in code if m.name in ("MUFU", "SHFL", "FFMA")]
+    assert machine_code.copied(parsed, code + 3 * loop) == 1
+    opcodes = machine_code.issued(parsed, code + 3 * loop, profile)
+    names = {opcode.partition(".")[0]: issued for opcode, issued in opcodes.items()}
+    assert names["MUFU"] == names["SHFL"] == names["FFMA"] == 7
 
 
 def test_the_end_of_the_code_is_left_out():

@@ -5,12 +5,15 @@ each machine instruction, the PTX line it comes from. It is issued as often as t
 
 Where this is not exact: what ptxas moves out of a loop, or to another place, keeps its line's count (too large);
 branches inside one PTX instruction (a division's rare cases) count as executed, out-of-line subroutines not at all;
-loops that ptxas unrolls would count once for each copy. The last shows in :func:`copied`.
+of a block of PTX that stands k times in the machine code (a loop unrolled by ptxas, a tail that two branches got) each
+copy counts as a k-th, which is right for all copies together. :func:`copied` says how many such blocks there are.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+import statistics
 import subprocess
 import tempfile
 from collections import Counter
@@ -23,8 +26,9 @@ from tests.ptx.program import Program
 
 _ASSEMBLERS = ("ptxas", "ptxas-blackwell")  # the second, of Triton's, takes newer PTX
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-# One PTX instruction of these is one machine instruction of these.
+# One PTX instruction of these is one machine instruction of these: several are copies.
 _SINGLE = {"mma": "HMMA", "shfl": "SHFL", "ldmatrix": "LDSM"}
+_SINGLE |= {"ld global": "LDG", "st global": "STG", "ld shared": "LDS", "st shared": "STS"}
 
 
 @dataclass(frozen=True)
@@ -106,15 +110,33 @@ def disassembled(program: Program, architecture: str) -> list[Machine]:
 def issued(program: Program, code: list[Machine], profile: Profile) -> Counter[str]:
     """Warp instructions by opcode."""
     on_line = Counter(instruction.line for instruction in program.instructions)
+    copies = {line: count for lines, count in _blocks(program, code) for line in lines}
     counts: Counter[str] = Counter()
     for instruction in code:
         executed = profile.lines.get((program.name, instruction.line), Counts()).issued
-        counts[instruction.opcode] += executed // on_line[instruction.line]
-    return counts
+        counts[instruction.opcode] += executed / on_line[instruction.line] / copies[instruction.line]
+    return Counter({opcode: round(count) for opcode, count in counts.items()})
 
 
 def copied(program: Program, code: list[Machine]) -> int:
-    """How many PTX instructions have several copies in the machine code, of those that should have one."""
-    expected = {i.line: _SINGLE[i.name] for i in program.instructions if i.name in _SINGLE}
-    found = Counter(m.line for m in code if expected.get(m.line) == m.name)
-    return sum(count > 1 for count in found.values())
+    """How many blocks of PTX stand several times in the machine code."""
+    return sum(count > 1 for _, count in _blocks(program, code))
+
+
+def _single(instruction) -> str | None:
+    space = next((word for word in instruction.words if word in ("global", "shared")), None)
+    return _SINGLE.get(instruction.name) or _SINGLE.get(f"{instruction.name} {space}")
+
+
+def _blocks(program: Program, code: list[Machine]) -> list[tuple[list[int], int]]:
+    """The lines between labels and branches, and how often they stand in ``code``."""
+    found: Counter[tuple[int, str]] = Counter((m.line, m.name) for m in code)
+    starts = {0, len(program.instructions), *program.labels.values()}
+    starts |= {i + 1 for i, instruction in enumerate(program.instructions) if instruction.name == "bra"}
+    cuts = sorted(starts)
+    blocks = []
+    for start, end in itertools.pairwise(cuts):
+        block = program.instructions[start:end]
+        counts = [found[i.line, name] for i in block if (name := _single(i)) and found[i.line, name]]
+        blocks.append(([i.line for i in block], statistics.median_low(counts) if counts else 1))
+    return blocks
