@@ -6,10 +6,10 @@
 tests/ptx executes the kernels' PTX and counts; ptxas and nvdisasm tell which machine instructions (SASS) each PTX
 instruction became (tests/ptx/machine_code.py). The problem is a training step's at 512 x 512: B = 8, 3 heads, 1174
 tokens, 150 classes, width 384, bfloat16. Run are one image and one head, all of whose tokens are there, times 24 in
-attention and times 8 in the mask head: blocks do the same for every head and image. Of the upsample operators a corner
-of 16 x 16 cells is run, times the tiles, 8 * 33 * 33 / (17 * 17), or the cells where a kernel walks cells: tiles at the
-border, which do less, are 22 % of the corner's and 12 % of the whole's. Random: logits and labels are noise; smooth: as
-a trained model's, with labels in regions.
+attention and times 8 in the mask head: blocks do the same for every head and image. Of the upsample operators the upper
+8 of 32 rows of cells are run (--rows), times the tiles, 8 * 33 * 33 / (9 * 33), or the cells where a kernel walks them:
+tiles at the border, which do less, are 27 % of the strip's, 12 % of the whole's. Random: logits and labels are
+noise; smooth: as a trained model's, with labels in regions.
 
 Counts, not timings. Microseconds are lower bounds, at the full rate of an H100 SXM (or A100): one warp instruction per
 clock and scheduler; one wavefront of shared memory per clock and SM ("ideal": without bank conflicts); 4 sectors of 32
@@ -70,12 +70,12 @@ class Counted:
     case: Case
     times: float
     wgmma: bool = False  # the variant of the CUDA attention that is off by default
-    cells: int | None = None  # only a corner of so many cells in each direction is run
+    rows: int | None = None  # only so many rows of cells are run
 
 
-def problems(cells: int = 16) -> list[Counted]:
+def problems(rows: int = 8) -> list[Counted]:
     size = {"dtype": torch.bfloat16}
-    tiles = 8 * 33 * 33 / (cells + 1) ** 2
+    tiles = 8 * 33 / (rows + 1)
     labels = (1, 150, 32, 32, 32 * TILE, 32 * TILE)
     own = Case("subspace_self_attention", (1, 1174, 1, 100), **size)
     return [
@@ -90,7 +90,7 @@ def problems(cells: int = 16) -> list[Counted]:
                 f"{text}, {'smooth' if smooth else 'random'}",
                 Case(operator, labels, smooth=smooth, backward=backward, **size),
                 tiles,
-                cells=cells,
+                rows=rows,
             )
             for text, operator, backward in (
                 ("loss with gradient", "upsample_cross_entropy", True),
@@ -145,10 +145,10 @@ def _call(problem: Counted, backend: str) -> None:
     case = problem.case
     function = getattr(ops, case.operator)
     inputs = list(case.inputs())
-    if cells := problem.cells:
+    if rows := problem.rows:
         if case.smooth and case.differentiable:  # smooth labels too, as ground truth is
             inputs[1] = F.interpolate(inputs[0].float(), inputs[1].shape[1:], mode="bilinear").argmax(1)
-        inputs[0] = inputs[0][..., :cells, :cells].contiguous()
+        inputs[0] = inputs[0][..., :rows, :].contiguous()
     for i in case.differentiable:
         inputs[i].requires_grad_()
     if case.family == "attention":
@@ -156,10 +156,10 @@ def _call(problem: Counted, backend: str) -> None:
     elif case.family == "mask_head":
         out = function(*inputs, (case.h, case.w), backend=backend)
     elif case.operator == "upsample_cross_entropy":
-        target = inputs[1][:, : TILE * cells, : TILE * cells].to(torch.uint8)
+        target = inputs[1][:, : TILE * rows].to(torch.uint8)
         out = function(inputs[0], target, backend=backend)
     else:
-        out = function(inputs[0], (TILE * cells, TILE * cells), torch.uint8, backend=backend)
+        out = function(inputs[0], (TILE * rows, case.W), torch.uint8, backend=backend)
     if case.differentiable:
         out.backward(torch.ones_like(out))
 
@@ -183,8 +183,8 @@ def count(problem: Counted, backend: str, architecture: str) -> list[dict]:
     for program, counts in profile.profiles():
         (name,) = cuda_report.readable([program.name])
         times = problem.times
-        if problem.cells and name.startswith(PER_CELL):
-            times = problem.case.h * problem.case.w * 8 / problem.cells**2
+        if problem.rows and name.startswith(PER_CELL):
+            times = 8 * problem.case.h / problem.rows
         row = {"backend": backend, "problem": problem.name, "times": times, "kernel": name}
         rows.append(row | kernel_row(program, counts, architecture + letter, CARDS[architecture], times))
     return rows
@@ -306,7 +306,7 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only problems whose name contains this")
     parser.add_argument("--arch", choices=sorted(CARDS), default="sm_90")
     parser.add_argument(
-        "--cells", type=int, default=16, help="cells in each direction, of the upsample operators"
+        "--rows", type=int, default=8, help="rows of cells that are run of the upsample operators"
     )
     parser.add_argument(
         "--lines", action="store_true", help="also the PTX lines with most conflicts and sectors"
@@ -325,7 +325,7 @@ def main() -> int:
             if args.backend:
                 return 1
             continue
-        for problem in problems(args.cells):
+        for problem in problems(args.rows):
             if args.match not in problem.name or (
                 problem.wgmma and (backend, args.arch) != ("cuda", "sm_90")
             ):

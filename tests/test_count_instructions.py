@@ -120,9 +120,9 @@ def test_rows_of_the_command(monkeypatch, tmp_path, capsys):
     reason = count_instructions.why_not("cuda")
     if reason is not None:
         pytest.skip(reason)
-    case = Case("upsample_argmax", (1, 5, 32, 32, 512, 512), backward=False)
-    problem = count_instructions.Counted("label map", case, 3.0, cells=2)
-    monkeypatch.setattr(count_instructions, "problems", lambda cells: [problem])
+    case = Case("upsample_argmax", (1, 5, 32, 4, 512, 64), backward=False)
+    problem = count_instructions.Counted("label map", case, 3.0, rows=2)
+    monkeypatch.setattr(count_instructions, "problems", lambda rows: [problem])
     monkeypatch.setattr(
         sys,
         "argv",
