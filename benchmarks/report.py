@@ -20,12 +20,15 @@ from benchmarks import compare, record, tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LOADER = "loader_cpu.json"  # of bench_loader.py, which has a format of its own
-TUNING = "tuning_"  # begins the names of tune.py's files, which have another
+OTHER = (
+    "tuning_",
+    "counts_",
+)  # begin the names of tune.py's and count_instructions.py's files, which have others
 BEGIN, END = "<!-- speed: begin (benchmarks/report.py) -->", "<!-- speed: end -->"
 
 
 def _files(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.glob("*.json")) if p.name != LOADER and not p.name.startswith(TUNING)]
+    return [p for p in sorted(folder.glob("*.json")) if p.name != LOADER and not p.name.startswith(OTHER)]
 
 
 def records(folder: Path = RESULTS) -> dict[str, dict]:

@@ -69,7 +69,8 @@ def test_a_file_that_is_no_record_is_reported_without_a_traceback(tmp_path):
 
 
 def test_tuning_tables_beside_the_records_are_no_records(tmp_path):
-    """Both tune.py and the benchmarks write to benchmarks/results/."""
+    """tune.py, count_instructions.py and the benchmarks write to benchmarks/results/."""
+    (tmp_path / "counts_sm_90.json").write_text(json.dumps({"architecture": "sm_90", "rows": []}))
     (tmp_path / "tuning_NVIDIA_H100.json").write_text(json.dumps({"device": "NVIDIA H100", "rows": []}))
     (tmp_path / "a.json").write_text(json.dumps(made([])))
     assert list(report.records(tmp_path)) == ["a"]

@@ -170,6 +170,26 @@ class Profile:
                 )
 
 
+class ByProgram:
+    """In the place of a Profile: one for each compiled kernel, as several variants can share a name."""
+
+    def __init__(self):
+        self._profiles: dict[int, tuple] = {}
+
+    def _of(self, machine) -> Profile:
+        return self._profiles.setdefault(id(machine.program), (machine.program, Profile()))[1]
+
+    def issue(self, machine, instruction, lanes) -> None:
+        self._of(machine).issue(machine, instruction, lanes)
+
+    def access(self, machine, *arguments) -> None:
+        self._of(machine).access(machine, *arguments)
+
+    def profiles(self) -> list[tuple]:
+        """(program, profile) in the order of their first instructions."""
+        return list(self._profiles.values())
+
+
 def wavefronts(addresses, size: int, lanes, apart: bool = False) -> tuple[int, int]:
     """Of accesses to shared memory, all groups together: how many, and the ideal. ``apart``: equal words take turns."""
     group = lanes // min(_WARP, max(1, 4 * _WARP // size))

@@ -94,6 +94,7 @@ class Program:
     dynamic_shared: int | None = None  # where dynamic shared memory starts, if the kernel names it
     most_threads: int | None = None  # of a block, as the kernel was compiled for
     exactly: bool = False
+    text: str = ""  # this kernel and what stands before all kernels, in the lines where they stood
 
     def shared_bytes(self, dynamic: int) -> int:
         return (self.static_shared_bytes if self.dynamic_shared is None else self.dynamic_shared) + dynamic
@@ -303,6 +304,13 @@ def kernel_names(text: str) -> list[str]:
     return re.findall(r"\.entry\s+([\w$]+)", without_comments(text))
 
 
+def _alone(text: str, start: int, end: int) -> str:
+    """The kernel at ``start`` without the others; linkage (.visible) stands before it."""
+    first = text.rfind("\n", 0, text.index(".entry")) + 1
+    start = text.rfind("\n", 0, start) + 1
+    return text[:first] + "\n" * text.count("\n", first, start) + text[start:end] + "\n"
+
+
 def parse(text: str, name: str | None = None) -> Program:
     """The kernel called ``name``, or the only one."""
     text = without_comments(text)
@@ -319,7 +327,9 @@ def parse(text: str, name: str | None = None) -> Program:
     for kind, threads in re.findall(r"\.(maxntid|reqntid)\s+([\d,\s]+)", text[entry.end() : start]):
         program.most_threads = math.prod(int(axis) for axis in threads.split(","))
         program.exactly = kind == "reqntid"
-    body = text[start + 1 : _body(text, start)]
+    end = _body(text, start)
+    body = text[start + 1 : end]
+    program.text = _alone(text, entry.start(), end + 1)
     # Declared outside of every kernel; one that the kernel does not name takes no memory in it.
     for declared in re.finditer(_SHARED, _outside(text)):
         if re.search(rf"(?<![\w$]){re.escape(declared[3])}(?![\w$])", body):
