@@ -108,7 +108,8 @@ def attention_forward(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_rows(BLOCK_M, WIDTHS)
-    # The partial block comes first: the loop over whole ones needs no masks, and its end is the kernel's end.
+    # The partial block comes first, the loop over whole ones needs no masks. Last it would serialise the loop's wgmma,
+    # whose accumulators would live on.
     whole = (tl.cdiv(keys, BLOCK_N) - 1) * BLOCK_N
     last = w_ptr + whole.to(tl.int64) * w_row * UNIT
     w = load_rows(last, w_row * UNIT, keys - whole, BLOCK_N, DIM, STARTS, WIDTHS, True)
@@ -234,6 +235,7 @@ def attention_backward(
     WIDTHS: tl.constexpr,
     QUERY: tl.constexpr,  # x's rows are queries
     KEY: tl.constexpr,  # x's rows are keys and values
+    APART: tl.constexpr,  # masks only in the partial block of y's rows, which comes apart
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -265,17 +267,31 @@ def attention_backward(
     own = (x, grad_x, lse_x, delta_x)
     rows = (y_row * UNIT, grad_row * UNIT)
     scales = (scale, scale_log2)
-    whole = (tl.cdiv(y_rows, BLOCK_N) - 1) * BLOCK_N  # the partial block first, as in attention_forward
-    far = whole.to(tl.int64)
-    other = (y_ptr + far * rows[0], grad_ptr + far * rows[1], lse_ptr + whole, delta_ptr + whole)
-    rest = y_rows - whole
-    acc = _gather(
-        acc, own, other, rows, scales, rest, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, True
-    )
-    for _ in range(0, whole, BLOCK_N):
-        other = (y_ptr, grad_ptr, lse_ptr, delta_ptr)
+    whole = y_rows
+    if APART:  # the partial block first, as in attention_forward
+        whole = (tl.cdiv(y_rows, BLOCK_N) - 1) * BLOCK_N
+        far, rest = whole.to(tl.int64), y_rows - whole
+        other = (y_ptr + far * rows[0], grad_ptr + far * rows[1], lse_ptr + whole, delta_ptr + whole)
         acc = _gather(
-            acc, own, other, rows, scales, BLOCK_N, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, False
+            acc, own, other, rows, scales, rest, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, True
+        )
+    for start in range(0, whole, BLOCK_N):
+        other, rest = (y_ptr, grad_ptr, lse_ptr, delta_ptr), y_rows - start
+        acc = _gather(
+            acc,
+            own,
+            other,
+            rows,
+            scales,
+            rest,
+            DIM,
+            STARTS,
+            WIDTHS,
+            QUERY,
+            KEY,
+            PRECISION,
+            BLOCK_N,
+            not APART,
         )
         y_ptr += tl.cast(y_row, tl.int64) * (BLOCK_N * UNIT)
         if KEY:
@@ -297,7 +313,8 @@ def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
     precision = _launch.dot_precision(like.dtype, like.device)
     architecture = _launch.architecture(like.device)
     config = tuning.attention(name, architecture, dim, like.element_size(), precision == "tf32")
-    starts, widths = chunks(dim)
+    wide = architecture == "sm_90" and like.element_size() == 2 and dim <= 128
+    starts, widths = chunks(dim, 128 if wide else 64)
     _launch.launch(
         kernel,
         (triton.cdiv(rows, config.rows) * heads * batch,),
@@ -430,5 +447,6 @@ def _gradient(
         UNIT=unit,
         QUERY=query,
         KEY=key,
+        APART=tuning.attention_masks_apart(_launch.architecture(x.device), x.shape[-1]),
     )
     return out
