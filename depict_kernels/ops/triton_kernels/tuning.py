@@ -168,9 +168,12 @@ def _attention_default(kernel: str, architecture: str, width: int, kind: str) ->
 def attention_masks_apart(architecture: str, dim: int) -> bool:
     """Whether the backward kernels treat the partial block apart, so that whole ones need no masks.
 
-    A quarter of the instructions, but NVIDIA's registers hold the second copy of the block only up to this head_dim.
+    A sixth of the instructions, but the second copy of the block takes registers that NVIDIA's have only up to this
+    head_dim.
     """
-    if architecture.startswith(("sm_8", "sm_12")):
+    if architecture.startswith("sm_12"):
+        return False
+    if architecture.startswith("sm_8"):
         return dim <= 112
     return dim <= 128 or not architecture.startswith("sm_")
 
