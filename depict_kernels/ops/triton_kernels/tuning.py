@@ -168,7 +168,7 @@ def _attention_default(kernel: str, architecture: str, width: int, kind: str) ->
 def attention_masks_apart(architecture: str, dim: int) -> bool:
     """Whether the backward kernels treat the partial block apart, so that whole ones need no masks.
 
-    A sixth of the instructions, but the second copy of the block takes registers that NVIDIA's have only up to this
+    10 to 25 % of the instructions, but the second copy of the block takes registers that NVIDIA's have only up to this
     head_dim.
     """
     if architecture.startswith("sm_12"):
