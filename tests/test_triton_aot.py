@@ -80,7 +80,7 @@ def test_recording_launches_nothing_and_ends(ptx_executor):
         assert launch.architecture(w.device) == "sm_90"
     assert [recorded.kernel.__name__ for recorded in launches] == ["attention_forward"]
     arguments = launches[0].arguments
-    assert arguments["WIDTHS"] == (64, 32, 16) and arguments["UNIT"] == 4
+    assert arguments["WIDTHS"] == (128,) and arguments["UNIT"] == 4
     expected = "interpreter" if ptx_executor is None else ptx_executor.architecture
     assert launch.architecture(torch.device("cpu")) == expected
 

@@ -44,6 +44,36 @@ def _head(pid, blocks, heads):
 
 
 @triton.jit
+def _attend(
+    top,
+    total,
+    acc,
+    q,
+    w,
+    keys_left,
+    scale,
+    NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """One block of keys into the online softmax of ``q``'s rows: their largest scores, sums and products so far."""
+    s = dot_rows(q, w, PRECISION)
+    if MASK:
+        column = tl.arange(0, s.shape[1])[None, :]
+        s = tl.where(column < keys_left, s, float("inf") if NEGATIVE else float("-inf"))
+    # The scale is applied in the exponent's multiply-add, so the largest score is the smallest product where the
+    # scale is negative.
+    if NEGATIVE:
+        higher = tl.maximum(top, tl.min(s, 1) * scale)
+    else:
+        higher = tl.maximum(top, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - higher[:, None])
+    rescale = tl.exp2(top - higher)
+    total = total * rescale + tl.sum(p, 1)
+    return higher, total, add_product(scale_rows(acc, rescale), p, w, PRECISION)
+
+
+@triton.jit
 def attention_forward(
     q_ptr,  # (B, M, H, d)
     w_ptr,  # (B, N, H, d)
@@ -78,23 +108,15 @@ def attention_forward(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_rows(BLOCK_M, WIDTHS)
-    column = tl.arange(0, BLOCK_N)[None, :]
-    for start in range(0, keys, BLOCK_N):
-        w = load_rows(w_ptr, w_row * UNIT, keys - start, BLOCK_N, DIM, STARTS, WIDTHS, True)
-        s = dot_rows(q, w, PRECISION)
-        # The scale is applied in the exponent's multiply-add, so the largest score is the smallest product
-        # where the scale is negative.
-        if NEGATIVE:
-            s = tl.where(column < keys - start, s, float("inf"))
-            higher = tl.maximum(top, tl.min(s, 1) * scale)
-        else:
-            s = tl.where(column < keys - start, s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - higher[:, None])
-        rescale = tl.exp2(top - higher)
-        total = total * rescale + tl.sum(p, 1)
-        acc = add_product(scale_rows(acc, rescale), p, w, PRECISION)
-        top = higher
+    # The partial block comes first, the loop over whole ones needs no masks. Last it would serialise the loop's wgmma,
+    # whose accumulators would live on.
+    whole = (tl.cdiv(keys, BLOCK_N) - 1) * BLOCK_N
+    last = w_ptr + whole.to(tl.int64) * w_row * UNIT
+    w = load_rows(last, w_row * UNIT, keys - whole, BLOCK_N, DIM, STARTS, WIDTHS, True)
+    top, total, acc = _attend(top, total, acc, q, w, keys - whole, scale, NEGATIVE, PRECISION, True)
+    for _ in range(0, whole, BLOCK_N):
+        w = load_rows(w_ptr, w_row * UNIT, BLOCK_N, BLOCK_N, DIM, STARTS, WIDTHS, False)
+        top, total, acc = _attend(top, total, acc, q, w, BLOCK_N, scale, NEGATIVE, PRECISION, False)
         w_ptr += tl.cast(w_row, tl.int64) * (BLOCK_N * UNIT)
 
     out_row = heads * DIM
@@ -137,6 +159,55 @@ def attention_delta(
 
 
 @triton.jit
+def _gather(
+    acc,  # gradient of x's rows so far
+    own,  # of x's rows: x and, where QUERY, gradient, log-sum-exp times log2(e), delta
+    other,  # pointers to the same of y's rows, at the block's first
+    strides,  # between rows of y and of the gradient
+    scales,  # scale, and times log2(e)
+    rows_left,
+    DIM: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    QUERY: tl.constexpr,
+    KEY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """Adds what one block of y's rows gives to the gradient of x's."""
+    x, grad_x, lse_x, delta_x = own
+    y_ptr, grad_ptr, lse_ptr, delta_ptr = other
+    y_row, grad_row = strides
+    scale, scale_log2 = scales
+    column = tl.arange(0, BLOCK_N)
+    valid = column < rows_left
+    y = load_rows(y_ptr, y_row, rows_left, BLOCK_N, DIM, STARTS, WIDTHS, MASK)
+    s = dot_rows(x, y, PRECISION)
+    if QUERY:  # x asks, y is key and value
+        p = tl.exp2(s * scale_log2 - lse_x[:, None])
+        grad_s = p * (dot_rows(grad_x, y, PRECISION) * scale - delta_x[:, None])
+        if MASK:
+            grad_s = tl.where(valid[None, :], grad_s, 0.0)
+    if KEY:  # y asks, x is key and value; the same scores, seen transposed
+        grad_y = load_rows(grad_ptr, grad_row, rows_left, BLOCK_N, DIM, STARTS, WIDTHS, MASK)
+        if MASK:  # an infinite log-sum-exp makes the weight of a missing row 0
+            lse_y = tl.load(lse_ptr + column, mask=valid, other=float("inf"))
+            delta_y = tl.load(delta_ptr + column, mask=valid, other=0.0)
+        else:
+            lse_y = tl.load(lse_ptr + column)
+            delta_y = tl.load(delta_ptr + column)
+        p = tl.exp2(s * scale_log2 - (lse_y * 1.4426950408889634)[None, :])
+        grad_s_key = p * (dot_rows(x, grad_y, PRECISION) * scale - delta_y[None, :])
+        acc = add_product(acc, p, grad_y, PRECISION)
+        if QUERY:
+            grad_s += grad_s_key
+        else:
+            grad_s = grad_s_key
+    return add_product(acc, grad_s, y, PRECISION)
+
+
+@triton.jit
 def attention_backward(
     x_ptr,  # (B, M, H, d): the rows whose gradient this is
     y_ptr,  # (B, N, H, d): the rows on the other side
@@ -164,6 +235,7 @@ def attention_backward(
     WIDTHS: tl.constexpr,
     QUERY: tl.constexpr,  # x's rows are queries
     KEY: tl.constexpr,  # x's rows are keys and values
+    APART: tl.constexpr,  # masks only in the partial block of y's rows, which comes apart
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -184,38 +256,48 @@ def attention_backward(
     x = load_rows(x_ptr, x_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
     row = tl.arange(0, BLOCK_M)
     if QUERY:
-        own = grad_ptr + first * grad_row * UNIT
-        grad_x = load_rows(own, grad_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
+        own_grad = grad_ptr + first * grad_row * UNIT
+        grad_x = load_rows(own_grad, grad_row * UNIT, left, BLOCK_M, DIM, STARTS, WIDTHS, True)
         lse_x = tl.load(lse_ptr + first + row, mask=row < left, other=0.0) * 1.4426950408889634
         delta_x = tl.load(delta_ptr + first + row, mask=row < left, other=0.0)
+    else:
+        grad_x, lse_x, delta_x = None, None, None
 
     acc = zero_rows(BLOCK_M, WIDTHS)
-    column = tl.arange(0, BLOCK_N)
-    for start in range(0, y_rows, BLOCK_N):
-        valid = column < y_rows - start
-        y = load_rows(y_ptr, y_row * UNIT, y_rows - start, BLOCK_N, DIM, STARTS, WIDTHS, True)
-        s = dot_rows(x, y, PRECISION)
-        if QUERY:  # x asks, y is key and value
-            p = tl.exp2(s * scale_log2 - lse_x[:, None])
-            grad_s = p * (dot_rows(grad_x, y, PRECISION) * scale - delta_x[:, None])
-            grad_s = tl.where(valid[None, :], grad_s, 0.0)
-        if KEY:  # y asks, x is key and value; the same scores, seen transposed
-            grad_y = load_rows(grad_ptr, grad_row * UNIT, y_rows - start, BLOCK_N, DIM, STARTS, WIDTHS, True)
-            # An infinite log-sum-exp makes the weight of a missing row 0.
-            lse_y = tl.load(lse_ptr + column, mask=valid, other=float("inf")) * 1.4426950408889634
-            delta_y = tl.load(delta_ptr + column, mask=valid, other=0.0)
-            p = tl.exp2(s * scale_log2 - lse_y[None, :])
-            grad_s_key = p * (dot_rows(x, grad_y, PRECISION) * scale - delta_y[None, :])
-            acc = add_product(acc, p, grad_y, PRECISION)
-            if QUERY:
-                grad_s += grad_s_key
-            else:
-                grad_s = grad_s_key
+    own = (x, grad_x, lse_x, delta_x)
+    rows = (y_row * UNIT, grad_row * UNIT)
+    scales = (scale, scale_log2)
+    whole = y_rows
+    if APART:  # the partial block first, as in attention_forward
+        whole = (tl.cdiv(y_rows, BLOCK_N) - 1) * BLOCK_N
+        far, rest = whole.to(tl.int64), y_rows - whole
+        other = (y_ptr + far * rows[0], grad_ptr + far * rows[1], lse_ptr + whole, delta_ptr + whole)
+        acc = _gather(
+            acc, own, other, rows, scales, rest, DIM, STARTS, WIDTHS, QUERY, KEY, PRECISION, BLOCK_N, True
+        )
+    for start in range(0, whole, BLOCK_N):
+        other, rest = (y_ptr, grad_ptr, lse_ptr, delta_ptr), y_rows - start
+        acc = _gather(
+            acc,
+            own,
+            other,
+            rows,
+            scales,
+            rest,
+            DIM,
+            STARTS,
+            WIDTHS,
+            QUERY,
+            KEY,
+            PRECISION,
+            BLOCK_N,
+            not APART,
+        )
+        y_ptr += tl.cast(y_row, tl.int64) * (BLOCK_N * UNIT)
+        if KEY:
             grad_ptr += tl.cast(grad_row, tl.int64) * (BLOCK_N * UNIT)
             lse_ptr += BLOCK_N
             delta_ptr += BLOCK_N
-        acc = add_product(acc, grad_s, y, PRECISION)
-        y_ptr += tl.cast(y_row, tl.int64) * (BLOCK_N * UNIT)
 
     out_row = heads * DIM
     out_ptr += (batch * x_rows + first) * out_row + head * DIM
@@ -231,7 +313,8 @@ def _launch_rows(kernel, name: str, like: Tensor, **arguments) -> None:
     precision = _launch.dot_precision(like.dtype, like.device)
     architecture = _launch.architecture(like.device)
     config = tuning.attention(name, architecture, dim, like.element_size(), precision == "tf32")
-    starts, widths = chunks(dim)
+    wide = architecture == "sm_90" and like.element_size() == 2 and dim <= 128
+    starts, widths = chunks(dim, 128 if wide else 64)
     _launch.launch(
         kernel,
         (triton.cdiv(rows, config.rows) * heads * batch,),
@@ -364,5 +447,6 @@ def _gradient(
         UNIT=unit,
         QUERY=query,
         KEY=key,
+        APART=tuning.attention_masks_apart(_launch.architecture(x.device), x.shape[-1]),
     )
     return out

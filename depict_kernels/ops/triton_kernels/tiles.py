@@ -11,14 +11,17 @@ import triton
 import triton.language as tl
 
 
-def chunks(width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def chunks(width: int, widest: int = 64) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Starts and widths of the power-of-two chunks that cover ``width``: 100 -> (0, 64, 96), (64, 32, 16).
 
-    None is wider than 64: Triton splits an accumulator wider than it is tall over its columns on sm_80, and the
-    softmax between the two products then goes through shared memory.
+    None is wider than ``widest``. 64 because Triton splits an accumulator wider than it is tall over its columns on
+    sm_80, and the softmax between the two products then goes through shared memory. 128 is for Hopper: every product
+    there costs a fence and a wait besides, so 100 is one chunk of 128, 16 columns more than it needs.
     """
     padded = max(16, -(-width // 16) * 16)
-    widths = (64,) * (padded // 64) + tuple(w for w in (32, 16) if padded % 64 & w)
+    if widest > 64 and padded % widest == widest - 16:
+        padded += 16
+    widths = (widest,) * (padded // widest) + tuple(w for w in (64, 32, 16) if padded % widest & w)
     starts = tuple(sum(widths[:i]) for i in range(len(widths)))
     return starts, widths
 

@@ -173,6 +173,19 @@ def _attention_default(kernel: str, architecture: str, width: int, kind: str) ->
     return special.get(kernel, {}).get(width) or _ATTENTION[kernel][width]
 
 
+def attention_masks_apart(architecture: str, dim: int) -> bool:
+    """Whether the backward kernels treat the partial block apart, so that whole ones need no masks.
+
+    10 to 25 % of the instructions, but the second copy of the block takes registers that NVIDIA's have only up to this
+    head_dim.
+    """
+    if architecture.startswith("sm_12"):
+        return False
+    if architecture.startswith("sm_8"):
+        return dim <= 112
+    return dim <= 128 or not architecture.startswith("sm_")
+
+
 def mask_head(kernel: str, architecture: str, classes: int, element_size: int) -> Config:
     """Configuration of ``kernel`` ("forward", "backward": patches x width; "product": rows x width)."""
     key = f"mask_head {kernel} {class_width(classes)} {8 * element_size}"
