@@ -306,8 +306,7 @@ void wait_for_copies(int groups_left) {
 
 const char* run(const Launch& launch, const std::function<void()>& kernel) {
   if (handed_to) return handed_to(&launch);
-  const auto [blocks, threads, shared_bytes] =
-      std::tuple(launch.blocks, launch.threads, launch.shared_bytes);
+  const auto [blocks, threads, shared_bytes] = std::tuple(launch.blocks, launch.threads, launch.shared_bytes);
   static std::string error;
   const std::lock_guard<std::mutex> lock(mutex);
   error.clear();
