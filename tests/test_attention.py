@@ -210,3 +210,11 @@ def test_use_backend_is_seen_by_compiled_code():
     assert "depict_kernels" not in type(compiled(w).grad_fn).__name__
     with backends.use_backend("reference"):
         assert "depict_kernels" in type(compiled(w).grad_fn).__name__
+
+
+def test_what_is_no_tensor_is_named():
+    w = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(TypeError, match="q must be a tensor, got list"):
+        ops.subspace_cross_attention(w.tolist(), w)
+    with pytest.raises(TypeError, match="weight must be a tensor, got float"):
+        ops.mask_logits(w[:, :, 0], w[:, :, 0], 1.0, torch.zeros(2), (1, 2))

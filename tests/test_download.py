@@ -282,3 +282,10 @@ def test_full_disk(server, tmp_path, monkeypatch):
     monkeypatch.setattr(train.download, "fetch", full)
     with pytest.raises(UserError, match="no space left on device"):
         download(tmp_path / "data", server.url, "Set", progress=False)
+
+
+def test_download_asks_for_a_folder(monkeypatch):
+    from train.command_data import download_data
+
+    with pytest.raises(UserError, match="data.root: names the folder"):
+        download_data(["--data.root", "null"])

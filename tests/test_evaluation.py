@@ -6,7 +6,7 @@ import torch
 import torch.multiprocessing as mp
 from tiny_inference import TinyModel, picture, settings
 
-from train import inference
+from train import command_eval, inference
 from train.ade20k import ClassList
 from train.errors import UserError
 from train.inference import (
@@ -155,3 +155,13 @@ def test_two_processes_give_the_same_integers(tmp_path):
 def _evaluate_other(_, init_file, out):
     torch.set_num_threads(1)
     _evaluate_as(1, init_file, out)
+
+
+@pytest.mark.parametrize("name, words", [("", "is a folder"), ("none/x.json", "there is no folder")])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model(name, words, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(command_eval, "open_run", refuse)
+    with pytest.raises(UserError, match=words):
+        command_eval.evaluate_run([str(tmp_path), "--output", str(tmp_path / name)])

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = [
     "test_attention_kernels.py::test_against_float64[triton-cpu-bfloat16-2x7x5x2x100]",
+    "test_attention_kernels.py::test_against_float64[triton-cpu-bfloat16-1x128x5x1x100]",
     "test_attention_kernels.py::test_against_float64[triton-cpu-bfloat16-1x130x19x1x50]",
     "test_attention_kernels.py::test_against_float64[triton-cpu-float32-2x9x3x3x5]",
     "test_attention_kernels.py::test_tf32[triton-cpu-float32]",

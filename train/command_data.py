@@ -58,6 +58,8 @@ def download_data(arguments: list[str]) -> int:
     from train.download import download
 
     config = load_data_config(arguments)
+    if config.data.root is None:
+        raise UserError("data.root: names the folder of the data set; give --data.root DIR")
     print(f"data set: {download(Path(config.data.root).parent)}")
     return 0
 

@@ -50,15 +50,24 @@ def scored(which: str, multiscale: bool) -> str:
     return stem
 
 
+def check_output(output: Path) -> None:
+    """Raises UserError where an evaluation could not write there."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file, e.g. {output / 'results.json'}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    check_writable(output.parent, "--output")
+
+
 def evaluate_run(arguments: list[str]) -> int:
     words, own, rest = EVAL.split(arguments)
     which = own.get("checkpoint", "best")
-    folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}; usage: {EVAL.usage}")
+    if "output" in own:  # before the model is built
+        check_output(Path(own["output"]))
+    folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
     multiscale = own.get("multiscale", False)
-    if not Path(own.get("output", folder)).parent.is_dir():
-        raise UserError(f"--output {own['output']}: there is no folder {Path(own['output']).parent}")
     from train import build, distributed
     from train.inference import Comparison, evaluate, print_progress
     from train.plots import plot_confusion

@@ -83,6 +83,7 @@ def subspace_cross_attention(
 
 def _check(**tensors: Tensor) -> None:
     for name, t in tensors.items():
+        _library.check_tensor(name, t)
         if not t.is_floating_point():
             raise TypeError(f"{name} must be a floating point tensor, got {t.dtype}")
         if t.ndim != 4:

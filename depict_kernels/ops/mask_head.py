@@ -59,6 +59,7 @@ def mask_logits(
 
 def _check(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> None:
     for name, t in {"patches": patches, "classes": classes, "weight": weight, "bias": bias}.items():
+        _library.check_tensor(name, t)
         if not t.is_floating_point():
             raise TypeError(f"{name} must be a floating point tensor, got {t.dtype}")
         if t.device != patches.device:
