@@ -75,6 +75,12 @@ def _check_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}; choose from auto, {', '.join(BACKENDS)}")
 
 
+def named(requested: str) -> str:
+    """The backend that a call names: its argument, else the surrounding :func:`use_backend`, else "auto"."""
+    _check_name(requested)
+    return _override or "auto" if requested == "auto" else requested
+
+
 def _has_stem(backend: str, stem: str) -> bool:
     try:
         return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None
@@ -253,11 +259,8 @@ def choose(
 
     Raises ValueError for an unknown name and :class:`BackendUnavailable` for one that cannot run here.
     """
-    _check_name(requested)
-    if requested == "auto":
-        requested = _override or "auto"
-    followed = operator in _DIFFERENTIABLE and not torch.compiler.is_compiling()
-    if followed and any(_in_transform(t) for t in (tensor, *others)):
+    requested = named(requested)
+    if operator in _DIFFERENTIABLE and followed(tensor, *others):
         if requested not in ("auto", "torch"):
             raise BackendUnavailable(
                 f"backend {requested!r} cannot run {operator} under torch.func.grad, torch.func.jvp, "
@@ -281,6 +284,11 @@ def _largest_head_dim(backend: str, operator: str) -> int | None:
     if OPERATORS[operator] != "attention":
         return None
     return getattr(implementation(backend, "attention"), "MAX_HEAD_DIM", None)
+
+
+def followed(*tensors: torch.Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation follows one of these tensors through a call."""
+    return not torch.compiler.is_compiling() and any(_in_transform(t) for t in tensors)
 
 
 def _in_transform(tensor: torch.Tensor) -> bool:

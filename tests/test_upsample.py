@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from depict_kernels import UpsampleCrossEntropyLoss, backends, ops
+from depict_kernels.ops.stock import upsample as stock
 from depict_kernels.testing import check_against_float64, logits_and_target, value_and_gradients
 
-BACKENDS = ["reference", "torch", "cpp", "cuda"]
+# "classes": what auto takes without kernels, stock operators a few classes at a time
+BACKENDS = ["reference", "torch", "classes", "cpp", "cuda"]
 # B, C, low, high: scale 4, non-integer, one class, one pixel, downsampling, a line
 CASES = [
     (2, 5, (4, 6), (16, 24)),
@@ -22,8 +24,18 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def a_few_classes(monkeypatch):
+    """No kernels, and so little memory that even small cases take their classes in several parts."""
+    monkeypatch.setattr(backends, "_AUTO_CPU", ())
+    monkeypatch.setattr(stock, "CPU_CHUNK", 2500)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
+    if request.param == "classes":
+        request.getfixturevalue("a_few_classes")
+        return "auto"
     reason = backends.why_unavailable(request.param, "upsample_argmax", "cpu", torch.float32)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -62,7 +74,8 @@ def test_loss_and_gradient_against_float64(backend, case, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(backend, reduction):
-    reason = backends.why_unavailable(backend, "upsample_cross_entropy", "cpu", torch.float64)
+    named = "torch" if backend == "auto" else backend
+    reason = backends.why_unavailable(named, "upsample_cross_entropy", "cpu", torch.float64)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     logits, target = logits_and_target(2, 4, (2, 3), (5, 7), dtype=torch.float64)
@@ -115,18 +128,15 @@ def test_zero_weight_of_all_present_classes_is_zero(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 0.0, -1.0], ids=str)
-@pytest.mark.parametrize("name", [*BACKENDS, "triton"])
-def test_unusual_class_weights_count_where_their_class_occurs(name, value, reduction):
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"], indirect=True)
+def test_unusual_class_weights_count_where_their_class_occurs(backend, value, reduction):
     """As in stock torch: the weight of a class that no pixel has changes nothing without label smoothing."""
-    reason = backends.why_unavailable(name, "upsample_cross_entropy", "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
     logits, target = logits_and_target(1, 4, (2, 3), (8, 12))
     target = target.clamp(max=2)  # no pixel of class 3, ...
     weight = torch.tensor([1.0, 2.0, 0.5, value])
-    ours = lambda x: ops.upsample_cross_entropy(x, target, None, weight, 0.0, reduction, backend=name)
-    stock = lambda x: naive(x, target, weight=weight, reduction=reduction)
-    check_against_float64(ours, stock, [logits], scale=logits.abs().max().item())
+    ours = lambda x: ops.upsample_cross_entropy(x, target, None, weight, 0.0, reduction, backend=backend)
+    expected = lambda x: naive(x, target, weight=weight, reduction=reduction)
+    check_against_float64(ours, expected, [logits], scale=logits.abs().max().item())
     if value in (0.0, -1.0):
         return
     target[0, 0, 0], target[0, 7, 11] = 3, 255  # ... one of it, and an ignored one
@@ -135,18 +145,15 @@ def test_unusual_class_weights_count_where_their_class_occurs(name, value, reduc
         finite = torch.ones_like(target, dtype=torch.bool)
         finite[0, 0, 0] = False
         assert torch.equal(loss.isfinite(), finite)
-        torch.testing.assert_close(loss[finite], stock(logits)[finite])
+        torch.testing.assert_close(loss[finite], expected(logits)[finite])
     else:
         assert not loss.isfinite()
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("name", [*BACKENDS, "triton"])
-def test_infinite_class_weights_give_the_loss_of_stock_torch(name, smoothing, value):
-    reason = backends.why_unavailable(name, "upsample_cross_entropy", "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"], indirect=True)
+def test_infinite_class_weights_give_the_loss_of_stock_torch(backend, smoothing, value):
     # Not so sharp that a probability rounds to 1: its logarithm, 0, times infinity is NaN.
     for sharpness, size in itertools.product((1.0, 3.0), ((9, 14), (3, 5))):
         logits, target = logits_and_target(1, 5, (3, 4), size, sharpness=sharpness)
@@ -155,7 +162,7 @@ def test_infinite_class_weights_give_the_loss_of_stock_torch(name, smoothing, va
         for reduction in ("sum", "mean", "none"):
             expected = naive(logits.double(), target, 255, weight, smoothing, reduction)
             loss = ops.upsample_cross_entropy(
-                logits, target, None, weight, smoothing, reduction, backend=name
+                logits, target, None, weight, smoothing, reduction, backend=backend
             )
             torch.testing.assert_close(loss.double(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
@@ -271,6 +278,8 @@ def test_opcheck(backend):
     library = torch.ops.depict_kernels
     if backend == "torch":
         pytest.skip("plain torch, not registered")
+    if backend == "auto":
+        backend = "torch"
     logits, target = logits_and_target(1, 4, (2, 3), (5, 6))
     weight = torch.rand(4)
     logits.requires_grad_()
@@ -317,8 +326,9 @@ def test_second_derivative_is_refused_not_wrong():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["reference", "torch"])
-def test_gpu_records_a_bad_label_without_a_sync(name):
+@pytest.mark.parametrize("name", ["reference", "torch", "auto"])
+def test_gpu_records_a_bad_label_without_a_sync(name, monkeypatch):
+    monkeypatch.setattr(stock, "CHUNK", 500)
     logits, target = logits_and_target(1, 4, (3, 3), (7, 8), device="cuda")
     target[0, 2, 3] = 77
     torch.cuda.set_sync_debug_mode("error")

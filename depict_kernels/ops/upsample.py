@@ -74,8 +74,9 @@ def upsample_cross_entropy(
     raise_now = _raises_at_once(logits) if check_targets is None else check_targets
     report_bad = check_targets is None or check_targets
     inputs = (logits,) if weight is None else (logits, weight)
+    requested = backend
     backend = backends.choose(backend, "upsample_cross_entropy", *inputs, **_sizes(logits, target.shape[1:]))
-    if backend == "torch":
+    if backend == "torch" and _stores(requested, logits, inputs, target.shape[1:]):
         clean, report = torch.ops.depict_kernels.scan_target(
             target, logits.shape[1], ignore_index, raise_now and report_bad
         )
@@ -163,6 +164,21 @@ def upsample_confusion(
     if logits.device.type != "cpu":
         record_bad_target(report)
     return out
+
+
+def _stores(requested: str, logits: Tensor, inputs: tuple[Tensor, ...], size: tuple[int, int]) -> bool:
+    """Whether stock torch's loss is the plain composition, which stores the upsampled logits.
+
+    It is where it was asked for, where it is needed, and where they are no more than what is in memory at a time
+    anyway; ``auto`` else takes stock operators a few classes at a time.
+    """
+    if backends.named(requested) == "torch" or backends.followed(*inputs):
+        return True
+    if torch.are_deterministic_algorithms_enabled() and logits.device.type == "cuda":
+        return True  # F.interpolate has a deterministic gradient of its own there, which it alone knows
+    if torch.compiler.is_compiling():
+        return False  # the graph shall not depend on how large an image is
+    return logits.shape[1] * stock.class_bytes(logits, size) <= stock.chunk_bytes(logits)
 
 
 def _check_map(logits: Tensor) -> None:

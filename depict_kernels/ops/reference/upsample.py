@@ -17,7 +17,7 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
-def _upsample_backward(grad: Tensor, shape: torch.Size) -> Tensor:
+def upsample_backward(grad: Tensor, shape: torch.Size) -> Tensor:
     """The adjoint of :func:`upsample`: (B, C, H, W) -> (B, C, h, w)."""
     return torch.ops.aten.upsample_bilinear2d_backward(
         grad, list(grad.shape[-2:]), list(shape), False, None, None
@@ -71,7 +71,7 @@ def cross_entropy_forward(
     value = (loss.sum(dtype=torch.float64) / divisor).to(loss.dtype)
     if not need_grad:
         return value, None
-    return value, _upsample_backward((grad / divisor).to(grad.dtype), logits.shape)
+    return value, upsample_backward((grad / divisor).to(grad.dtype), logits.shape)
 
 
 def cross_entropy_backward(
@@ -84,7 +84,7 @@ def cross_entropy_backward(
 ) -> Tensor:
     """Gradient (B, C, h, w) of the unreduced loss for the upstream gradient (B, H, W)."""
     _, grad, _ = _loss_and_gradient(logits, target, weight, ignore_index, label_smoothing)
-    return _upsample_backward(grad_loss.unsqueeze(1).to(grad.dtype) * grad, logits.shape)
+    return upsample_backward(grad_loss.unsqueeze(1).to(grad.dtype) * grad, logits.shape)
 
 
 def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -94,9 +94,13 @@ def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
     """Adds the counts of (target, label) over the valid pixels into out (C, C) int64, rows = target."""
-    num_classes = logits.shape[1]
+    count(argmax(logits, tuple(target.shape[-2:]), torch.int64), target, ignore_index, out)
+
+
+def count(label: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
+    """Adds the counts of (target, label), both (B, H, W), over the valid pixels into out (C, C) int64."""
+    num_classes = out.shape[0]
     clean, _ = sanitize_target(target, num_classes, ignore_index)
-    label = argmax(logits, tuple(target.shape[-2:]), torch.int64)
     valid = clean != ignore_index
     pairs = clean[valid] * num_classes + label[valid]
     out += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)

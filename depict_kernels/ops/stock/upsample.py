@@ -1,11 +1,32 @@
-"""F.interpolate, then F.cross_entropy, argmax or bincount: what everybody runs today."""
+"""Loss, label map and confusion matrix by stock operators: as everybody runs them, and a few classes at a time.
+
+``cross_entropy`` is F.interpolate and F.cross_entropy, which autograd and torch.compile see through and which keeps
+several arrays of the upsampled logits' size. Everything else here upsamples as many classes at a time as
+:func:`chunk_bytes` hold; each upsampled logit is the number that F.interpolate gives.
+"""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from depict_kernels.ops.reference import upsample as reference
-from depict_kernels.ops.reference.upsample import upsample
+from depict_kernels.ops.reference.upsample import upsample, upsample_backward
+
+# Bytes of upsampled logits at a time. On a CPU glibc keeps blocks up to 32 MiB when they are freed, so that they are
+# not mapped (and their pages not zeroed) anew for every chunk; a GPU needs larger ones to be busy.
+CPU_CHUNK, CHUNK = 16 << 20, 64 << 20
+
+
+def chunk_bytes(logits: Tensor) -> int:
+    """Upsampled logits that are in memory at a time on this device; of one class at least."""
+    return CPU_CHUNK if logits.device.type == "cpu" else CHUNK
+
+
+def class_bytes(logits: Tensor, size: tuple[int, int]) -> int:
+    """Of one class upsampled to ``size`` in all images, in float32 (float64 for float64 logits)."""
+    return logits.shape[0] * size[0] * size[1] * (8 if logits.dtype == torch.float64 else 4)
 
 
 def cross_entropy(
@@ -36,13 +57,124 @@ def cross_entropy(
     return loss("sum") / torch.where(total == 0, torch.inf, total)
 
 
+def _upsampled(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """(first class, upsampled logits (B, k, H, W)) of a few classes k at a time."""
+    step = max(1, chunk_bytes(logits) // max(1, class_bytes(logits, size)))
+    for first in range(0, logits.shape[1], step):
+        yield first, upsample(logits[:, first : first + step], size)
+
+
+class _Pixels:
+    """What every pixel needs, all (B, 1, H, W), whatever the number of classes."""
+
+    def __init__(self, logits, target, weight, ignore_index, label_smoothing):
+        self.logits, self.size = logits, tuple(target.shape[-2:])
+        target = target.unsqueeze(1)
+        self.ignored = target == ignore_index
+        self.label = target.masked_fill(self.ignored, -1)
+        self.peak = self.sum = None
+        for _, z in _upsampled(logits, self.size):
+            peak = z.amax(1, keepdim=True)
+            if self.peak is None:
+                # The lowest finite number: classes that are all -inf must not make it inf - inf.
+                self.peak = torch.full_like(peak, torch.finfo(z.dtype).min)
+                self.sum = torch.zeros_like(peak)
+            peak = torch.maximum(self.peak, peak)
+            self.sum *= (self.peak - peak).exp_()
+            self.sum += z.sub_(peak).exp_().sum(1, keepdim=True)
+            self.peak = peak
+        self.log_sum = self.sum.log()
+        dtype = self.sum.dtype
+        if weight is None:
+            self.class_weight = None
+            self.weight = (~self.ignored).to(dtype)
+            total = logits.shape[1]
+        else:
+            self.class_weight = weight.to(dtype).view(1, -1, 1, 1)
+            self.weight = self.class_weight.flatten()[self.label.clamp(min=0)].masked_fill_(self.ignored, 0)
+            total = weight.sum() if label_smoothing > 0 else 0
+        self.hit = (1 - label_smoothing) * self.weight
+        self.smooth = label_smoothing / logits.shape[1]
+        # of the softmax in the gradient
+        self.scale = self.hit + self.smooth * total if label_smoothing > 0 else self.hit
+
+    def loss_and_gradient(self, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Loss (B, 1, H, W) and, given ``factor``, broadcast over it, the gradient (B, C, h, w) of factor * loss."""
+        loss, grad = torch.zeros_like(self.sum), None
+        if factor is not None:
+            grad = torch.empty(self.logits.shape, dtype=loss.dtype, device=loss.device)
+            hit, scale = factor * self.hit, factor * self.scale
+        for first, z in _upsampled(self.logits, self.size):
+            log_p = z.sub_(self.peak).sub_(self.log_sum)
+            count = log_p.shape[1]
+            place = self.label - first
+            inside = (place >= 0) & (place < count)
+            place = place.masked_fill_(~inside, 0)
+            loss = torch.where(inside, loss - self.hit * log_p.gather(1, place), loss)
+            if self.smooth > 0:
+                share = self.smooth
+                if self.class_weight is not None:
+                    share = share * self.class_weight[:, first : first + count]
+                loss -= (log_p * share).sum(1, keepdim=True)
+            if factor is None:
+                continue
+            g = log_p.exp_().mul_(scale)
+            g.scatter_(1, place, g.gather(1, place) - torch.where(inside, hit, 0))
+            if self.smooth > 0:
+                g -= factor * share
+            part = self.logits[:, first : first + count]
+            grad[:, first : first + count] = upsample_backward(g.masked_fill_(self.ignored, 0), part.shape)
+        return loss.masked_fill_(self.ignored, 0), grad
+
+
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`depict_kernels.ops.reference.upsample.cross_entropy_forward`, a few classes at a time."""
+    pixels = _Pixels(logits, target, weight, ignore_index, label_smoothing)
+    if reduction == "none":
+        return pixels.loss_and_gradient(None)[0].squeeze(1), None
+    factor = pixels.sum.new_ones(())
+    if reduction == "mean":
+        total = pixels.weight.sum()
+        factor = factor / torch.where(total == 0, torch.inf, total)
+    loss, grad = pixels.loss_and_gradient(factor if need_grad else None)
+    return loss.sum() * factor, grad
+
+
+def cross_entropy_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Gradient (B, C, h, w) of the unreduced loss for the upstream gradient (B, H, W)."""
+    pixels = _Pixels(logits, target, weight, ignore_index, label_smoothing)
+    return pixels.loss_and_gradient(grad_loss.unsqueeze(1).to(pixels.sum.dtype))[1]
+
+
 def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """(B, C, h, w) -> label map (B, H, W); one image at a time, to hold one image's upsampled logits."""
-    labels = [upsample(image, size).argmax(1).to(dtype) for image in logits.split(1)]
-    return torch.cat(labels) if labels else logits.new_empty((0, *size), dtype=dtype)
+    """(B, C, h, w) -> label map (B, H, W); ties go to the lowest class, NaN before all, as in torch.argmax."""
+    peak = labels = None
+    for first, z in _upsampled(logits, size):
+        value, label = z.max(1)
+        label = (label + first).to(dtype)
+        if labels is None:
+            peak, labels = value, label
+            continue
+        higher = (value > peak) | (value.isnan() & ~peak.isnan())
+        peak, labels = torch.where(higher, value, peak), torch.where(higher, label, labels)
+    return labels
 
 
 def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
-    """Adds the counts of (target, label) into out (C, C) int64, one image at a time."""
-    for image, labels in zip(logits.split(1), target.split(1)):
-        reference.confusion(image, labels, ignore_index, out)
+    """Adds the counts of (target, label) into out (C, C) int64."""
+    reference.count(argmax(logits, tuple(target.shape[-2:]), torch.int64), target, ignore_index, out)

@@ -1,0 +1,149 @@
+"""Stock operators a few classes at a time: what auto takes for the upsample operators where no kernel serves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from largest_tensor import largest_tensor
+
+from depict_kernels import backends, ops
+from depict_kernels.ops.stock import upsample as stock
+from depict_kernels.testing import logits_and_target, value_and_gradients
+
+SIZE = (24, 40)
+
+
+@pytest.fixture(params=[1, 2, 3, 4], ids=lambda n: f"{n} classes at a time")
+def a_few_classes(request, monkeypatch):
+    """No kernels; five classes in two images go through in parts."""
+    monkeypatch.setattr(backends, "_AUTO_CPU", ())
+    monkeypatch.setattr(stock, "CPU_CHUNK", request.param * 2 * 4 * SIZE[0] * SIZE[1])
+
+
+@pytest.fixture
+def problem():
+    return logits_and_target(2, 5, (3, 5), SIZE, ignored=0.1)
+
+
+def interpolated(logits):
+    return F.interpolate(logits, SIZE, mode="bilinear", align_corners=False)
+
+
+def assert_same_loss(logits, target, **options):
+    ours = lambda x: ops.upsample_cross_entropy(x, target, **options)
+    plain = lambda x: ops.upsample_cross_entropy(x, target, backend="torch", **options)
+    torch.testing.assert_close(
+        value_and_gradients(ours, [logits]),
+        value_and_gradients(plain, [logits]),
+        rtol=1e-5,
+        atol=1e-6,
+        equal_nan=True,
+    )
+
+
+@pytest.mark.parametrize("need_grad", [False, True])
+def test_no_array_holds_more_classes_than_asked_for(monkeypatch, need_grad):
+    logits, target = logits_and_target(2, 50, (3, 5), SIZE)
+    pixels = 2 * SIZE[0] * SIZE[1]
+    monkeypatch.setattr(stock, "CPU_CHUNK", 4 * 4 * pixels)
+    options = (torch.rand(50), 255, 0.1, "mean", need_grad)
+    assert largest_tensor(lambda: stock.cross_entropy_forward(logits, target, *options)) == 4 * pixels
+    assert largest_tensor(lambda: stock.argmax(logits, SIZE, torch.int64)) == 4 * pixels
+    counts = torch.zeros(50, 50, dtype=torch.int64)
+    assert largest_tensor(lambda: stock.confusion(logits, target, 255, counts)) == 4 * pixels
+    plain = largest_tensor(lambda: ops.upsample_cross_entropy(logits, target, backend="torch"))
+    assert plain == 50 * pixels  # which the record does see
+
+
+def test_auto_takes_it_above_a_size_and_stays_plain_below(monkeypatch, problem):
+    logits, target = problem
+    logits.requires_grad_()
+    monkeypatch.setattr(backends, "_AUTO_CPU", ())
+    plain = lambda **kw: "NllLoss" in graph_of(ops.upsample_cross_entropy(logits, target, **kw))
+    assert plain()
+    monkeypatch.setattr(stock, "CPU_CHUNK", 5 * 2 * 4 * SIZE[0] * SIZE[1] - 1)
+    assert not plain()
+    assert plain(backend="torch")  # who names it gets what autograd sees through
+    with backends.use_backend("torch"):
+        assert plain()
+
+
+def graph_of(loss) -> str:
+    """Names of the nodes that autograd goes through."""
+    names, todo = [], [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        names.append(node.name())
+        todo += [after for after, _ in node.next_functions if after is not None]
+    return " ".join(names)
+
+
+def test_forward_mode_takes_the_plain_composition(a_few_classes, problem):
+    logits, target = problem
+    loss = lambda x: ops.upsample_cross_entropy(x, target)
+    direction = torch.randn_like(logits)
+    _, ours = torch.func.jvp(loss, (logits,), (direction,))
+    _, (grad,) = value_and_gradients(loss, [logits])
+    torch.testing.assert_close(ours, (grad * direction).sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_graphs_keep_it_whatever_the_size(monkeypatch, problem):
+    """No guard on how large the upsampled logits are: a new image size compiles nothing anew."""
+    monkeypatch.setattr(backends, "_AUTO_CPU", ())
+    called = []
+
+    def backend(graph, inputs):
+        called.append(str(graph.graph))
+        return graph.forward
+
+    torch.compiler.reset()
+    logits, target = problem
+    loss = torch.compile(ops.upsample_cross_entropy, fullgraph=True, backend=backend, dynamic=True)
+    torch.testing.assert_close(loss(logits, target), ops.upsample_cross_entropy(logits, target))
+    big = target.repeat_interleave(40, 1).repeat_interleave(40, 2)
+    assert 4 * 5 * big.numel() > stock.CPU_CHUNK
+    torch.testing.assert_close(loss(logits, big), ops.upsample_cross_entropy(logits, big))
+    assert len(called) == 1 and "depict_kernels.upsample_cross_entropy" in called[0]
+    torch.compiler.reset()
+
+
+def test_classes_of_minus_infinity_take_no_part(a_few_classes, problem):
+    """Also where all classes of one part are masked; and where the target is one of them, the loss is infinite."""
+    logits, target = problem
+    logits[:, :2] = -torch.inf
+    target[target < 2] = 3
+    assert_same_loss(logits, target)
+    target[0, 0, 0] = 1
+    assert_same_loss(logits, target, reduction="none")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bad_logits_reach_the_loss_but_not_ignored_pixels(a_few_classes, problem, value):
+    logits, target = problem
+    logits[0, 3, 0, 0] = value
+    assert_same_loss(logits, target, reduction="none")
+    target[0, :14, :14] = 255
+    loss, (grad,) = value_and_gradients(lambda x: ops.upsample_cross_entropy(x, target), [logits])
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+def test_logits_far_from_zero_keep_their_differences(a_few_classes, problem):
+    logits, target = problem
+    assert_same_loss(logits.round() + 3e4, target, label_smoothing=0.2)
+
+
+def test_labels_are_exactly_those_of_stock_torch(a_few_classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-1, 2, (2, 5, 3, 5), generator=generator).float()  # many ties
+    logits[0, 1, 0, 0] = logits[0, 4, 0, 0] = torch.nan
+    logits[1, 2, 1, 1] = torch.inf
+    logits[1, 0, 2, 2] = -torch.inf
+    assert torch.equal(ops.upsample_argmax(logits, SIZE), interpolated(logits).argmax(1))
+
+
+def test_second_derivative_names_the_way_to_one(a_few_classes, monkeypatch, problem):
+    monkeypatch.setattr(stock, "CPU_CHUNK", 1)
+    logits, target = problem
+    logits.requires_grad_()
+    (grad,) = torch.autograd.grad(ops.upsample_cross_entropy(logits, target), logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='torch'"):
+        grad.sum().backward()
