@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from depict_kernels import measured
+from depict_kernels import measured, self_check
 from depict_kernels.shape_classes import shape_class
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
@@ -42,8 +42,10 @@ _FOLDERS = {
 
 # What "auto" prefers on the CPU, best first; the first that is available for the operator wins. On a GPU it is what
 # measured.py has for the architecture, the operator, the dtype and the class of the shape. Neither holds anything that
-# was not measured.
+# was not measured. On NVIDIA GPUs without a record the operators of self_check.py take these, once they have passed: by
+# the bytes they move they are ahead of stock torch by far. "cuda" needs nothing compiled at the first call.
 _AUTO_CPU = ("cpp", "torch")
+_AUTO_CHECKED = ("cuda", "triton")
 
 # Of the whole process, like torch's own backend flags: a context variable would be per thread, but torch.compile
 # cannot trace one in torch 2.11, and it guards on a plain global.
@@ -171,13 +173,28 @@ def auto_source(device: str | torch.device) -> str:
         return f"measured on {architecture}: benchmarks/results/{measured.SOURCES[architecture]}"
     if device.type == "cpu":
         return "C++ where it is built"
-    return f"no measurement of {architecture or device.type} yet"
+    if architecture is not None:
+        return (
+            f"no record of {architecture} yet: kernels that agreed with float64 on this GPU, else stock torch"
+        )
+    return f"no measurement of {device.type} yet"
+
+
+def _checks_itself(operator: str, device: torch.device) -> bool:
+    """Whether ``auto`` goes by :mod:`depict_kernels.self_check` for want of a record."""
+    architecture = _architecture(device)
+    return (
+        architecture is not None
+        and architecture not in measured.SOURCES
+        and operator in self_check.OPERATORS
+        and int(architecture.removeprefix("sm_")) >= 80
+    )
 
 
 @torch.compiler.assume_constant_result
 def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
-    return bool(_measured(operator, device, dtype))
+    return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))
 
 
 def _candidates(
@@ -186,6 +203,8 @@ def _candidates(
     """What ``auto`` tries before ``torch``, best first; the first that can run here is taken."""
     if device.type == "cpu" and _architecture(device) is None:
         return _AUTO_CPU
+    if _checks_itself(operator, device):
+        return _AUTO_CHECKED if shape in self_check.SHAPES else ()
     return _measured(operator, device, dtype).get(shape, ())
 
 
@@ -208,8 +227,13 @@ def _resolve(
         return reason
 
     if requested == "auto":
-        candidates = _candidates(operator, device, dtype, shape)
-        return next((name for name in candidates if why_not(name) is None), "torch")
+        checks = _checks_itself(operator, device)
+        for name in _candidates(operator, device, dtype, shape):
+            if why_not(name) is None and not (
+                checks and self_check.why_not(name, operator, device, dtype, shape)
+            ):
+                return name
+        return "torch"
     reason = why_not(requested)
     if reason is not None:
         choice = ", ".join(name for name in BACKENDS if why_not(name) is None)
@@ -229,10 +253,12 @@ def require(requested: str, operators: Iterable[str], device: str | torch.device
 def auto_choices(operator: str, device: str | torch.device) -> dict[str, str]:
     """What ``auto`` takes here: {"float32, 33 to 256 classes, factor over 8": "cuda", ..., "otherwise": "torch"}.
 
-    On the CPU, and on a GPU for which nothing was measured, there is "otherwise" alone.
+    On the CPU, and on a GPU for which nothing was measured or checked, there is "otherwise" alone.
     """
     device = torch.device(device)
     table = measured.AUTO.get(_architecture(device), {}).get(operator, {})
+    if _checks_itself(operator, device):
+        table = {"float32": self_check.SHAPES}
     choices = {}
     for name, classes in table.items():
         for shape in classes:

@@ -1,0 +1,199 @@
+"""Kernels that prove themselves before ``auto`` takes them, on GPUs without a record. Here the CPU is such a GPU."""
+
+import warnings
+
+import pytest
+import torch
+
+import depict_kernels.__main__ as page
+from depict_kernels import backends, measured, ops, self_check
+from depict_kernels.ops.cuda_kernels import upsample as cuda
+from depict_kernels.testing import logits_and_target
+
+SHAPE = "up to 32 classes, factor 2 to 8"
+SIZES = {"classes": 7, "grid": (3, 4), "size": (12, 16)}
+
+pytestmark = pytest.mark.skipif(
+    backends.why_unavailable("cuda", "upsample_argmax", "cpu", torch.float32) is not None,
+    reason="the CUDA kernels were not built for the emulator",
+)
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    monkeypatch.setattr(backends, "_architecture", lambda device: "sm_86")
+    monkeypatch.setattr(measured, "AUTO", {})
+    monkeypatch.setattr(measured, "SOURCES", {})
+    monkeypatch.setattr(backends, "_AUTO_CHECKED", ("cuda",))
+    monkeypatch.setattr(self_check, "_verdicts", {})
+
+
+def taken(operator="upsample_cross_entropy", dtype=torch.float32, **sizes):
+    return backends.choose("auto", operator, torch.randn(1, 7, 3, 4).to(dtype), **{**SIZES, **sizes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operator", sorted(self_check.OPERATORS))
+def test_right_kernels_are_taken_and_checked_once(operator, dtype, monkeypatch):
+    ran = []
+    check = self_check._CHECKS[operator]
+    monkeypatch.setitem(self_check._CHECKS, operator, lambda *a: ran.append(a) or check(*a))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [taken(operator, dtype), taken(operator, dtype)] == ["cuda", "cuda"]
+    assert ran == [("cuda", torch.device("cpu"), dtype, 19, 4)]
+
+
+def test_what_has_no_example_or_another_operator_takes_torch():
+    assert taken(size=(3, 4)) == "torch"  # no upsampling
+    assert backends.choose("auto", "mask_logits", torch.randn(1, 6, 8), classes=7, width=8) == "torch"
+    assert (
+        backends.choose("auto", "subspace_self_attention", torch.randn(1, 6, 2, 50), tokens=6, head_dim=50)
+        == "torch"
+    )
+    assert self_check._verdicts == {}
+
+
+def test_a_record_of_the_architecture_decides_alone(monkeypatch):
+    monkeypatch.setattr(measured, "SOURCES", {"sm_86": "a_record.json"})
+    assert taken() == "torch" and self_check._verdicts == {}
+
+
+def test_old_gpus_are_not_asked(monkeypatch):
+    monkeypatch.setattr(backends, "_architecture", lambda device: "sm_75")
+    assert taken() == "torch" and self_check._verdicts == {}
+
+
+def off(result, index, change):
+    return tuple(change(r) if i == index else r for i, r in enumerate(result))
+
+
+WRONG = {
+    "its loss is": ("cross_entropy_forward", lambda r: off(r, 0, lambda loss: loss * 1.001)),
+    "its gradient is": ("cross_entropy_forward", lambda r: off(r, 1, lambda grad: grad.roll(1, 3))),
+    "its gradient is nan": ("cross_entropy_forward", lambda r: off(r, 1, lambda grad: grad * torch.nan)),
+    "a label lies outside": ("argmax", lambda r: r + 19),
+    "a label's logit is": ("argmax", lambda r: r.flip(2)),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_kernels_are_named_once_and_not_taken(message, monkeypatch):
+    name, change = WRONG[message]
+    right = getattr(cuda, name)
+    monkeypatch.setattr(cuda, name, lambda *a, **kw: change(right(*a, **kw)))
+    operator = "upsample_argmax" if name == "argmax" else "upsample_cross_entropy"
+    message = message.removesuffix(" nan")
+    with pytest.warns(RuntimeWarning, match=f"cuda kernel of {operator} failed its check.*{message}"):
+        assert taken(operator) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken(operator) == "torch"
+    with pytest.warns(RuntimeWarning):  # another class of shapes is another kernel
+        assert taken(operator, classes=40) == "torch"
+
+
+def test_miscounting_is_noticed(monkeypatch):
+    right = cuda.confusion
+
+    def wrong(logits, target, ignore_index, out):
+        report = right(logits, target, ignore_index, out)
+        out[0, 0] += 40
+        out[1, 1] -= 40
+        return report
+
+    monkeypatch.setattr(cuda, "confusion", wrong)
+    with pytest.warns(RuntimeWarning, match="80 counts are not those of float64"):
+        assert taken("upsample_confusion") == "torch"
+
+
+def test_a_kernel_that_differs_from_run_to_run_is_not_taken(monkeypatch):
+    right, calls = cuda.argmax, []
+
+    def unstable(logits, *a):
+        calls.append(1)
+        labels = right(logits, *a)
+        z = torch.nn.functional.interpolate(logits.double(), labels.shape[1:], mode="bilinear")
+        z[0, :, 0, 0] = 0
+        return z.argmax(1) if len(calls) % 2 else z.argmax(1).roll(1, 2)
+
+    monkeypatch.setattr(cuda, "argmax", unstable)
+    monkeypatch.setattr(self_check, "_TOLERANCE", 10.0)
+    with pytest.warns(RuntimeWarning, match="differed between two runs"):
+        assert taken("upsample_argmax") == "torch"
+
+
+def test_a_kernel_that_cannot_run_is_not_taken(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("ptxas died\nwith many\nlines")
+
+    monkeypatch.setattr(cuda, "cross_entropy_forward", broken)
+    logits, target = logits_and_target(2, 7, (3, 4), (12, 16))
+    with pytest.warns(RuntimeWarning, match="RuntimeError: ptxas died. auto takes stock torch"):
+        loss = ops.upsample_cross_entropy(logits, target)
+    torch.testing.assert_close(loss, ops.upsample_cross_entropy(logits, target, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    "surrounding",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        torch._subclasses.FakeTensorMode,
+    ],
+    ids=["inference_mode", "no_grad", "autocast", "default device", "fake tensors"],
+)
+def test_the_check_runs_in_nobodys_context(surrounding):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with surrounding():
+            names = [
+                backends._resolve("auto", name, "cpu", torch.float32, SHAPE) for name in self_check.OPERATORS
+            ]
+    assert names == ["cuda"] * 3
+
+
+def test_vmap_and_the_compiler_may_be_the_first_to_ask():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        logits, target = logits_and_target(2, 7, (3, 4), (12, 16))
+        torch.vmap(lambda x: ops.upsample_argmax(x[None], (12, 16)))(logits)
+        assert set(self_check._verdicts.values()) == {None}
+        torch.compiler.reset()
+        compiled = torch.compile(ops.upsample_cross_entropy, fullgraph=True, backend="aot_eager")
+        loss = compiled(logits.requires_grad_(), target)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    torch.testing.assert_close(loss, ops.upsample_cross_entropy(logits, target, backend="torch"))
+    assert {key[1] for key in self_check._verdicts} == {"upsample_argmax", "upsample_cross_entropy"}
+    torch.compiler.reset()
+
+
+def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    reason = self_check.why_not("cuda", "upsample_argmax", torch.device("cuda:0"), torch.float32, SHAPE)
+    assert "graph" in reason and self_check._verdicts == {}
+
+
+def test_status_page_names_what_was_checked(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["depict_kernels"])
+    page.main()
+    text = capsys.readouterr().out
+    assert "auto takes (no record of sm_86 yet: kernels that agreed with float64 on this GPU" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert [*f"float32, {SHAPE}".split(), "cuda"] in lines and [
+        "upsample_argmax",
+        "otherwise",
+        "torch",
+    ] in lines
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", self_check.SHAPES)
+@pytest.mark.parametrize("operator", sorted(self_check.OPERATORS))
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_kernels_pass_on_this_gpu(backend, operator, shape):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert self_check.why_not(backend, operator, torch.device("cuda"), dtype, shape) is None
