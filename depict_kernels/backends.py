@@ -171,12 +171,12 @@ def auto_source(device: str | torch.device) -> str:
     architecture = _architecture(device)
     if architecture in measured.SOURCES:
         return f"measured on {architecture}: benchmarks/results/{measured.SOURCES[architecture]}"
-    if device.type == "cpu":
-        return "C++ where it is built"
     if architecture is not None:
         return (
             f"no record of {architecture} yet: kernels that agreed with float64 on this GPU, else stock torch"
         )
+    if device.type == "cpu":
+        return "C++ where it is built"
     return f"no measurement of {device.type} yet"
 
 

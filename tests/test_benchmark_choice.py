@@ -139,6 +139,7 @@ def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, ca
     assert choose.main([str(tmp_path / "absent.json")]) == 2 and "absent.json" in capsys.readouterr().err
 
     monkeypatch.setattr(measured, "AUTO", written["AUTO"])
+    monkeypatch.setattr(measured, "SOURCES", written["SOURCES"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = torch.device("cuda", 0)
     taken = lambda dtype, shape: backends._candidates("upsample_argmax", device, dtype, shape)
