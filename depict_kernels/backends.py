@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from depict_kernels import measured, self_check
+from depict_kernels._constant import constant_in_graphs
 from depict_kernels.shape_classes import shape_class
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
@@ -191,7 +192,7 @@ def _checks_itself(operator: str, device: torch.device) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
     return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))
@@ -208,7 +209,7 @@ def _candidates(
     return _measured(operator, device, dtype).get(shape, ())
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _resolve(
     requested: str,
     operator: str,
@@ -304,7 +305,7 @@ def choose(
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _largest_head_dim(backend: str, operator: str) -> int | None:
     """A backend's attention module may say from which head_dim on it has no kernel, as MAX_HEAD_DIM."""
     if OPERATORS[operator] != "attention":

@@ -1,6 +1,7 @@
 """What ``auto`` takes: classes of shapes, the measured table, compiled graphs, the status page."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import depict_kernels.__main__ as page
 from depict_kernels import backends, measured, ops
+from depict_kernels._constant import constant_in_graphs
 from depict_kernels.shape_classes import HEAD_DIMS, shape_class
 
 FEW_HIGH, MANY_HIGH = "up to 32 classes, factor over 8", "33 to 256 classes, factor over 8"
@@ -266,3 +268,11 @@ def test_require_names_what_is_missing():
         backends.require("cpp", ["upsample_argmax", "mask_logits"], "cpu", torch.float32)
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         backends.require("fast", [], "cpu", torch.float32)
+
+
+def test_importing_the_package_does_not_import_the_compiler():
+    code = "import sys, depict_kernels; print('torch._dynamo' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["False"]
+    # The mark that spares it is torch's own.
+    assert vars(constant_in_graphs(lambda: None)) == vars(torch.compiler.assume_constant_result(lambda: None))

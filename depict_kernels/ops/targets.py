@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from depict_kernels._constant import constant_in_graphs
+
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 _records: dict[torch.device, Tensor] = {}
@@ -103,7 +105,7 @@ def _(record, report):
     return None
 
 
-@torch.compiler.assume_constant_result  # made while compiling, not in the graph, whose first call would be another one
+@constant_in_graphs  # made while compiling, not in the graph, whose first call would be another one
 def _make_record(device: torch.device) -> bool:
     """Makes the device's buffer where there is none; returns whether it did."""
     if device in _records:
