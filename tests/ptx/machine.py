@@ -73,7 +73,9 @@ class Machine:
         self.block = (self.everyone // threads).astype(np.int32)
         self.warp = (self.everyone // WARP).astype(np.int32)
         self.first = first
-        self.shared = Shared(blocks, program.shared_bytes(shared_bytes), races)
+        self.shared = Shared(
+            blocks, program.shared_bytes(shared_bytes), accesses.unit(program, "shared"), races
+        )
         self.epoch = np.zeros(blocks, np.int32)
         self.warp_epoch = np.zeros(self.lanes // WARP, np.int32)
         self._registers: dict[Register, np.ndarray] = {}
@@ -372,7 +374,7 @@ def launch(
     """
     grid = tuple(grid) + (1,) * (3 - len(grid))
     blocks = grid[0] * grid[1] * grid[2]
-    memory = Global(list(regions), races)
+    memory = Global(list(regions), accesses.unit(program, "global"), races)
     at_once = max(1, _MOST_LANES // threads)
     for first in range(0, blocks, at_once):
         count = min(at_once, blocks - first)

@@ -240,11 +240,13 @@ _OPCODE = re.compile(r"(?:@(!?[%\w$]+)\s+)?([a-z][a-z0-9]*)((?:[.:]+\w+)*)\s*(.*
 
 def _instructions(program: Program, text: str, first_line: int) -> None:
     scopes, at, end = _Scopes(), 0, len(text.rstrip())
+    line, counted = first_line, 0  # of the text up to there
     while at < end:
         found = _STATEMENT.match(text, at)
         if not found:
             raise ValueError(f"not understood: {text[at : at + 80]!r}")
-        line = first_line + text.count("\n", 0, found.start(found.lastgroup))
+        start = found.start(found.lastgroup)
+        line, counted = line + text.count("\n", counted, start), start
         at = found.end()
         if found["label"]:
             if found["label"] in program.labels:

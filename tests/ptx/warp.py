@@ -272,11 +272,8 @@ class Copies:
         for who, at, values, group in self.pending:
             lands = asked[who] & (group < self.committed[who] - groups_left)
             if lands.any():
-                size = values.shape[1]
-                where = (at[lands][:, None] + np.arange(size)).ravel()
-                self.machine.shared.put(
-                    where, [values[lands].ravel()], 1, np.repeat(who[lands], size), self.machine
-                )
+                words = list(values[lands].view(np.uint32).T)
+                self.machine.shared.put(at[lands], words, 4, who[lands], self.machine)
             if not lands.all():
                 left.append((who[~lands], at[~lands], values[~lands], group[~lands]))
         self.pending = left
@@ -329,10 +326,9 @@ def _copy_async(instruction, machine):
             first = machine.memory.place(from_address[chosen], int(count), ids[chosen], machine)
             machine.memory.note_read(first, int(count), ids[chosen], machine)
             values[chosen, :count] = machine.memory.bytes[first[:, None] + np.arange(count)]
-        where = (at[:, None] + np.arange(size)).ravel()
-        if machine.shared.races:  # it may land at once, so nobody may still read what was there
-            machine.shared.races.on_write(where, np.repeat(ids, size), machine, np.ones(len(where), bool))
-        machine.shared.bytes[where] = 0xFF  # until it has landed nobody knows what is there
+        # It may land at once, so nobody may still read what was there; until it has landed nobody knows what is there.
+        machine.shared.note_write(at, size, ids, machine, np.ones((len(at), 1), bool))
+        machine.shared.bytes[at[:, None] + np.arange(size)] = 0xFF
         machine.copies.add(ids, at, values)
 
     return run
