@@ -75,7 +75,7 @@ def ptx_executor():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "why_unavailable", as_on_a_gpu)
         races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
-        with triton_runs.executing(PTX, races, approximate=True) as executor:
+        with triton_runs.executing(PTX, races=races, approximate=True) as executor:
             yield executor
     if executor.counts:
         print(f"\nexecuted for {PTX}: " + ", ".join(f"{k} x {n}" for k, n in sorted(executor.counts.items())))
@@ -153,7 +153,7 @@ def cuda_kernels_as_ptx():
     from tests.ptx import cuda_runs
 
     races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
-    with cuda_runs.executing(PTX + "a" * (PTX == "sm_90"), races, approximate=True) as executor:
+    with cuda_runs.executing(PTX + "a" * (PTX == "sm_90"), races=races, approximate=True) as executor:
         yield
     if executor:
         print(f"\nCUDA kernels executed for {PTX}: " + ", ".join(f"{k} x {n}" for k, n in executor.counts()))
