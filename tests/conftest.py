@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark of a pytest that a test starts would not time
 # What the extras bring. Where only the core and pytest are installed, as on some GPU machines, test modules that
 # need more skip; with the extras nothing is skipped, since their packages are found.
 EXTRAS = {
