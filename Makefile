@@ -11,6 +11,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 RESULTS ?= benchmarks/results
+# A process of tests per core, at most four. A file's tests stay together, since some share what is expensive, and files
+# keep their order, in which the long ones come before the last.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 # Without a GPU here one architecture is enough to see that the CUDA kernels compile.
 ifeq ($(shell command -v nvidia-smi),)
@@ -40,7 +43,7 @@ demo: install
 	@echo "Pictures: runs/demo/plots   Numbers: runs/demo/results.json"
 
 test: install
-	$(BIN)/python -m pytest tests -m "not gpu" -q --durations=15
+	$(BIN)/python -m pytest tests -m "not gpu" -q --durations=15 $(PARALLEL)
 
 lint: install
 	$(BIN)/ruff check .

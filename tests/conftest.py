@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DEPICT_KERNELS_EMULATE_CUDA", "1")  # the same for the CUDA kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark of a pytest that a test starts would not time
 # What the extras bring. Where only the core and pytest are installed, as on some GPU machines, test modules that
 # need more skip; with the extras nothing is skipped, since their packages are found.
 EXTRAS = {
@@ -75,7 +76,7 @@ def ptx_executor():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "why_unavailable", as_on_a_gpu)
         races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
-        with triton_runs.executing(PTX, races, approximate=True) as executor:
+        with triton_runs.executing(PTX, races=races, approximate=True) as executor:
             yield executor
     if executor.counts:
         print(f"\nexecuted for {PTX}: " + ", ".join(f"{k} x {n}" for k, n in sorted(executor.counts.items())))
@@ -153,7 +154,7 @@ def cuda_kernels_as_ptx():
     from tests.ptx import cuda_runs
 
     races = os.environ.get("DEPICT_TEST_PTX_RACES") == "1"
-    with cuda_runs.executing(PTX + "a" * (PTX == "sm_90"), races, approximate=True) as executor:
+    with cuda_runs.executing(PTX + "a" * (PTX == "sm_90"), races=races, approximate=True) as executor:
         yield
     if executor:
         print(f"\nCUDA kernels executed for {PTX}: " + ", ".join(f"{k} x {n}" for k, n in executor.counts()))

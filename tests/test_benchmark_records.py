@@ -185,7 +185,7 @@ def test_compare_counts_a_model_s_shared_code_once():
     assert [compare.compare(quiet, other)[1] for other in (noisy, slow)] == [0, 1]
 
 
-def test_compare_ends_with_1_where_ours_became_slower_on_the_same_device(tmp_path):
+def test_compare_ends_with_1_where_ours_became_slower_on_the_same_device(tmp_path, monkeypatch):
     paths = []
     for name, ratio, device in (("a", 50.0, "X"), ("b", 30.0, "X"), ("c", 30.0, "Y")):
         paths.append(tmp_path / f"{name}.json")
@@ -194,11 +194,13 @@ def test_compare_ends_with_1_where_ours_became_slower_on_the_same_device(tmp_pat
         )
 
     def status(before, after):
-        command = [sys.executable, "benchmarks/report.py", "--compare", before, after]
-        return subprocess.run(command, cwd=ROOT, capture_output=True).returncode
+        monkeypatch.setattr(sys, "argv", ["report.py", "--compare", str(before), str(after)])
+        return report.main()
 
     a, b, c = paths
     assert [status(a, b), status(b, a), status(a, a), status(a, c)] == [1, 0, 0, 0]
+    command = [sys.executable, "benchmarks/report.py", "--compare", a, b]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
 
 
 def core(name, operator, passes, median, ratio=None):

@@ -4,12 +4,14 @@ import errno
 import os
 import pickle
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.live import _RefreshThread
 
 import train.cache
 from train.ade20k import SegmentationFolder, load_classes
@@ -189,6 +191,15 @@ def test_disk_that_fills_up_while_building(root, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no space left on device"):
         DecodedCache.open_or_build(folder, tmp_path / "cache", workers=0, progress=False)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+
+
+def test_an_error_ends_the_progress_bar(root, tmp_path):
+    image = root / "images" / "training" / "2.png"
+    image.write_bytes(image.read_bytes()[:-30])
+    # What `caught` keeps holds on to the loop that raised it, and with it to the generator that has the bar.
+    with pytest.raises(UserError, match=image.name) as caught:
+        DecodedCache.open_or_build(open_folder(root), tmp_path / "cache", workers=0, progress=True)
+    assert caught.tb and not [t for t in threading.enumerate() if isinstance(t, _RefreshThread)]
 
 
 def test_unwritable_folder_is_named(root, tmp_path):

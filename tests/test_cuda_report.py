@@ -51,6 +51,7 @@ def test_spills_in_16_bit_kernels_fail(spills, status, monkeypatch, capsys):
     }
     monkeypatch.setattr(cuda_report, "why_not", lambda: None)
     monkeypatch.setattr(cuda_report, "rows", lambda: [row])
+    monkeypatch.setattr(cuda_report, "wgmma_inputs", lambda: (0, []))  # of the library, below
     monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--cuda-only"])
     assert kernel_report.main() == status
     assert "k<Float16>" in capsys.readouterr().out

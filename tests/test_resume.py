@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_run import Started, configuration, make_data, run_all, settings, write_config
+from tiny_run import Started, arguments, configuration, make_data, run_all, settings, write_config
 
 from train import checkpoint
 from train.distributed import World
@@ -100,10 +100,7 @@ def interrupted(tmp_path):
 def refusal(capsys, keys: dict) -> str:
     from train import run
 
-    arguments = [
-        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in keys.items()
-    ]
-    assert run.main(arguments) == 2
+    assert run.main(arguments(keys)) == 2
     return capsys.readouterr().err
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from depict_kernels.models import create_model
+
 
 class TinyModel(nn.Module):
     """Masks that depend on position and on the whole window, so that every misplaced window shows."""
@@ -34,6 +36,13 @@ class TinyModel(nn.Module):
         y_position = torch.linspace(-1, 1, h).view(1, 1, h, 1).expand(b, 1, h, w)
         x_position = torch.linspace(-1, 1, w).view(1, 1, 1, w).expand(b, 1, h, w)
         return self.head(torch.cat([x, y_position, x_position], 1))
+
+
+def tiny(name="depict_sa_vit_tiny", device="cpu", **kwargs):
+    """A model of the package's own, evaluating."""
+    torch.manual_seed(0)
+    small = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    return create_model(name, 5, img_size=32, backbone_kwargs=small, **kwargs).to(device).eval()
 
 
 def settings(**changes):

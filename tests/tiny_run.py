@@ -1,6 +1,7 @@
 """A data set and a model so small that training takes milliseconds: for the tests of the trainer."""
 
 import functools
+import json
 import multiprocessing
 import os
 import socket
@@ -72,6 +73,13 @@ def settings(data: Path, runs: Path, **overrides: Any) -> dict[str, Any]:
         "eval.resize": SIDE,
     }
     return keys | {key.replace("__", "."): value for key, value in overrides.items()}
+
+
+def arguments(keys: dict[str, Any]) -> list[str]:
+    """Dotted keys as the command takes them."""
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()
+    ]
 
 
 def configuration(data: Path, runs: Path, **overrides: Any) -> Config:

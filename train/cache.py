@@ -229,10 +229,11 @@ def _build(path: Path, folder: SegmentationFolder, sources: np.ndarray, workers:
         with open(file, "wb") as whole:
             whole.truncate(end)
         samples = each_sample(_Written(folder, file, index), workers, f"caching {folder.split}", progress)
-        for i, checksum in enumerate(samples):
-            if isinstance(checksum, UserError):
-                raise checksum
-            index[i]["checksum"] = checksum
+        with contextlib.closing(samples):  # an error ends the progress bar before it is printed
+            for i, checksum in enumerate(samples):
+                if isinstance(checksum, UserError):
+                    raise checksum
+                index[i]["checksum"] = checksum
         with open(file, "r+b") as whole:
             os.fsync(whole.fileno())
         written = DecodedCache(building, index, target_type)

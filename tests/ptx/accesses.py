@@ -18,6 +18,20 @@ def _strong(words) -> bool:
     return not {"volatile", "relaxed", "acquire", "release"}.isdisjoint(words)
 
 
+def unit(program, space: str) -> int:
+    """The size of the smallest accesses to "shared" or "global" memory in a program: 1 to 16 bytes."""
+    sizes = [16]
+    for instruction in program.instructions:
+        words = instruction.words
+        if instruction.name in ("ld", "st", "atom", "red") and "param" not in words:
+            if ("shared" in words) == (space == "shared") and words[-1] in DTYPES:
+                sizes.append(DTYPES[words[-1]].itemsize * _count(words))
+        elif instruction.name == "cp" and space == "shared" and len(instruction.operands) > 2:
+            # Of global memory it may read a part of what it writes, and nobody else writes less than a unit there.
+            sizes.append(getattr(instruction.operands[2], "value", 1))
+    return max(1, min(sizes))
+
+
 @maker("ld")
 def _load(instruction, machine):
     words, kind = instruction.words, kind_of(instruction)
@@ -46,10 +60,14 @@ def _load(instruction, machine):
     return run
 
 
-def _count_parts(words, operands) -> None:
+def _count(words) -> int:
     (count,) = [int(word[1:]) for word in words if word in ("v2", "v4", "v8")] or [1]
-    if len(operands) != count:
-        raise PtxError(f"{len(operands)} registers, not {count}")
+    return count
+
+
+def _count_parts(words, operands) -> None:
+    if len(operands) != _count(words):
+        raise PtxError(f"{len(operands)} registers, not {_count(words)}")
 
 
 @maker("st")

@@ -105,9 +105,8 @@ def _parsed(architecture: str, kernel: str) -> program.Program:
 class Executor(list):
     """Executes launches and keeps the kernels' names."""
 
-    def __init__(self, architecture: str, races: bool, profile=None, approximate: bool = False):
-        self.architecture, self.races, self.profile = architecture, races, profile
-        self.approximate = approximate
+    def __init__(self, architecture: str, options: dict):
+        self.architecture, self.options = architecture, options
         self.regions: list[machine.Region] = []
         path = str(Path(extension.__file__).with_name("_cuda_emulated.abi3.so"))
         self.library = ctypes.CDLL(path)
@@ -148,9 +147,7 @@ class Executor(list):
             bytes(blob),
             self.regions,
             shared_bytes=given.shared_bytes,
-            races=self.races,
-            profile=self.profile,
-            approximate=self.approximate,
+            **self.options,
         )
         self.append(kernel)
 
@@ -163,14 +160,12 @@ class Executor(list):
 
 
 @contextlib.contextmanager
-def executing(
-    architecture: str, races: bool = False, profile=None, approximate: bool = False
-) -> Iterator[Executor]:
+def executing(architecture: str, **options) -> Iterator[Executor]:
     """Within the context the CUDA operators on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80").
 
-    ``approximate``: exponentials, logarithms and divisions are as far off as a GPU's may be.
+    ``options``: races, profile and approximate of machine.launch.
     """
-    executor = Executor(architecture, races, profile, approximate)
+    executor = Executor(architecture, options)
     modules = [importlib.import_module(f"depict_kernels.ops.cuda_kernels.{stem}") for stem in STEMS]
     modules.append(importlib.import_module("depict_kernels.ops.cuda_kernels._library"))
     before = [module.call for module in modules]

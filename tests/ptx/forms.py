@@ -7,6 +7,7 @@ otherwise than the GPU does it is the worst fault a test can have. Source: PTX I
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from tests.ptx.errors import PtxError
 
@@ -100,9 +101,12 @@ def _pattern(text: str) -> re.Pattern:
 _COMPILED = [(_pattern(text), least, most) for text, least, most in _FORMS]
 
 
+@lru_cache(None)
+def _known(opcode: str, operands: int) -> bool:
+    return any(least <= operands <= most and form.fullmatch(opcode) for form, least, most in _COMPILED)
+
+
 def check(instruction) -> None:
     """Raises PtxError for an instruction that the machine does not execute exactly as written."""
-    opcode = ".".join((instruction.name, *instruction.words))
-    count = len(instruction.operands)
-    if not any(least <= count <= most and form.fullmatch(opcode) for form, least, most in _COMPILED):
+    if not _known(".".join((instruction.name, *instruction.words)), len(instruction.operands)):
         raise PtxError(f"unknown instruction, modifier or number of operands: {instruction.text}")

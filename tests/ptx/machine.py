@@ -73,7 +73,9 @@ class Machine:
         self.block = (self.everyone // threads).astype(np.int32)
         self.warp = (self.everyone // WARP).astype(np.int32)
         self.first = first
-        self.shared = Shared(blocks, program.shared_bytes(shared_bytes), races)
+        self.shared = Shared(
+            blocks, program.shared_bytes(shared_bytes), accesses.unit(program, "shared"), races
+        )
         self.epoch = np.zeros(blocks, np.int32)
         self.warp_epoch = np.zeros(self.lanes // WARP, np.int32)
         self._registers: dict[Register, np.ndarray] = {}
@@ -83,7 +85,11 @@ class Machine:
         self.pc = np.zeros(self.lanes, np.int32)
         self.issues = 0
         self.barrier = np.zeros(self.lanes, np.int32)  # which of the block's sixteen a thread waits at
-        self.code = [self._compiled(instruction) for instruction in program.instructions]
+        # All that a program says is looked at once, before it runs; for its next machines only what they execute.
+        self._code = [None] * len(program.instructions)
+        if not program.compiled_before:
+            self._code = [self._compiled(instruction) for instruction in program.instructions]
+            program.compiled_before = True
         self.together = [warp.together(instruction) for instruction in program.instructions]
 
     # What instructions ask for.
@@ -143,6 +149,11 @@ class Machine:
 
     # Execution.
 
+    def _run(self, at: int):
+        if self._code[at] is None:
+            self._code[at] = self._compiled(self.program.instructions[at])
+        return self._code[at]
+
     def _compiled(self, instruction):
         try:
             forms.check(instruction)
@@ -191,7 +202,7 @@ class Machine:
                 at = int(pcs.min())
                 chosen = running & (self.pc == at)
                 ahead = pcs[pcs > at]
-                limit = int(ahead.min()) if len(ahead) else len(self.code) + 1
+                limit = int(ahead.min()) if len(ahead) else len(self._code) + 1
                 lanes = self.all if chosen.all() else np.flatnonzero(chosen)
                 self._straight(at, lanes, limit)
         self.copies.check_finished()
@@ -199,9 +210,9 @@ class Machine:
 
     def _straight(self, at: int, lanes, limit: int) -> None:
         """Runs ``lanes`` from instruction ``at`` until they part, wait, end or meet others at ``limit``."""
-        instructions, code = self.program.instructions, self.code
+        instructions = self.program.instructions
         while True:
-            if at >= len(code):
+            if at >= len(instructions):
                 raise PtxError(f"{self.program.name}: a thread runs beyond the kernel's end")
             instruction = instructions[at]
             self.at = instruction
@@ -256,13 +267,13 @@ class Machine:
                         self.pc[rest] = at + 1
                         if self.size(whole):
                             self.state[whole] = _RUNNING
-                            self.code[at](whole)
+                            self._run(at)(whole)
                             self.pc[whole] = at + 1
                         return
                     if self.size(active):
-                        self.code[at](active)
+                        self._run(at)(active)
                 elif self.size(active):
-                    self.code[at](active)
+                    self._run(at)(active)
             except PtxError as error:
                 raise PtxError(
                     f"line {instruction.line} of {self.program.name}: {instruction.text}: {error}"
@@ -274,7 +285,7 @@ class Machine:
 
     def _complete(self, at, lanes):
         """``lanes``, and those that wait at the same instruction, as far as all who must take part are there."""
-        mask = getattr(self.code[at], "mask", None)
+        mask = getattr(self._run(at), "mask", None)
         size = self.together[at]
         if isinstance(lanes, slice) and (mask is None or warp.names_everyone(self.program.instructions[at])):
             if self.threads % size:
@@ -307,7 +318,7 @@ class Machine:
         return here[complete]
 
     def _barrier(self, at: int, lanes) -> None:
-        self.barrier[lanes] = self.code[at](lanes)
+        self.barrier[lanes] = self._run(at)(lanes)
         self.pc[lanes] = at + 1
         self.state[lanes] = _AT_BARRIER
         self._release(np.unique(self.block[self.ids(lanes)]))
@@ -372,7 +383,7 @@ def launch(
     """
     grid = tuple(grid) + (1,) * (3 - len(grid))
     blocks = grid[0] * grid[1] * grid[2]
-    memory = Global(list(regions), races)
+    memory = Global(list(regions), accesses.unit(program, "global"), races)
     at_once = max(1, _MOST_LANES // threads)
     for first in range(0, blocks, at_once):
         count = min(at_once, blocks - first)

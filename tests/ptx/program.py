@@ -94,6 +94,7 @@ class Program:
     dynamic_shared: int | None = None  # where dynamic shared memory starts, if the kernel names it
     most_threads: int | None = None  # of a block, as the kernel was compiled for
     exactly: bool = False
+    compiled_before: bool = False  # a machine has found nothing in it that it does not execute
     text: str = ""  # this kernel and what stands before all kernels, in the lines where they stood
 
     def shared_bytes(self, dynamic: int) -> int:
@@ -141,16 +142,22 @@ class _Scopes:
         self.stack: list[dict[str, Register]] = [{}]
         self.ranges: list[list[tuple[str, int, int]]] = [[]]  # prefix, how many, bits
         self.count = 0
+        self.found: dict[
+            str, Register | None
+        ] = {}  # by the names looked for since a scope or declaration last changed
 
     def open(self) -> None:
+        self.found.clear()
         self.stack.append({})
         self.ranges.append([])
 
     def close(self) -> None:
+        self.found.clear()
         self.stack.pop()
         self.ranges.pop()
 
     def declare(self, kind: str, names: str) -> None:
+        self.found.clear()
         bits = 1 if kind == "pred" else 8 * _SIZES[kind]
         for name in (part.strip() for part in names.split(",")):
             if found := re.fullmatch(r"(%[\w$]*)<(\d+)>", name):
@@ -165,6 +172,11 @@ class _Scopes:
         return register
 
     def find(self, name: str) -> Register | None:
+        if name not in self.found:
+            self.found[name] = self._find(name)
+        return self.found[name]
+
+    def _find(self, name: str) -> Register | None:
         found = re.fullmatch(r"(%[\w$]*?)(\d+)", name)
         for depth in reversed(range(len(self.stack))):
             if name in self.stack[depth]:
@@ -240,11 +252,13 @@ _OPCODE = re.compile(r"(?:@(!?[%\w$]+)\s+)?([a-z][a-z0-9]*)((?:[.:]+\w+)*)\s*(.*
 
 def _instructions(program: Program, text: str, first_line: int) -> None:
     scopes, at, end = _Scopes(), 0, len(text.rstrip())
+    line, counted = first_line, 0  # of the text up to there
     while at < end:
         found = _STATEMENT.match(text, at)
         if not found:
             raise ValueError(f"not understood: {text[at : at + 80]!r}")
-        line = first_line + text.count("\n", 0, found.start(found.lastgroup))
+        start = found.start(found.lastgroup)
+        line, counted = line + text.count("\n", counted, start), start
         at = found.end()
         if found["label"]:
             if found["label"] in program.labels:

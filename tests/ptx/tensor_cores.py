@@ -216,11 +216,13 @@ def _wgmma(instruction, machine):
                 raise PtxError("a matrix descriptor names bytes beyond the shared memory")
             at = at[None] + blocks[chosen][:, None, None] * machine.shared.pitch
             each = (at[..., None] + np.arange(size)).reshape(len(at), -1)
+            # Whole pieces of 16 bytes, wherever they lie.
+            units = np.stack([np.unique(places // machine.shared.unit) for places in each])
             if machine.check_fences:
-                machine.shared.check_fenced(each, machine)
+                machine.shared.check_fenced(units, machine)
             for lane in ids.reshape(-1, group)[chosen][:, ::_WARP].T:  # one thread of every warp
                 if machine.shared.races:
-                    machine.shared.races.on_read(each.ravel(), np.repeat(lane, each.shape[1]), machine)
+                    machine.shared.races.on_read(units.ravel(), np.repeat(lane, units.shape[1]), machine)
             tiles.append((each, machine.shared.bytes[each]))
             out[chosen] = _TO_FLOAT[kind](machine.shared.bytes.view(f"u{size}")[at // size])
         return out

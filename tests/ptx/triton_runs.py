@@ -24,13 +24,8 @@ _compiled: dict[tuple, tuple] = {}
 class Executor(list):
     """Takes the place of the list of recorded launches; executes each instead and keeps the kernels' names."""
 
-    def __init__(self, architecture: str, races: bool, profile=None, approximate: bool = False):
-        self.architecture, self.races, self.profile, self.approximate = (
-            architecture,
-            races,
-            profile,
-            approximate,
-        )
+    def __init__(self, architecture: str, options: dict):
+        self.architecture, self.options = architecture, options
         self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()  # of kernels with the dtype of their first argument
 
@@ -67,10 +62,8 @@ class Executor(list):
             bytes(blob),
             regions,
             shared_bytes=shared,
-            races=self.races,
-            profile=self.profile,
-            approximate=self.approximate,
             fences=FENCES,
+            **self.options,
         )
         name, first = recorded.kernel.__name__, next(iter(kinds.values()))
         self.counts[f"{name} {first.lstrip('*')}"] += 1
@@ -78,14 +71,12 @@ class Executor(list):
 
 
 @contextlib.contextmanager
-def executing(
-    architecture: str, races: bool = False, profile=None, approximate: bool = False
-) -> Iterator[Executor]:
+def executing(architecture: str, **options) -> Iterator[Executor]:
     """Within the context host functions on CPU tensors run the kernels' PTX for ``architecture`` ("sm_80").
 
-    ``approximate``: exponentials, logarithms and divisions are as far off as a GPU's may be.
+    ``options``: races, profile and approximate of machine.launch.
     """
-    executor = Executor(architecture, races, profile, approximate)
+    executor = Executor(architecture, options)
     before, launch._recording = launch._recording, (architecture, executor)
     try:
         yield executor

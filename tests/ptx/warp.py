@@ -201,17 +201,24 @@ def _rows(machine, place, lanes, count):
     return ids, addresses
 
 
+def _matrices(instruction, registers) -> tuple[int, bool]:
+    """How many matrices of 8 x 8 an instruction moves, and whether transposed."""
+    count = int(next(word for word in instruction.words if word in ("x1", "x2", "x4"))[1:])
+    if len(registers.parts) != count:
+        raise PtxError(f"{len(registers.parts)} registers for {count} matrices")
+    return count, "trans" in instruction.words
+
+
+# Of each lane: where the lower half of its register stands in a matrix; the upper one stands right of it.
+_ROW, _COLUMN = np.arange(_WARP) // 4, np.arange(_WARP) % 4 * 2
+
+
 @maker("ldmatrix")
 def _load_matrices(instruction, machine):
-    words = instruction.words
-    count = int(next(word for word in words if word in ("x1", "x2", "x4"))[1:])
-    transposed = "trans" in words
     to, place = instruction.operands
-    if len(to.parts) != count:
-        raise PtxError(f"{len(to.parts)} registers for {count} matrices")
+    count, transposed = _matrices(instruction, to)
     place = address(place, machine)
     writes = [writer(part, "b32", machine) for part in to.parts]
-    row, column = np.arange(_WARP) // 4, np.arange(_WARP) % 4 * 2
 
     def run(lanes):
         ids, addresses = _rows(machine, place, lanes, count)
@@ -221,30 +228,25 @@ def _load_matrices(instruction, machine):
             values = values.swapaxes(2, 3)
         for i, write in enumerate(writes):
             matrix = values[:, i]
-            write(lanes, (matrix[:, row, column] | matrix[:, row, column + 1] << np.uint32(16)).ravel())
+            write(lanes, (matrix[:, _ROW, _COLUMN] | matrix[:, _ROW, _COLUMN + 1] << np.uint32(16)).ravel())
 
     return run
 
 
 @maker("stmatrix")
 def _store_matrices(instruction, machine):
-    words = instruction.words
-    count = int(next(word for word in words if word in ("x1", "x2", "x4"))[1:])
-    transposed = "trans" in words
     place, source = instruction.operands
-    if len(source.parts) != count:
-        raise PtxError(f"{len(source.parts)} registers for {count} matrices")
+    count, transposed = _matrices(instruction, source)
     place = address(place, machine)
     reads = [reader(part, "b32", machine) for part in source.parts]
-    row, column = np.arange(_WARP) // 4, np.arange(_WARP) % 4 * 2
 
     def run(lanes):
         ids, addresses = _rows(machine, place, lanes, count)
         values = np.zeros((machine.size(lanes) // _WARP, count, 8, 8), np.uint16)
         for i, read in enumerate(reads):
             register = read(lanes).reshape(-1, _WARP)
-            values[:, i, row, column] = register.astype(np.uint16)
-            values[:, i, row, column + 1] = (register >> np.uint32(16)).astype(np.uint16)
+            values[:, i, _ROW, _COLUMN] = register.astype(np.uint16)
+            values[:, i, _ROW, _COLUMN + 1] = (register >> np.uint32(16)).astype(np.uint16)
         if transposed:
             values = values.swapaxes(2, 3)
         halves = np.ascontiguousarray(values).view(np.uint64).reshape(-1, 2)
@@ -272,11 +274,8 @@ class Copies:
         for who, at, values, group in self.pending:
             lands = asked[who] & (group < self.committed[who] - groups_left)
             if lands.any():
-                size = values.shape[1]
-                where = (at[lands][:, None] + np.arange(size)).ravel()
-                self.machine.shared.put(
-                    where, [values[lands].ravel()], 1, np.repeat(who[lands], size), self.machine
-                )
+                words = list(values[lands].view(np.uint32).T)
+                self.machine.shared.put(at[lands], words, 4, who[lands], self.machine)
             if not lands.all():
                 left.append((who[~lands], at[~lands], values[~lands], group[~lands]))
         self.pending = left
@@ -329,10 +328,9 @@ def _copy_async(instruction, machine):
             first = machine.memory.place(from_address[chosen], int(count), ids[chosen], machine)
             machine.memory.note_read(first, int(count), ids[chosen], machine)
             values[chosen, :count] = machine.memory.bytes[first[:, None] + np.arange(count)]
-        where = (at[:, None] + np.arange(size)).ravel()
-        if machine.shared.races:  # it may land at once, so nobody may still read what was there
-            machine.shared.races.on_write(where, np.repeat(ids, size), machine, np.ones(len(where), bool))
-        machine.shared.bytes[where] = 0xFF  # until it has landed nobody knows what is there
+        # It may land at once, so nobody may still read what was there; until it has landed nobody knows what is there.
+        machine.shared.note_write(at, size, ids, machine, np.ones((len(at), 1), bool))
+        machine.shared.bytes[at[:, None] + np.arange(size)] = 0xFF
         machine.copies.add(ids, at, values)
 
     return run
