@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
   float* grad = reinterpret_cast<float*>(ring);
   T* staged = reinterpret_cast<T*>(grad + kClasses<NT> * kColumnPitch);
   Small<NT>& small = *reinterpret_cast<Small<NT>*>(ring + kBackwardSpace<T, NT>);
-  const int64_t blocks = divide_up(s.patches, kRows);
-  const int64_t batch = block_index() / blocks, first = block_index() % blocks * kRows;
+  BlockNumber number(block_index());
+  const int64_t first = number.next(divide_up(s.patches, kRows)) * kRows, batch = number.rest;
   const int rows_left = at_most(s.patches - first, kRows);
   const int64_t tiles = divide_up(s.classes, kClasses<NT>);
   const int64_t pitch = padded(s.classes);
@@ -225,14 +225,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_products(ProductArg
   const T* t = static_cast<const T*>(a.scratch.products_grad);
 
   if (block_index() < a.class_blocks) {
-    const int64_t width_tiles = divide_up(s.dim, kRows);
-    const int64_t class_tiles = divide_up(s.classes, kClasses<NT>);
-    int64_t rest = block_index();
-    const int64_t column = rest % width_tiles * kRows;
-    rest /= width_tiles;
-    const int64_t first_class = rest % class_tiles * kClasses<NT>;
-    rest /= class_tiles;
-    const int64_t batch = rest % s.batch, split = rest / s.batch;
+    BlockNumber number(block_index());
+    const int64_t column = number.next(divide_up(s.dim, kRows)) * kRows;
+    const int64_t first_class = number.next(divide_up(s.classes, kClasses<NT>)) * kClasses<NT>;
+    const int64_t batch = number.next(s.batch), split = number.rest;
     const int64_t first = split * a.per_split;
     const int64_t last = first + a.per_split < s.patches ? first + a.per_split : s.patches;
     Source<T> x = rows_of<T>(a.x, batch, first, last, s.dim - column, a.x_unit);
@@ -257,10 +253,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_products(ProductArg
   }
 
   constexpr int kWidth = 32 * kWidthTile;
-  const int64_t width_tiles = divide_up(s.dim, kWidth), row_blocks = divide_up(s.patches, kRows);
-  const int64_t block = block_index() - a.class_blocks;
-  const int64_t column = block % width_tiles * kWidth, first = block / width_tiles % row_blocks * kRows;
-  const int64_t batch = block / width_tiles / row_blocks;
+  BlockNumber number(block_index() - a.class_blocks);
+  const int64_t column = number.next(divide_up(s.dim, kWidth)) * kWidth;
+  const int64_t first = number.next(divide_up(s.patches, kRows)) * kRows, batch = number.rest;
   const int rows_left = at_most(s.patches - first, kRows);
   const Source<T> left{t + (batch * s.patches + first) * pitch, pitch, rows_left, s.classes, 16};
   Source<T> q = rows_of<T>(a.q, batch, 0, s.classes, s.dim - column, a.q_unit);
