@@ -109,7 +109,7 @@ def mask_logits_backward(
     architecture = _launch.architecture(x.device)
     config = tuning.mask_head("backward", architecture, c, x.element_size())
     programs = triton.cdiv(n, config.rows) * batch
-    t_row = triton.cdiv(c, 16) * 16  # aligned rows: vector loads in both products
+    t_row = triton.cdiv(c, 16) * 16  # whole vectors in rows that are aligned
     t = new((batch, n, t_row), x.dtype)
     along, sums = new((batch, n), torch.float32), new((3, programs, c), torch.float32)
     _launch_rows(

@@ -305,7 +305,8 @@ def _finish(
         grad_m = rstd[:, None] * (g - mean_g[:, None] - z * mean_gz[:, None])
         grad_m = tl.where((rows[:, None] < left) & valid[None, :], grad_m, 0.0)
         t = (grad_m * inv_x[:, None] * inv_q[None, :]).to(t_ptr.dtype.element_ty)
-        mask = (rows[:, None] < left) & valid[None, :]
+        # Zeros up to the row's end: the products then need no mask inside a vector.
+        mask = (rows[:, None] < left) & (classes < t_row)[None, :]
         tl.store(t_ptr + (rows[:, None] * t_row + classes[None, :]), t, mask=mask)
         # grad_m * m of t as it was rounded: the gradients are then orthogonal to the vectors as they should.
         product = rounded_product(t.to(tl.float32), products[i])
@@ -326,7 +327,7 @@ def mask_backward(
     inv_q_ptr,  # (B, C)
     mean_ptr,  # (B, N)
     rstd_ptr,  # (B, N)
-    t_ptr,  # (B, N, t_row): gradient of x q^T, in x's dtype
+    t_ptr,  # (B, N, t_row): gradient of x q^T, in x's dtype, and zeros
     along_ptr,  # (B, N) float32: what times x is to be subtracted from t q
     sums_ptr,  # (3, programs, C) float32: of grad * z, grad, grad_m * m over a program's patches
     patch_count,
@@ -401,7 +402,7 @@ def _column_sums(ptr, rows, stride, columns, valid, WIDTH: tl.constexpr):
 
 @triton.jit
 def mask_product(
-    t_ptr,  # (B, N, t_row)
+    t_ptr,  # (B, N, t_row): zeros past the last class
     y_ptr,  # (B, K, D): the other side, summed over
     own_ptr,  # (B, R, D): the side whose gradient this is
     out_ptr,  # (B, R, D) contiguous
@@ -456,10 +457,10 @@ def mask_product(
             columns_left,
         )
         if PATCHES:
-            t = _tile(t_ptr + start, t_row, rows, steps, left, sum_count - start)
+            t = _tile(t_ptr + start, t_row, rows, steps, left, t_row - start)
         else:
             t = tl.trans(
-                _tile(t_ptr + tl.cast(start, tl.int64) * t_row, t_row, steps, rows, sum_count - start, left)
+                _tile(t_ptr + tl.cast(start, tl.int64) * t_row, t_row, steps, rows, sum_count - start, t_row - first)
             )
         acc = tl.dot(t, y, acc, input_precision=PRECISION)
 
