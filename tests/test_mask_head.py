@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from depict_kernels import backends, ops
-from depict_kernels.testing import check_against_float64, value_and_gradients
+from depict_kernels.testing import assert_within_budget, check_against_float64, value_and_gradients
 
 BACKENDS = ["reference", "torch"]
 # B, C, grid, D
@@ -121,6 +121,55 @@ def test_a_single_column_in_float16(classes, kernels32):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_column_without_a_kernel(backend, dtype, device):
     check_a_single_column(19, dtype, device, backend)
+
+
+@pytest.mark.parametrize("classes", [19, 300])
+@pytest.mark.parametrize("sizes", [(1e-4,), (1e-6,), (1e-8,), (1e4,), (1.0, 1e-6, 0.0, 1e-8, 1e3)], ids=str)
+def test_small_and_large_upstream_gradients_in_float16(sizes, classes, kernels32):
+    """The result as exact as its dtype allows in every image, whatever its upstream gradient's size.
+
+    Patches and classes as short, or as long, as that: the gradients themselves have a place in float16's normal range.
+    """
+    grid, dim, device = (5, 15), 48, kernels32.device
+    inputs = make(len(sizes), classes, grid, dim, device=device)
+    size = torch.tensor(sizes, device=device)[:, None, None]
+    length = size.clamp(2**-14, 2**9)
+    inputs[:2] = [(t * length).half() for t in inputs[:2]]
+    upstream = torch.randn(len(sizes), classes, *grid).to(device) * size[..., None]
+    run = lambda backend, tensors: value_and_gradients(
+        lambda *t: ops.mask_logits(*t, grid, backend=backend), tensors, upstream
+    )[1]
+    truth = run("reference", [t.double() for t in inputs])
+    grads = run(kernels32.backend, inputs)
+    for name, g, t in zip(("patches", "classes"), grads, truth):
+        for image, size in enumerate(sizes):
+            rounded = t[image].to(g.dtype)  # what no result is better than
+            assert size == 0 or rounded.abs().max() > 2**-14  # else float16 itself has no digits
+            assert_within_budget(g[image], rounded, t[image], what=f"{name}, upstream of {size}")
+    peer = run("torch", [t.float() for t in inputs])
+    for name, g, p, t in zip(("weight", "bias"), grads[2:], peer[2:], truth[2:]):
+        assert_within_budget(g, p, t, factor=3, what=name)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_bad_upstream_gradient_in_float16(bad, kernels32):
+    """Its patch and its image's classes are lost, and nothing else."""
+    grid, device = (5, 15), kernels32.device
+    patches, classes, *affine = make(2, 19, grid, 48, device=device)
+    inputs = [patches.half(), classes.half(), *affine]
+    upstream = 1e-3 * torch.randn(2, 19, *grid).to(device)
+    upstream[0, 3, 4, 2] = bad
+    run = lambda backend, tensors: value_and_gradients(
+        lambda *t: ops.mask_logits(*t, grid, backend=backend), tensors, upstream
+    )[1]
+    truth = run("reference", [t.double() for t in inputs])
+    grads = run(kernels32.backend, inputs)
+    lost = torch.zeros(2, 75, dtype=torch.bool, device=device)
+    lost[0, 4 * 15 + 2] = True
+    assert torch.equal(grads[0].isfinite(), ~lost[..., None].expand_as(grads[0]))
+    assert not grads[1][0].isfinite().any()
+    for g, t in ((grads[0][~lost], truth[0][~lost]), (grads[1][1], truth[1][1])):
+        assert_within_budget(g, t.to(g.dtype), t)
 
 
 def test_logits_take_the_parameters_dtype():

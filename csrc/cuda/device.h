@@ -107,8 +107,8 @@ __device__ __forceinline__ float round_tf32(float value) {
   return __uint_as_float(bits);
 }
 
-// N (1, 2 or 4) words at once to global memory, at an address that their size divides. (As PTX: beside a branch that
-// stores them one by one nvcc takes a vector apart.)
+// N (1, 2 or 4) words at once to global memory, at an address that their size divides. (As PTX: beside a
+// branch that stores them one by one nvcc takes a vector apart.)
 template <int N>
 __device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[N]) {
   static_assert(N == 1 || N == 2 || N == 4);

@@ -18,8 +18,8 @@ __device__ __forceinline__ int64_t padded(int64_t classes) {
   return divide_up(classes, kMaskHeadAlign) * kMaskHeadAlign;
 }
 
-// Takes a block's number apart. In 32 bits, which hold every block of a launch: divisions of 64 bits cost time and
-// registers.
+// Takes a block's number apart. In 32 bits, which hold every block of a launch: divisions of 64 bits cost
+// time and registers.
 struct BlockNumber {
   uint32_t rest;
 
@@ -100,7 +100,7 @@ struct Small {
   float class_sums[3][2][kClasses<NT>];
   float inv_x[kRows], mean[kRows], rstd[kRows];
   float inv_q[kClasses<NT>], weight[kClasses<NT>], bias[kClasses<NT>];
-  float typical[2][2][kWarps];
+  float peaks[kWarps];
 };
 
 template <class T, int NT>

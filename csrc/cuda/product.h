@@ -30,9 +30,9 @@ __device__ __forceinline__ int at_most(int64_t value, int limit) {
   return value < limit ? static_cast<int>(value) : limit;
 }
 
-// A tile of Width rows along the reduction; transposed: the reduction goes down and Width lies in a row. An object
-// is a thread's share of loading the tiles of one operand, one after the other: addresses advance from step to step,
-// as to compute them anew took a third of all instructions.
+// A tile of Width rows along the reduction; transposed: the reduction goes down and Width lies in a row. An
+// object is a thread's share of loading the tiles of one operand, one after the other: addresses advance from
+// step to step, as to compute them anew took a third of all instructions.
 template <class T, int Width, bool Transposed>
 struct Tile {
   static constexpr int kRowCount = Transposed ? kDepth<T> : Width;
@@ -42,7 +42,8 @@ struct Tile {
 
   __device__ __forceinline__ explicit Tile(const Source<T>& from) : from(from) {
     const int thread = thread_index();
-    // Eight threads fill 128 bytes at a time: of one row, or of rows r and r + 4, which lie in different banks.
+    // Eight threads fill 128 bytes at a time: of one row, or of rows r and r + 4, which lie in different
+    // banks.
     row = Transposed ? thread / kAcross : thread / 32 * 8 + thread % 32 / 8 + thread / 4 % 2 * 4;
     column = thread % kAcross * kElements;
     rows = at_most(from.rows, kRowCount), columns = at_most(from.columns, kColumns);
@@ -76,7 +77,8 @@ struct Tile {
   // Threads beside each other along a row. Rounds go along the rows of a transposed tile, else down them.
   static constexpr int kAcross = Transposed ? kThreads / kRowCount : kColumns / kElements;
   static constexpr int kDown = kThreads / kAcross, kStride = kAcross * kElements;
-  static constexpr int kRounds = Transposed ? (kColumns + kStride - 1) / kStride : (kRowCount + kDown - 1) / kDown;
+  static constexpr int kRounds =
+      Transposed ? (kColumns + kStride - 1) / kStride : (kRowCount + kDown - 1) / kDown;
   static constexpr int kRoundBytes = Transposed ? kAcross * 16 : kDown * kBytesPerRow;
 
   const Source<T>& from;
@@ -264,9 +266,7 @@ __device__ __forceinline__ void product(float (&acc)[2][NT][4], const Source<T>&
   const int64_t steps = (depth + kDepth<T> - 1) / kDepth<T>;
   TileA a_tile(a);
   TileB b_tile(b);
-  const auto stage_of = [&](int64_t step) {
-    return shared + static_cast<uint32_t>(step) % kStages * kStage;
-  };
+  const auto stage_of = [&](int64_t step) { return shared + static_cast<uint32_t>(step) % kStages * kStage; };
   const auto load = [&](int64_t step) {
     if (step < steps) {
       unsigned char* stage = stage_of(step);
@@ -299,7 +299,8 @@ struct alignas(sizeof(T) * N) Vector {
   T at[N];
 };
 
-// Writes N values to global memory, of which `count` exist; one store where `vector` says that the address allows it.
+// Writes N values to global memory, of which `count` exist; one store where `vector` says that the address
+// allows it.
 template <class T, int N>
 __device__ __forceinline__ void store_vector(T* to, const float* values, int64_t count, bool vector) {
   if constexpr (N * sizeof(T) >= 4) {
