@@ -76,7 +76,7 @@ def mask_logits_backward(
         "mask_head_backward",
         grad.contiguous().flatten(2), x, q, weight, inv_x, inv_q, mean, rstd,
         products_grad, scratch(batch, n), scratch(3, c, batch * blocks),
-        scratch(_splits(batch, n, c, dim), batch, c, dim), scratch(batch, blocks), scratch(batch), *grads, precise(x.dtype),
-        device=x.device,
+        scratch(_splits(batch, n, c, dim), batch, c, dim), scratch(batch, blocks), scratch(batch), *grads,
+        precise(x.dtype), device=x.device,
     )  # fmt: skip
     return grads
