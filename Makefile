@@ -60,9 +60,10 @@ bench: install
 floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
 
-# Compiles every Triton kernel for every target, without a GPU (minutes); CI compiles the core set in the tests.
+# Compiles every Triton and CUDA kernel for every target, without a GPU (minutes); CI compiles the core set in the tests.
 aot: install
-	$(BIN)/python benchmarks/kernel_report.py --targets sm_80 sm_90 sm_100 gfx942
+	$(BIN)/python benchmarks/kernel_report.py --targets sm_80 sm_90 sm_100 gfx942 \
+	    --architectures sm_80 sm_90a sm_100 sm_120
 
 # On a GPU machine, offline, with PYTHON as it is (torch, Triton, timm, numpy, pytest, pytest-benchmark): four parts, each
 # within ten minutes, that note how they ended in one record, $(RESULTS)/<device>_<date>.json. A part that fails does not

@@ -1,10 +1,14 @@
-"""Registers, shared memory and spills of the CUDA C++ kernels in a compiled library, for every architecture in it."""
+"""Registers, shared memory and spills of the CUDA C++ kernels: in a compiled library, for every architecture in it, or
+compiled for the purpose."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.wgmma_inputs import overwritten
@@ -75,19 +79,60 @@ def rows(library: Path = LIBRARY) -> list[dict]:
     return sorted(found, key=lambda row: (row["target"], row["name"]))
 
 
+def compiled(architectures: tuple[str, ...], sources: str = "*.cu") -> list[dict]:
+    """The rows that a library for ``architectures`` ("sm_80") would give, of the files in csrc/cuda that match.
+
+    Raises RuntimeError with what nvcc said where a file does not compile.
+    """
+    from tests.ptx import cuda_runs
+
+    def build(job: tuple[str, Path]) -> list[dict]:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "kernels.cubin"
+            command = [
+                cuda_runs.nvcc(),
+                *cuda_runs.FLAGS,
+                f"-arch={job[0]}",
+                "-cubin",
+                str(job[1]),
+                "-o",
+                str(out),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{job[1].name} for {job[0]}: {done.stdout + done.stderr}")
+            return [{**row, "target": job[0]} for row in rows(out)]
+
+    jobs = [
+        (target, source) for target in architectures for source in sorted(cuda_runs.SOURCES.glob(sources))
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [row for some in pool.map(build, jobs) for row in some]
+    return sorted(found, key=lambda row: (row["target"], row["name"]))
+
+
+def spilled(rows: list[dict]) -> list[str]:
+    """The kernels that spill and must not."""
+    return [f"{row['name']} {row['target']}" for row in rows if row["spills"] and not row["may_spill"]]
+
+
 def wgmma_inputs(library: Path = LIBRARY) -> tuple[int, list[str]]:
     """What :func:`benchmarks.wgmma_inputs.overwritten` finds in the library."""
     command = [tool("cuobjdump"), "-sass", str(library)]
     return overwritten(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def report(match: str = "") -> list[dict]:
-    """Prints the rows whose name contains ``match`` and returns them; says so where there is nothing to read."""
-    reason = why_not()
+def report(match: str = "", architectures: tuple[str, ...] = ()) -> list[dict]:
+    """Prints the rows whose name contains ``match`` and returns them, compiled for ``architectures`` if there are any.
+
+    Without them they are the library's; says so where there is none to read.
+    """
+    reason = None if architectures else why_not()
     if reason is not None:
         print(f"CUDA C++ kernels: {reason}")
         return []
-    chosen = [row for row in rows() if match in row["name"]]
+    found = compiled(architectures) if architectures else rows()
+    chosen = [row for row in found if match in row["name"]]
     print(f"{'CUDA C++ kernel':58} {'target':8} registers  static shared spills")
     for row in chosen:
         print(f"{row['name']:58} {row['target']:8} {row['registers']:9} {row['shared']:14} {row['spills']:6}")

@@ -1,8 +1,8 @@
 """Registers, shared memory and spills of every Triton kernel, compiled ahead of time, and of the CUDA C++ kernels
-in the compiled library: no GPU needed.
+in the compiled library or, with --architectures, compiled for these: no GPU needed.
 
     python benchmarks/kernel_report.py [--core] [--targets sm_80 sm_90 gfx942] [--match TEXT] [--json FILE]
-    python benchmarks/kernel_report.py --cuda-only [--match TEXT] [--json FILE]
+    python benchmarks/kernel_report.py --cuda-only [--architectures sm_80 sm_120] [--match TEXT] [--json FILE]
 
 NVIDIA: registers per thread, dynamic shared memory, bytes of stack per thread (spills) from
 ``cuobjdump --dump-resource-usage``. AMD: vector registers, shared memory, spilled vector registers. Exits with 1
@@ -79,15 +79,21 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        default=[],
+        help="compile the CUDA C++ kernels for these (sm_80, sm_90a)",
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--cuda-only", action="store_true", help="only the CUDA C++ kernels of the library")
     only.add_argument("--triton-only", action="store_true", help="only the Triton kernels")
     args = parser.parse_args()
     rows = [] if args.cuda_only else report(tuple(args.targets), args.core, args.match, args.workers)
-    rows += [] if args.triton_only else cuda_report.report(args.match)
+    rows += [] if args.triton_only else cuda_report.report(args.match, tuple(args.architectures))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
-    spilled = [f"{r['name']} {r['target']}" for r in rows if r["spills"] and not r["may_spill"]]
+    spilled = cuda_report.spilled(rows)
     print(f"{len(rows)} kernels; spills where there must be none: {', '.join(spilled) or 'none'}")
     faults = [fault for r in rows for fault in r.get("overwritten", [])]
     if not args.triton_only and cuda_report.why_not() is None:

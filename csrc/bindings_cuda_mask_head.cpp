@@ -57,8 +57,8 @@ void forward(Tensor patches, Tensor classes, Tensor weight, Tensor bias, double 
 
 void backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor inv_x, Tensor inv_q,
               Tensor mean, Tensor rstd, Tensor products_grad, Tensor along, Tensor sums, Tensor classes_grad,
-              Tensor scale, Tensor grad_patches, Tensor grad_classes, Tensor grad_weight, Tensor grad_bias,
-              bool precise, int64_t stream) {
+              Tensor peaks, Tensor scale, Tensor grad_patches, Tensor grad_classes, Tensor grad_weight,
+              Tensor grad_bias, bool precise, int64_t stream) {
   const MaskHeadShape s = shape_of(patches, classes, weight, precise);
   const ScalarType type = patches.scalar_type(), parameter = weight.scalar_type();
   const Tokens x = tokens(patches, "patches", type, {s.batch, s.patches, s.dim});
@@ -71,14 +71,14 @@ void backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor
   check_contiguous(grad_classes, "grad_classes", type, {s.batch, s.classes, s.dim});
   check_contiguous(grad_weight, "grad_weight", parameter, {s.classes});
   check_contiguous(grad_bias, "grad_bias", parameter, {s.classes});
-  const MaskHeadScratch scratch{
-      products_grad.mutable_data_ptr(),
-      floats<float>(along, "along", {s.batch, s.patches}),
-      floats<float>(sums, "sums",
-                    {3, s.classes, s.batch * ((s.patches + kMaskHeadRows - 1) / kMaskHeadRows)}),
-      floats<float>(classes_grad, "classes_grad", {-1, s.batch, s.classes, s.dim}),
-      floats<float>(scale, "scale", {s.batch}),
-      classes_grad.size(0)};
+  const int64_t blocks = (s.patches + kMaskHeadRows - 1) / kMaskHeadRows;
+  const MaskHeadScratch scratch{products_grad.mutable_data_ptr(),
+                                floats<float>(along, "along", {s.batch, s.patches}),
+                                floats<float>(sums, "sums", {3, s.classes, s.batch * blocks}),
+                                floats<float>(classes_grad, "classes_grad", {-1, s.batch, s.classes, s.dim}),
+                                floats<float>(peaks, "peaks", {s.batch, blocks}),
+                                floats<float>(scale, "scale", {s.batch}),
+                                classes_grad.size(0)};
   STD_TORCH_CHECK(scratch.splits >= 1, "classes_grad must have at least one part");
   const auto in = statistics<const float>(s, inv_x, inv_q, mean, rstd);
   const Device device(patches);
@@ -101,8 +101,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DEPICT_CUDA_LIBRARY, m) {
       "mask_head_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor inv_x, Tensor "
       "inv_q, "
       "Tensor mean, Tensor rstd, Tensor(a!) products_grad, Tensor(b!) along, Tensor(c!) sums, "
-      "Tensor(d!) classes_grad, Tensor(e!) scale, Tensor(f!) grad_patches, Tensor(g!) grad_classes, "
-      "Tensor(h!) grad_weight, Tensor(i!) grad_bias, bool precise, int stream) -> ()");
+      "Tensor(d!) classes_grad, Tensor(e!) peaks, Tensor(f!) scale, Tensor(g!) grad_patches, "
+      "Tensor(h!) grad_classes, Tensor(i!) grad_weight, Tensor(j!) grad_bias, bool precise, int stream) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DEPICT_CUDA_LIBRARY, DEPICT_CUDA_KEY, m) {

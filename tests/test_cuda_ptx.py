@@ -40,7 +40,7 @@ TESTS = {
 KERNELS = {
     "sm_80": {
         *("forward_kernel", "delta_kernel", "backward_kernel"),
-        *("mask_forward", "mask_backward", "mask_products", "mask_finish"),
+        *("mask_forward", "mask_peak", "mask_backward", "mask_products", "mask_finish"),
         *("pack_kernel", "loss_kernel", "finish_kernel", "gather_kernel", "label_kernel"),
     },
     "sm_90": {"forward_wgmma_kernel", "self_backward_wgmma_kernel", "delta_kernel"},

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import cuda_report
+from tests.ptx import cuda_runs
 
 # What cuobjdump of CUDA 13 prints.
 TEXT = """
@@ -67,3 +68,17 @@ def test_of_the_library():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "attention" in done.stdout or "mask_forward" in done.stdout
+
+
+def test_no_spills_of_the_mask_head():
+    """Whose registers are near their bound; the library may hold sm_90a alone (``make aot`` compiles all files)."""
+    if not cuda_runs.nvcc() or not cuda_report.tool("cuobjdump"):
+        pytest.skip("nvcc or cuobjdump was not found")
+    known = subprocess.run([cuda_runs.nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True)
+    architectures = [name for name in ("sm_80", "sm_120") if name in known.stdout.split()]
+    rows = cuda_report.compiled(tuple(architectures), "mask_head_*.cu")
+    kernels = {(row["target"], row["name"]) for row in rows if not row["may_spill"]}
+    assert (
+        len(kernels) == 14 * len(architectures) > 0
+    )  # three kernels of two widths and mask_finish, two dtypes
+    assert not cuda_report.spilled(rows)

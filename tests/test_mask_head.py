@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from depict_kernels import backends, ops
-from depict_kernels.testing import check_against_float64, value_and_gradients
+from depict_kernels.testing import assert_within_budget, check_against_float64, value_and_gradients
 
 BACKENDS = ["reference", "torch"]
 # B, C, grid, D
@@ -121,6 +121,67 @@ def test_a_single_column_in_float16(classes, kernels32):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_column_without_a_kernel(backend, dtype, device):
     check_a_single_column(19, dtype, device, backend)
+
+
+@pytest.mark.parametrize(
+    ("classes", "side", "other"),
+    [
+        (19, "patches", 2**9),
+        (19, "patches", 2**-14),
+        (19, "classes", 2**9),
+        (19, "classes", 2**-14),
+        (300, "patches", 2**9),
+    ],
+)
+def test_upstream_gradients_of_any_size_in_float16(classes, side, other, kernels32):
+    """In every image as exact as the gradient's dtype allows, whatever the upstream gradient's size.
+
+    ``side`` is as short or long as the upstream gradient is small or large, so that its own gradient has a place in
+    float16; against the other side's length the gradient of the products, in between, then lies below or above it.
+    """
+    sizes, dim, device = (1.0, 1e-4, 0.0, 1e-6, 1e-8, 1e4), 48, kernels32.device
+    grid = (5, 15) if classes == 19 else (1, 3)  # two blocks of patches; few, as the interpreter is slow
+    inputs = make(len(sizes), classes, grid, dim, device=device)
+    size = torch.tensor(sizes, device=device)[:, None, None]
+    length = size.clamp(2**-14, 2**9)
+    lengths = (length, other) if side == "patches" else (other, length)
+    inputs[:2] = [(t * length).half() for t, length in zip(inputs, lengths)]
+    upstream = torch.randn(len(sizes), classes, *grid).to(device) * size[..., None]
+    run = lambda backend, tensors: value_and_gradients(
+        lambda *t: ops.mask_logits(*t, grid, backend=backend), tensors, upstream
+    )[1]
+    truth = run("reference", [t.double() for t in inputs])
+    grads = run(kernels32.backend, inputs)
+    for name, g, t in zip(("patches", "classes"), grads, truth):
+        for image, size in enumerate(sizes):
+            rounded = t[image].half()  # no float16 result is better
+            if name == side:
+                assert rounded.isfinite().all() and (size == 0 or rounded.abs().max() > 2**-14)
+            assert_within_budget(g[image], rounded, t[image], what=f"{name}, upstream of {size}")
+    peer = run("torch", [t.float() for t in inputs])
+    for name, g, p, t in zip(("weight", "bias"), grads[2:], peer[2:], truth[2:]):
+        assert_within_budget(g, p, t, factor=3, what=name)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_bad_upstream_gradient_in_float16(bad, kernels32):
+    """Its patch and its image's classes are lost, and nothing else."""
+    grid, device = (5, 15), kernels32.device
+    patches, classes, *affine = make(2, 19, grid, 48, device=device)
+    inputs = [patches.half(), classes.half(), *affine]
+    upstream = 1e-3 * torch.randn(2, 19, *grid).to(device)
+    upstream[0, 3, 4, 2] = bad
+    run = lambda backend, tensors: value_and_gradients(
+        lambda *t: ops.mask_logits(*t, grid, backend=backend), tensors, upstream
+    )[1]
+    truth = run("reference", [t.double() for t in inputs])
+    grads = run(kernels32.backend, inputs)
+    lost = torch.zeros(2, 75, dtype=torch.bool, device=device)
+    lost[0, 4 * 15 + 2] = True
+    assert torch.equal(grads[0].isfinite(), ~lost[..., None].expand_as(grads[0]))
+    assert not grads[1][0].isfinite().any()
+    for g, t in ((grads[0][~lost], truth[0][~lost]), (grads[1][1], truth[1][1])):
+        assert_within_budget(g, t.to(g.dtype), t)
 
 
 def test_logits_take_the_parameters_dtype():

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks import cuda_report
 from depict_kernels.ops.triton_kernels import attention, launch, tuning, variants
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,18 +30,18 @@ def rows(tmp_path_factory) -> list[dict]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert out.exists(), done.stdout + done.stderr
     found = json.loads(out.read_text())
-    bad = any((r["spills"] and not r["may_spill"]) or r["overwritten"] for r in found)
+    bad = cuda_report.spilled(found) or any(r["overwritten"] for r in found)
     assert done.returncode == (1 if bad else 0), done.stderr
     return found
 
 
 def test_core_set_is_small_and_covers_every_target(rows):
-    assert len(rows) <= 40
+    assert len(rows) <= 45
     for target in variants.TARGETS:
         kernels = {row["name"].rsplit(": ")[-1] for row in rows if row["target"] == target}
         assert {name.split()[0] for name in kernels} == {
             *("attention_forward", "attention_delta", "attention_backward"),
-            *("mask_forward", "mask_backward", "mask_product"),
+            *("mask_forward", "mask_peak", "mask_backward", "mask_product"),
             *(
                 "pack_logits",
                 "loss_series",
@@ -65,7 +66,7 @@ def test_resources_fit_the_machine(rows):
 
 
 def test_no_spills_in_16_bit(rows):
-    assert not [f"{r['name']} {r['target']}" for r in rows if r["spills"] and not r["may_spill"]]
+    assert not cuda_report.spilled(rows)
 
 
 def test_no_register_is_overwritten_while_wgmma_reads_it(rows):

@@ -24,6 +24,7 @@ TESTS = [
     "test_attention_kernels.py::test_against_float64[triton-cpu-float32-2x9x3x3x5]",
     "test_attention_kernels.py::test_tf32[triton-cpu-float32]",
     "test_triton_mask_head.py::test_against_float64[cpu-bfloat16-(1, 20, (9, 9), 272)]",
+    "test_mask_head.py::test_upstream_gradients_of_any_size_in_float16[triton-cpu-float32-19-patches-512]",
     "test_triton_mask_head.py::test_repeats_are_bitwise_equal[cpu-float32]",
     "test_triton_upsample.py::test_loss_and_gradient_against_float64[cpu-float32-150 classes, sum]",
     "test_triton_upsample.py::test_careful_tiles[cpu-float32-small sums-mean]",
@@ -38,6 +39,9 @@ _BOTH += ("mask_product", "pack_logits")
 _FLOAT32 = ("loss_series", "gradient_series", "loss_careful", "gather_gradient", "label_tiles")
 # kernel -> dtypes of its first argument
 KERNELS = {name: {"bf16", "fp32"} for name in _BOTH} | {name: {"fp32"} for name in _FLOAT32}
+for name in ("mask_forward", "mask_product"):
+    KERNELS[name].add("fp16")
+KERNELS["mask_peak"] = {"fp32"}  # of float16 patches' gradient
 KERNELS["finish_loss"] = {"fp64", "constexpr"}  # sums of float64; none where only bad labels are reported
 
 

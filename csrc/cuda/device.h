@@ -107,6 +107,21 @@ __device__ __forceinline__ float round_tf32(float value) {
   return __uint_as_float(bits);
 }
 
+// N (1, 2 or 4) words at once to global memory, at an address that their size divides. (As PTX: beside a
+// branch that stores them one by one nvcc takes a vector apart.)
+template <int N>
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[N]) {
+  static_assert(N == 1 || N == 2 || N == 4);
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (N == 1) asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(words[0]) : "memory");
+  if constexpr (N == 2)
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  if constexpr (N == 4)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
 // Asynchronous copy of `size` (4, 8 or 16) bytes to shared memory, of which `bytes` are read, the rest zeros.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes, int size) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));

@@ -177,6 +177,11 @@ inline float round_tf32(float value) {
   return value;
 }
 
+template <int N>
+void store_words(void* to, const uint32_t (&words)[N]) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(words) != 0) emulated::fail("a misaligned store");
+  std::memcpy(to, words, sizeof(words));
+}
 inline void copy_async(void* to, const void* from, int bytes, int size) {
   emulated::copy_async(to, from, bytes, size);
 }

@@ -34,6 +34,7 @@ struct MaskHeadScratch {
   float* along;         // (batch, patches): what times x is to be subtracted from products_grad q
   float* sums;          // (3, classes, batch * blocks of patches): over a block's patches
   float* classes_grad;  // (splits, batch, classes, dim): the classes' gradient from a part of the patches
+  float* peaks;         // (batch, blocks of patches): bounds of products_grad; used in float16
   float* scale;         // (batch,): what products_grad, and all that is formed of it, lacks (float16; else 1)
   int64_t splits;
 };

@@ -1,4 +1,8 @@
-// The mask head's backward in three kernels, without atomics.
+// The mask head's backward in three kernels, in float16 four, without atomics.
+//
+// float16 has no range for t, which is as small as the upstream gradient and as large as one over the norms:
+// mask_peak bounds it, and every image's t goes with a power of two that brings the bound near float16's end.
+// What that leaves below the normal range is too small for the image's gradients to show.
 //
 // mask_backward recomputes the cosines, block by block as the forward, and leaves t, the gradient of the
 // products x q^T, with the blocks' sums for the classes' side. mask_products multiplies t with q and, split
@@ -17,21 +21,64 @@ struct RowArguments {
   MaskHeadScratch scratch;
 };
 
-// The exponent of a power of two near the geometric mean of the positive values.
-__device__ int typical_exponent(const float* values, int64_t count, float (*shared)[kWarps]) {
-  float sum = 0, positive = 0;
-  for (int64_t i = thread_index(); i < count; i += kThreads) {
-    const bool counts = values[i] > 0 && values[i] < 1e30f;
-    sum += counts ? fast_log2(values[i]) : 0.0f;
-    positive += counts ? 1.0f : 0.0f;
-  }
-  sum = warp_sum(sum), positive = warp_sum(positive);
-  if (thread_index() % 32 == 0)
-    shared[0][thread_index() / 32] = sum, shared[1][thread_index() / 32] = positive;
+__device__ __forceinline__ float finite(float value) {  // of values that are not negative
+  return value < INFINITY ? value : 0.0f;
+}
+
+// The maximum over a block, in all of its threads. shared: kWarps values, not in use by anybody.
+__device__ __forceinline__ float block_max(float value, float* shared) {
+  value = warp_max(value);
+  if (thread_index() % 32 == 0) shared[thread_index() / 32] = value;
   barrier();
-  sum = positive = 0;
-  for (int w = 0; w < kWarps; ++w) sum += shared[0][w], positive += shared[1][w];
-  return positive > 0 ? static_cast<int>(rintf(sum / positive)) : 0;
+  for (int w = 0; w < kWarps; ++w) value = fmaxf(value, shared[w]);
+  return value;
+}
+
+struct PeakArguments {
+  MaskHeadShape shape;
+  const void *grad, *weight;
+  MaskHeadStatistics<const float> in;
+  float* peaks;
+};
+
+// Bounds |t| over a block's patches; infinite and NaN values, whose gradients are lost anyway, do not count.
+//
+// t = rstd / (|x| |q|) (g - mean(g) - z mean(g z)) with g = grad weight. In brackets stands g without its
+// part along the ones and, but for eps, along z: no longer than g, whose norm is at most sqrt(C) times its
+// largest element.
+__global__ void __launch_bounds__(kThreads) mask_peak(PeakArguments a) {
+  const MaskHeadShape& s = a.shape;
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  BlockNumber number(block_index());
+  const int64_t patch = number.next(divide_up(s.patches, kRows)) * kRows + thread_index() % kRows;
+  const int64_t batch = number.rest;
+  float inv_q = 0, gradient = 0, peak = 0;
+  for (int64_t c = thread_index(); c < s.classes; c += kThreads)
+    inv_q = fmaxf(inv_q, finite(a.in.inv_q[batch * s.classes + c]));
+  if (patch < s.patches) {
+    with_type(s.parameter_type, [&](auto type) {
+      using P = typename decltype(type)::type;
+      const P* grad = static_cast<const P*>(a.grad) + batch * s.classes * s.patches + patch;
+      const P* weight = static_cast<const P*>(a.weight);
+#pragma unroll 8
+      for (int64_t c = thread_index() / kRows; c < s.classes; c += kThreads / kRows)
+        gradient = fmaxf(gradient, finite(fabsf(to_float(grad[c * s.patches]) * to_float(weight[c]))));
+    });
+    const int64_t at = batch * s.patches + patch;
+    peak = finite(gradient * a.in.rstd[at] * a.in.inv_x[at]);
+  }
+  inv_q = block_max(inv_q, shared), peak = block_max(peak, shared + kWarps);
+  if (thread_index() == 0)
+    a.peaks[block_index()] = fminf(peak * inv_q * sqrtf(static_cast<float>(s.classes)), 1e38f);
+}
+
+// Of the power of two that brings an image's largest peak to between 2^14 and 2^15. Within 100, so that no
+// product with it overflows.
+__device__ __forceinline__ int scale_exponent(const float* peaks, int64_t count, float* shared) {
+  float peak = 0;
+  for (int64_t i = thread_index(); i < count; i += kThreads) peak = fmaxf(peak, peaks[i]);
+  const int exponent = 14 + 127 - static_cast<int>(bits_of(block_max(peak, shared)) >> 23);
+  return exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
 }
 
 template <class T>
@@ -61,8 +108,7 @@ __device__ __forceinline__ void load_columns(float* staged, const P* from, int64
   }
 }
 
-// With t the gradient of x q^T: grad_patches = t q - x along. Rounded to 16 bits t keeps float16's range only
-// if it is about as large as grad, so t, and along with it, is scaled by a power of two that the norms give.
+// With t the gradient of x q^T: grad_patches = t q - x along.
 template <class T, int NT>
 constexpr int kBackwardSpace =  // the ring, and in its place afterwards the upstream gradient and t
     larger(kRing<T, NT>, kClasses<NT> * kColumnPitch * 4 + kRows * kRowPitch<NT> * int(sizeof(T)));
@@ -74,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
   float* grad = reinterpret_cast<float*>(ring);
   T* staged = reinterpret_cast<T*>(grad + kClasses<NT> * kColumnPitch);
   Small<NT>& small = *reinterpret_cast<Small<NT>*>(ring + kBackwardSpace<T, NT>);
-  const int64_t blocks = divide_up(s.patches, kRows);
-  const int64_t batch = block_index() / blocks, first = block_index() % blocks * kRows;
+  BlockNumber number(block_index());
+  const int64_t first = number.next(divide_up(s.patches, kRows)) * kRows, batch = number.rest;
   const int rows_left = at_most(s.patches - first, kRows);
   const int64_t tiles = divide_up(s.classes, kClasses<NT>);
   const int64_t pitch = padded(s.classes);
@@ -92,10 +138,10 @@ __global__ void __launch_bounds__(kThreads, NT == kSmallTile ? kBlocks<T> : 1) m
   }
   float scale = 1;
   if constexpr (kScaled<T>) {
-    const int exponent = typical_exponent(a.in.inv_x + batch * s.patches, s.patches, small.typical[0]) +
-                         typical_exponent(a.in.inv_q + batch * s.classes, s.classes, small.typical[1]);
-    scale = ldexpf(1.0f, -exponent);
-    if (first == 0 && thread_index() == 0) a.scratch.scale[batch] = ldexpf(1.0f, exponent);
+    const int64_t count = divide_up(s.patches, kRows);
+    const int exponent = scale_exponent(a.scratch.peaks + batch * count, count, small.peaks);
+    scale = ldexpf(1.0f, exponent);
+    if (first == 0 && thread_index() == 0) a.scratch.scale[batch] = ldexpf(1.0f, -exponent);
   }
 
   float products[2][NT][4];
@@ -225,14 +271,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_products(ProductArg
   const T* t = static_cast<const T*>(a.scratch.products_grad);
 
   if (block_index() < a.class_blocks) {
-    const int64_t width_tiles = divide_up(s.dim, kRows);
-    const int64_t class_tiles = divide_up(s.classes, kClasses<NT>);
-    int64_t rest = block_index();
-    const int64_t column = rest % width_tiles * kRows;
-    rest /= width_tiles;
-    const int64_t first_class = rest % class_tiles * kClasses<NT>;
-    rest /= class_tiles;
-    const int64_t batch = rest % s.batch, split = rest / s.batch;
+    BlockNumber number(block_index());
+    const int64_t column = number.next(divide_up(s.dim, kRows)) * kRows;
+    const int64_t first_class = number.next(divide_up(s.classes, kClasses<NT>)) * kClasses<NT>;
+    const int64_t batch = number.next(s.batch), split = number.rest;
     const int64_t first = split * a.per_split;
     const int64_t last = first + a.per_split < s.patches ? first + a.per_split : s.patches;
     Source<T> x = rows_of<T>(a.x, batch, first, last, s.dim - column, a.x_unit);
@@ -257,10 +299,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_products(ProductArg
   }
 
   constexpr int kWidth = 32 * kWidthTile;
-  const int64_t width_tiles = divide_up(s.dim, kWidth), row_blocks = divide_up(s.patches, kRows);
-  const int64_t block = block_index() - a.class_blocks;
-  const int64_t column = block % width_tiles * kWidth, first = block / width_tiles % row_blocks * kRows;
-  const int64_t batch = block / width_tiles / row_blocks;
+  BlockNumber number(block_index() - a.class_blocks);
+  const int64_t column = number.next(divide_up(s.dim, kWidth)) * kWidth;
+  const int64_t first = number.next(divide_up(s.patches, kRows)) * kRows, batch = number.rest;
   const int rows_left = at_most(s.patches - first, kRows);
   const Source<T> left{t + (batch * s.patches + first) * pitch, pitch, rows_left, s.classes, 16};
   Source<T> q = rows_of<T>(a.q, batch, 0, s.classes, s.dim - column, a.q_unit);
@@ -359,8 +400,13 @@ const char* mask_head_backward(const MaskHeadShape& s, const void* grad, const T
   return with_rows(s, [&](auto type, auto tile) -> const char* {
     using T = typename decltype(type)::type;
     constexpr int NT = decltype(tile)::value;
-    const char* error = launch(mask_backward<T, NT>, blocks, kThreads,
-                               kBackwardSpace<T, NT> + sizeof(Small<NT>), stream, rows);
+    const char* error = nullptr;
+    if (kScaled<T>)
+      error = launch(mask_peak, blocks, kThreads, 2 * kWarps * sizeof(float), stream,
+                     PeakArguments{s, grad, weight, in, scratch.peaks});
+    if (error) return error;
+    error = launch(mask_backward<T, NT>, blocks, kThreads, kBackwardSpace<T, NT> + sizeof(Small<NT>), stream,
+                   rows);
     if (error) return error;
     const int64_t class_tiles = divide_up(s.classes, kClasses<NT>);
     const int64_t class_blocks = scratch.splits * s.batch * class_tiles * (divide_up(s.dim, kRows));

@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) mask_forward(ForwardArgu
   unsigned char* ring = shared_memory();
   float* staged = reinterpret_cast<float*>(ring);
   Small<NT>& small = *reinterpret_cast<Small<NT>*>(ring + kRing<T, NT>);
-  const int64_t blocks = divide_up(s.patches, kRows);
-  const int64_t batch = block_index() / blocks, first = block_index() % blocks * kRows;
+  BlockNumber number(block_index());
+  const int64_t first = number.next(divide_up(s.patches, kRows)) * kRows, batch = number.rest;
   const int rows_left = at_most(s.patches - first, kRows);
   const int64_t tiles = divide_up(s.classes, kClasses<NT>);
   const Source<T> x = rows_of<T>(a.x, batch, first, s.patches, s.dim, a.x_unit);

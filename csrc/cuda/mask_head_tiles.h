@@ -12,14 +12,25 @@ constexpr int kWarps = kThreads / 32, kSmallTile = 1, kLargeTile = 5;  // tiles 
 
 __device__ __host__ __forceinline__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__device__ __forceinline__ int at_most(int64_t value, int limit) {
-  return value < limit ? static_cast<int>(value) : limit;
-}
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 __device__ __forceinline__ int64_t padded(int64_t classes) {
   return divide_up(classes, kMaskHeadAlign) * kMaskHeadAlign;
 }
+
+// Takes a block's number apart. In 32 bits, which hold every block of a launch: divisions of 64 bits cost
+// time and registers.
+struct BlockNumber {
+  uint32_t rest;
+
+  __device__ __forceinline__ explicit BlockNumber(int64_t block) : rest(static_cast<uint32_t>(block)) {}
+  // Its place among `count` blocks that lie next to each other.
+  __device__ __forceinline__ int64_t next(int64_t count) {
+    const uint32_t n = static_cast<uint32_t>(count), place = rest % n;
+    rest /= n;
+    return place;
+  }
+};
 
 template <int NT>
 constexpr int kClasses = 32 * NT;
@@ -89,7 +100,7 @@ struct Small {
   float class_sums[3][2][kClasses<NT>];
   float inv_x[kRows], mean[kRows], rstd[kRows];
   float inv_q[kClasses<NT>], weight[kClasses<NT>], bias[kClasses<NT>];
-  float typical[2][2][kWarps];
+  float peaks[kWarps];
 };
 
 template <class T, int NT>

@@ -26,7 +26,13 @@ struct Source {
 template <class T, int Columns, bool Transposed>
 constexpr int kPitch = Columns * int(sizeof(T)) + (Transposed && sizeof(T) == 4 ? 32 : 16);
 
-// A tile of Width rows along the reduction; transposed: the reduction goes down and Width lies in a row.
+__device__ __forceinline__ int at_most(int64_t value, int limit) {
+  return value < limit ? static_cast<int>(value) : limit;
+}
+
+// A tile of Width rows along the reduction; transposed: the reduction goes down and Width lies in a row. An
+// object is a thread's share of loading the tiles of one operand, one after the other: addresses advance from
+// step to step, as to compute them anew took a third of all instructions.
 template <class T, int Width, bool Transposed>
 struct Tile {
   static constexpr int kRowCount = Transposed ? kDepth<T> : Width;
@@ -34,38 +40,73 @@ struct Tile {
   static constexpr int kBytesPerRow = kPitch<T, kColumns, Transposed>;
   static constexpr int kBytes = kRowCount * kBytesPerRow;
 
-  __device__ static void load(unsigned char* tile, const Source<T>& from, int64_t step) {
-    constexpr int kElements = 16 / sizeof(T), kVectors = kColumns / kElements;
-    const int64_t first = step * kDepth<T>;
-    const int64_t first_row = Transposed ? first : 0, first_column = Transposed ? 0 : first;
-    constexpr int kCount = kRowCount * kVectors;
+  __device__ __forceinline__ explicit Tile(const Source<T>& from) : from(from) {
+    const int thread = thread_index();
+    // Eight threads fill 128 bytes at a time: of one row, or of rows r and r + 4, which lie in different
+    // banks.
+    row = Transposed ? thread / kAcross : thread / 32 * 8 + thread % 32 / 8 + thread / 4 % 2 * 4;
+    column = thread % kAcross * kElements;
+    rows = at_most(from.rows, kRowCount), columns = at_most(from.columns, kColumns);
+    at = from.data + row * from.stride + column;
+  }
+
+  // Copies the next tile, in front of which `first` elements of the reduction lie.
+  __device__ __forceinline__ void load(unsigned char* tile, int64_t first) {
+    unsigned char* to = tile + row * kBytesPerRow + column * int(sizeof(T));
+    if constexpr (Transposed)
+      rows = at_most(from.rows - first, kRowCount);
+    else
+      columns = at_most(from.columns - first, kColumns);
+    if (from.unit == 16) {
 #pragma unroll
-    for (int j = 0; j < (kCount + kThreads - 1) / kThreads; ++j) {
-      const int i = j * kThreads + thread_index();
-      if (i >= kCount) break;
-      const int64_t row = first_row + i / kVectors, column = first_column + i % kVectors * kElements;
-      const int64_t left = row < from.rows ? from.columns - column : 0;
-      const int valid = left <= 0 ? 0 : left >= kElements ? kElements : static_cast<int>(left);
-      const T* source = valid > 0 ? from.data + row * from.stride + column : from.data;
-      T* target = reinterpret_cast<T*>(tile + i / kVectors * kBytesPerRow) + i % kVectors * kElements;
-      if (from.unit == 16)
-        copy_async(target, source, valid * int(sizeof(T)), 16);
-      else
-        load_pieces(target, source, valid, from.unit);
+      for (int j = 0; j < kRounds; ++j) {
+        if (!mine(j)) break;
+        const int valid = valid_in(j);
+        copy_async(to + j * kRoundBytes, valid > 0 ? source(j) : from.data, valid * int(sizeof(T)), 16);
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kRounds && mine(j); ++j)
+        load_pieces(reinterpret_cast<T*>(to + j * kRoundBytes), source(j), valid_in(j));
     }
+    at += Transposed ? kDepth<T> * from.stride : int64_t(kDepth<T>);
+  }
+
+ private:
+  static constexpr int kElements = 16 / sizeof(T);
+  // Threads beside each other along a row. Rounds go along the rows of a transposed tile, else down them.
+  static constexpr int kAcross = Transposed ? kThreads / kRowCount : kColumns / kElements;
+  static constexpr int kDown = kThreads / kAcross, kStride = kAcross * kElements;
+  static constexpr int kRounds =
+      Transposed ? (kColumns + kStride - 1) / kStride : (kRowCount + kDown - 1) / kDown;
+  static constexpr int kRoundBytes = Transposed ? kAcross * 16 : kDown * kBytesPerRow;
+
+  const Source<T>& from;
+  const T* at;                     // this thread's first vector of the next tile
+  int row, column, rows, columns;  // where in the tile it lies; what there is of the tile
+
+  __device__ __forceinline__ bool mine(int j) const {
+    return Transposed ? column + j * kStride < kColumns : row + j * kDown < kRowCount;
+  }
+  __device__ __forceinline__ const T* source(int j) const {
+    return at + (Transposed ? int64_t(j * kStride) : j * kDown * from.stride);
+  }
+  __device__ __forceinline__ int valid_in(int j) const {
+    const int left = columns - column - (Transposed ? j * kStride : 0);
+    const bool there = (Transposed ? row : row + j * kDown) < rows;
+    return !there || left <= 0 ? 0 : left < kElements ? left : kElements;
   }
 
   // What cannot be copied 16 bytes at a time.
-  __device__ static void load_pieces(T* target, const T* source, int valid, int unit) {
-    constexpr int kElements = 16 / sizeof(T);
-    if (unit >= 4) {
-      const int elements = unit / int(sizeof(T));
+  __device__ void load_pieces(T* to, const T* source, int valid) const {
+    if (from.unit >= 4) {
+      const int elements = from.unit / int(sizeof(T));
       for (int e = 0; e < kElements; e += elements) {
         const int there = valid <= e ? 0 : valid - e < elements ? valid - e : elements;
-        copy_async(target + e, source + (there > 0 ? e : 0), there * int(sizeof(T)), unit);
+        copy_async(to + e, there > 0 ? source + e : from.data, there * int(sizeof(T)), from.unit);
       }
     } else {
-      for (int e = 0; e < kElements; ++e) target[e] = e < valid ? source[e] : from_float<T>(0.0f);
+      for (int e = 0; e < kElements; ++e) to[e] = e < valid ? source[e] : from_float<T>(0.0f);
     }
   }
 };
@@ -223,11 +264,14 @@ __device__ __forceinline__ void product(float (&acc)[2][NT][4], const Source<T>&
     for (float& sum : squares->b) sum = 0;
   }
   const int64_t steps = (depth + kDepth<T> - 1) / kDepth<T>;
+  TileA a_tile(a);
+  TileB b_tile(b);
+  const auto stage_of = [&](int64_t step) { return shared + static_cast<uint32_t>(step) % kStages * kStage; };
   const auto load = [&](int64_t step) {
     if (step < steps) {
-      unsigned char* stage = shared + step % kStages * kStage;
-      TileA::load(stage, a, step);
-      TileB::load(stage + TileA::kBytes, b, step);
+      unsigned char* stage = stage_of(step);
+      a_tile.load(stage, step * kDepth<T>);
+      b_tile.load(stage + TileA::kBytes, step * kDepth<T>);
     }
     commit_copies();
   };
@@ -236,7 +280,7 @@ __device__ __forceinline__ void product(float (&acc)[2][NT][4], const Source<T>&
     wait_for_copies<kStages - 2>();
     barrier();  // everybody's copies are there, and the stage that is loaded next has been read
     load(step + kStages - 1);
-    const unsigned char* stage = shared + step % kStages * kStage;
+    const unsigned char* stage = stage_of(step);
 #pragma unroll
     for (int k = 0; k < kDepth<T>; k += kMma) {
       const Fragments<T, NT, TransposedA, TransposedB> fragments(stage, stage + TileA::kBytes, k);
@@ -255,17 +299,26 @@ struct alignas(sizeof(T) * N) Vector {
   T at[N];
 };
 
-// Writes N values, of which `count` exist; one store where `vector` says that the address allows it.
+// Writes N values to global memory, of which `count` exist; one store where `vector` says that the address
+// allows it.
 template <class T, int N>
 __device__ __forceinline__ void store_vector(T* to, const float* values, int64_t count, bool vector) {
-  if (vector && count >= N) {
-    Vector<T, N> out;
+  if constexpr (N * sizeof(T) >= 4) {
+    if (vector && count >= N) {
+      constexpr int kPerWord = 4 / sizeof(T);
+      uint32_t words[N / kPerWord];
 #pragma unroll
-    for (int i = 0; i < N; ++i) out.at[i] = from_float<T>(values[i]);
-    *reinterpret_cast<Vector<T, N>*>(to) = out;
-  } else {
-    for (int i = 0; i < N && i < count; ++i) to[i] = from_float<T>(values[i]);
+      for (int i = 0; i < N / kPerWord; ++i) {
+        if constexpr (kPerWord == 1)
+          words[i] = bits_of(values[i]);
+        else
+          words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+      }
+      store_words(to, words);
+      return;
+    }
   }
+  for (int i = 0; i < N && i < count; ++i) to[i] = from_float<T>(values[i]);
 }
 
 // Elements from row to row: a fragment's pairs of eight rows lie in different banks.
@@ -278,8 +331,8 @@ __device__ __forceinline__ void stage_rows(const float (&acc)[2][NT][4], T* stag
   const Place<NT> place;
   for_each<NT>([&](int m, int n, int i) {
     if (i % 2) return;
-    T* to = staged + place.row(m, i) * kRowPitch<NT> + place.column(n, i);
-    store_vector<T, 2>(to, &acc[m][n][i], 2, true);
+    const Vector<T, 2> pair = {{from_float<T>(acc[m][n][i]), from_float<T>(acc[m][n][i + 1])}};
+    *reinterpret_cast<Vector<T, 2>*>(staged + place.row(m, i) * kRowPitch<NT> + place.column(n, i)) = pair;
   });
 }
 

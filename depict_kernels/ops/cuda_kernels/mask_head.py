@@ -71,11 +71,12 @@ def mask_logits_backward(
         return tuple(g.zero_() for g in grads)
     scratch = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
     products_grad = torch.empty((batch, n, -(-c // ALIGN) * ALIGN), dtype=x.dtype, device=x.device)
+    blocks = -(-n // ROWS)
     call(
         "mask_head_backward",
         grad.contiguous().flatten(2), x, q, weight, inv_x, inv_q, mean, rstd,
-        products_grad, scratch(batch, n), scratch(3, c, batch * -(-n // ROWS)),
-        scratch(_splits(batch, n, c, dim), batch, c, dim), scratch(batch), *grads, precise(x.dtype),
-        device=x.device,
+        products_grad, scratch(batch, n), scratch(3, c, batch * blocks),
+        scratch(_splits(batch, n, c, dim), batch, c, dim), scratch(batch, blocks), scratch(batch), *grads,
+        precise(x.dtype), device=x.device,
     )  # fmt: skip
     return grads

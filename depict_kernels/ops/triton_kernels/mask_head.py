@@ -6,7 +6,8 @@ over the width; cosines, LayerNorm over the classes and the (B, C, h, w) layout 
 
 Backward: one kernel recomputes the cosines per block of patches and leaves t, the gradient of the products x q^T, in
 the inputs' dtype with per-block sums for the class side; two products then give the gradients of patches and
-classes, and the second also adds up weight's and bias's. No atomics.
+classes, and the second also adds up weight's and bias's. No atomics. In float16 a kernel before bounds t, which then
+goes with a power of two per image (mask_head_scale.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from depict_kernels.ops.triton_kernels import launch as _launch
 from depict_kernels.ops.triton_kernels import tuning
 from depict_kernels.ops.triton_kernels.launch import rows_contiguous, strides, unit_of
 from depict_kernels.ops.triton_kernels.mask_head_kernels import mask_backward, mask_forward, mask_product
+from depict_kernels.ops.triton_kernels.mask_head_scale import mask_peak
 
 DTYPES = _launch.DTYPES
+PEAK = tuning.Config(
+    64, 32, 4, 1
+)  # patches of a program, classes at once: it reads the upstream gradient, no more
 REGISTER_CLASSES = 256  # up to here all classes of a patch stay in registers
 
 
@@ -109,23 +114,47 @@ def mask_logits_backward(
     architecture = _launch.architecture(x.device)
     config = tuning.mask_head("backward", architecture, c, x.element_size())
     programs = triton.cdiv(n, config.rows) * batch
-    t_row = triton.cdiv(c, 16) * 16  # aligned rows: vector loads in both products
+    t_row = triton.cdiv(c, 16) * 16  # whole vectors in rows that are aligned
     t = new((batch, n, t_row), x.dtype)
     along, sums = new((batch, n), torch.float32), new((3, programs, c), torch.float32)
+    grad, weight = grad.contiguous(), weight.contiguous()
+    peak, unscale, peaks = None, None, 0
+    if x.dtype == torch.float16:
+        peaks = triton.cdiv(n, PEAK.rows)
+        peak, unscale = new((batch, peaks), torch.float32), new((batch,), torch.float32)
+        _launch.launch(
+            mask_peak,
+            (batch * peaks,),
+            x.device,
+            PEAK,
+            grad_ptr=grad,
+            weight_ptr=weight,
+            inv_x_ptr=inv_x,
+            inv_q_ptr=inv_q,
+            rstd_ptr=rstd,
+            peak_ptr=peak,
+            patch_count=n,
+            class_count=c,
+            BLOCK_N=PEAK.rows,
+            BLOCK_C=PEAK.columns,
+        )
     _launch_rows(
         mask_backward,
         x,
         q,
         config,
-        grad_ptr=grad.contiguous(),
-        weight_ptr=weight.contiguous(),
+        grad_ptr=grad,
+        weight_ptr=weight,
         inv_x_ptr=inv_x,
         inv_q_ptr=inv_q,
         mean_ptr=mean,
         rstd_ptr=rstd,
+        peak_ptr=peak,
         t_ptr=t,
         along_ptr=along,
         sums_ptr=sums,
+        unscale_ptr=unscale,
+        peaks=peaks,
         t_row=t_row,
     )
     unit = unit_of(x, q)
@@ -142,6 +171,7 @@ def mask_logits_backward(
             own_ptr=own,
             out_ptr=out,
             along_ptr=along,
+            unscale_ptr=unscale,
             inv_q_ptr=inv_q,
             sums_ptr=sums,
             grad_weight_ptr=grad_weight,

@@ -7,6 +7,7 @@ of going through the classes: all of them at once, in registers, or (LOOP) block
 import triton
 import triton.language as tl
 
+from depict_kernels.ops.triton_kernels.mask_head_scale import scales
 from depict_kernels.ops.triton_kernels.tiles import rounded_product, sum_of_products, zero_chunk, zero_rows
 
 
@@ -288,7 +289,7 @@ def _add_sums(
 
 @triton.jit
 def _finish(
-    t_ptr, sums_ptr, along, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, t_row,
+    t_ptr, sums_ptr, along, scale, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, t_row,
     sums_stride, patch_count, class_count, rows, STARTS: tl.constexpr, WIDTHS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Stores t and the chunks' sums over the patches; adds their part of the sum of grad_m * m per patch to along.
@@ -304,8 +305,9 @@ def _finish(
         valid = classes < class_count
         grad_m = rstd[:, None] * (g - mean_g[:, None] - z * mean_gz[:, None])
         grad_m = tl.where((rows[:, None] < left) & valid[None, :], grad_m, 0.0)
-        t = (grad_m * inv_x[:, None] * inv_q[None, :]).to(t_ptr.dtype.element_ty)
-        mask = (rows[:, None] < left) & valid[None, :]
+        t = (grad_m * inv_x[:, None] * (inv_q * scale)[None, :]).to(t_ptr.dtype.element_ty)
+        # Zeros up to the row's end: the products then need no mask inside a vector.
+        mask = (rows[:, None] < left) & (classes < t_row)[None, :]
         tl.store(t_ptr + (rows[:, None] * t_row + classes[None, :]), t, mask=mask)
         # grad_m * m of t as it was rounded: the gradients are then orthogonal to the vectors as they should.
         product = rounded_product(t.to(tl.float32), products[i])
@@ -326,9 +328,12 @@ def mask_backward(
     inv_q_ptr,  # (B, C)
     mean_ptr,  # (B, N)
     rstd_ptr,  # (B, N)
-    t_ptr,  # (B, N, t_row): gradient of x q^T, in x's dtype
+    peak_ptr,  # (B, peaks), or None: t goes without a scale
+    t_ptr,  # (B, N, t_row): gradient of x q^T times an image's scale, in x's dtype, and zeros
     along_ptr,  # (B, N) float32: what times x is to be subtracted from t q
-    sums_ptr,  # (3, programs, C) float32: of grad * z, grad, grad_m * m over a program's patches
+    sums_ptr,  # (3, programs, C) float32: of grad * z, grad, scale * grad_m * m over a program's patches
+    unscale_ptr,  # (B,), or None: 1 / scale
+    peaks,
     patch_count,
     class_count,
     width,
@@ -364,6 +369,11 @@ def mask_backward(
     mean = tl.load(mean_ptr + offset, mask=rows < left, other=0.0)
     rstd = tl.load(rstd_ptr + offset, mask=rows < left, other=0.0)
     patch = (inv_x, mean, rstd, left)
+    scale = tl.full([], 1.0, tl.float32)
+    if peak_ptr is not None:
+        scale, unscale = scales(peak_ptr + batch * peaks, peaks)
+        if block == 0:
+            tl.store(unscale_ptr + batch, unscale)
     mean_g = tl.zeros((BLOCK_N,), tl.float32)
     mean_gz = tl.zeros((BLOCK_N,), tl.float32)
     along = tl.zeros((BLOCK_N,), tl.float32)
@@ -382,8 +392,8 @@ def mask_backward(
         if LOOP:
             products = _products(x, q, start, width, STARTS, WIDTHS, PRECISION, BLOCK_N, BLOCK_D)
         along = _finish(
-            t_ptr, sums_ptr, along, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start, t_row,
-            sums_stride, patch_count, class_count, rows, STARTS, WIDTHS, WIDE,
+            t_ptr, sums_ptr, along, scale, mean_g, mean_gz, grad_ptr, weight_ptr, inv_q_ptr, products, patch, start,
+            t_row, sums_stride, patch_count, class_count, rows, STARTS, WIDTHS, WIDE,
         )  # fmt: skip
     tl.store(along_ptr + offset, along * inv_x * inv_x, mask=rows < left)
 
@@ -401,11 +411,12 @@ def _column_sums(ptr, rows, stride, columns, valid, WIDTH: tl.constexpr):
 
 @triton.jit
 def mask_product(
-    t_ptr,  # (B, N, t_row)
+    t_ptr,  # (B, N, t_row): zeros past the last class
     y_ptr,  # (B, K, D): the other side, summed over
     own_ptr,  # (B, R, D): the side whose gradient this is
     out_ptr,  # (B, R, D) contiguous
     along_ptr,  # (B, N); used for the patches
+    unscale_ptr,  # (B,): 1 / t's scale, or None
     inv_q_ptr,  # (B, C); used for the classes, as are the next four
     sums_ptr,  # (3, programs, C)
     grad_weight_ptr,  # (C,)
@@ -456,10 +467,17 @@ def mask_product(
             columns_left,
         )
         if PATCHES:
-            t = _tile(t_ptr + start, t_row, rows, steps, left, sum_count - start)
+            t = _tile(t_ptr + start, t_row, rows, steps, left, t_row - start)
         else:
             t = tl.trans(
-                _tile(t_ptr + tl.cast(start, tl.int64) * t_row, t_row, steps, rows, sum_count - start, left)
+                _tile(
+                    t_ptr + tl.cast(start, tl.int64) * t_row,
+                    t_row,
+                    steps,
+                    rows,
+                    sum_count - start,
+                    t_row - first,
+                )
             )
         acc = tl.dot(t, y, acc, input_precision=PRECISION)
 
@@ -481,6 +499,8 @@ def mask_product(
 
     own = _tile(own_ptr, own_row * UNIT, rows, columns, left, columns_left).to(tl.float32)
     out = acc - own * along[:, None]
+    if unscale_ptr is not None:
+        out *= tl.load(unscale_ptr + batch)
     mask = (rows[:, None] < left) & (columns[None, :] < columns_left)
     offset = rows.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
