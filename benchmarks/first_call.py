@@ -55,6 +55,7 @@ def main() -> int:
         print("no GPU here; TRITON_INTERPRET=1 runs a tiny example in Triton's interpreter", file=sys.stderr)
         return 2
     print(f"{'call':44} compiling  cached   (seconds)")
+    failed = False
     for call in tune.calls(tiny=device == "cpu"):
         if args.match not in call.name:
             continue
@@ -62,9 +63,17 @@ def main() -> int:
             command = [sys.executable, __file__, "--child", call.name, device]
             environment = {**os.environ, "TRITON_CACHE_DIR": cache}
             run = lambda: subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            empty, warm = (float(run().stdout.split()[-1]) for _ in range(2))
+            try:
+                empty, warm = (float(run().stdout.split()[-1]) for _ in range(2))
+            except subprocess.CalledProcessError as error:
+                failed, last = True, error.stderr.strip().splitlines()[-1:]
+                print(
+                    f"{call.name:44} failed: {' '.join(last) or f'exit status {error.returncode}'}",
+                    flush=True,
+                )
+                continue
         print(f"{call.name:44} {empty:9.2f} {warm:7.2f}", flush=True)
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

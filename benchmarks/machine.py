@@ -60,7 +60,8 @@ def _program() -> str:
     return f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
 
 
-def environment(device: str) -> dict:
+def environment(device: str, *, auto: bool = True) -> dict:
+    """With ``auto``, what that takes here: on a GPU without a measured table its kernels run for it, once."""
     from depict_kernels import backends, extension
 
     def version(package: str) -> str | None:
@@ -80,8 +81,9 @@ def environment(device: str) -> dict:
         "versions": {package: version(package) for package in PACKAGES} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
         "extension": extension.status(),
-        "auto": {name: backends.auto_choices(name, device) for name in backends.OPERATORS},
     }
+    if auto:
+        result["auto"] = {name: backends.auto_choices(name, device) for name in backends.OPERATORS}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         query = _output("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader")

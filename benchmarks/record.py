@@ -52,13 +52,19 @@ def where(place: str | Path, device: str) -> Path:
 
 
 class Record:
-    """A record being written. An existing file is gone on with: rows measured again are replaced."""
+    """A record being written. An existing file is gone on with: rows measured again are replaced.
 
-    def __init__(self, path: Path, device: str) -> None:
+    Without ``auto`` no kernel is run to say what that takes; what an earlier run said of it stays.
+    """
+
+    def __init__(self, path: Path, device: str, *, auto: bool = True) -> None:
         self.path = Path(path)
         self.data = load(path) if self.path.exists() else {"schema": SCHEMA}
-        commands = self.data.get("environment", {}).get("commands", [])
-        environment = machine.environment(device)
+        before = self.data.get("environment", {})
+        commands = before.get("commands", [])
+        environment = machine.environment(device, auto=auto)
+        if not auto and "auto" in before:
+            environment["auto"] = before["auto"]
         command = environment.pop("command")
         environment["commands"] = commands if command in commands else [*commands, command]
         self.data["environment"] = environment

@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -106,11 +107,11 @@ def launch(device: str, match: str = "") -> int:
 
 
 def check(tool: str, limit: float) -> tuple[bool, str]:
-    """(clean, one line about it)."""
+    """(clean, one line about it). The launches end themselves at their limit: a tool that is killed leaves them."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
-    command += [sys.executable, str(Path(__file__).resolve()), "--launch"]
+    command += [sys.executable, str(Path(__file__).resolve()), "--launch", "--limit", f"{limit:g}"]
     with tempfile.TemporaryFile("w+") as log:
         try:
             status = subprocess.run(
@@ -143,10 +144,12 @@ def main() -> int:
     parser.add_argument("--launch", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--match", default="", help="with --launch: only operators whose name contains this")
-    parser.add_argument("--limit", type=float, default=130.0)
+    parser.add_argument("--limit", type=float, help="seconds of a tool (130), or of --launch (none)")
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
     args = parser.parse_args()
     if args.launch:
+        if args.limit:
+            signal.setitimer(signal.ITIMER_REAL, args.limit)  # ends the process, wherever it is
         launch(args.device, args.match)
         return 0
     import torch
@@ -157,10 +160,13 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None:
         print("skipped: compute-sanitizer is not on the PATH (it is part of the CUDA toolkit)")
         return 0
-    launch(
-        "cuda"
-    )  # compiles what is compiled at first use, so that the tools watch kernels and not a compiler
-    results = {tool: check(tool, args.limit) for tool in args.tools}
+    # Compiles what is compiled at first use, so that the tools watch kernels and not a compiler. Where a kernel fails,
+    # the tools are to say why.
+    try:
+        launch("cuda")
+    except Exception as error:
+        print(f"without a tool: {type(error).__name__}: {error}", flush=True)
+    results = {tool: check(tool, args.limit or 130.0) for tool in args.tools}
     print(
         "; ".join(
             f"{tool}: {'clean' if clean else 'FAILED'}, {line}" for tool, (clean, line) in results.items()

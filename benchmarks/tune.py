@@ -13,6 +13,7 @@ into depict_kernels/ops/triton_kernels/tuned.py, which is shipped. Without a GPU
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -187,7 +188,7 @@ class Bench:
                 # factor 4: two summation orders, neither the better one, as in the tests
                 assert_within_budget(value, peer.to(value.dtype), truth, factor=4)
         except Exception as error:  # what Triton or the device says of a configuration that it cannot take
-            return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            return _line(error)
         return None
 
     def seconds(self, key: str, config: Config, default: Config, rounds: int) -> tuple[float, float]:
@@ -204,18 +205,27 @@ class Bench:
 
 def tune(
     device: str, seconds: float, match: str = "", most: int = 1000, rounds: int = 20, tiny: bool = False
-) -> list[dict]:
-    """One row per key: default, best configuration, both times, how many candidates were tried and rejected."""
+) -> tuple[list[dict], list[str]]:
+    """One row per key: default, best configuration, both times, how many candidates were tried and rejected.
+
+    And the calls that failed: a candidate may break the device's context, and what was found before counts.
+    """
     end = time.monotonic() + seconds
     rows: list[dict] = []
+    failed: list[str] = []
     done: set[str] = set()
     todo = [c for c in calls(tiny) if match in c.name]
     for i, call in enumerate(todo):
         if time.monotonic() > end:
             print(f"out of time before {', '.join(c.name for c in todo[i:])}")
             break
-        bench = Bench(call, device)
-        keys = {k: c for k, c in bench.defaults().items() if k not in done}
+        try:
+            bench = Bench(call, device)
+            keys = {k: c for k, c in bench.defaults().items() if k not in done}
+        except Exception as error:
+            failed.append(f"{call.name}: {_line(error)}")
+            print(failed[-1], flush=True)
+            continue
         for j, (key, default) in enumerate(keys.items()):
             done.add(key)
             left = end - time.monotonic()
@@ -226,16 +236,21 @@ def tune(
             workers = os.cpu_count() or 1
             for start in range(0, len(every), workers):
                 if device != "cpu" and time.monotonic() < until:
-                    bench.compile(key, every[start : start + workers], workers)
+                    with contextlib.suppress(Exception):
+                        bench.compile(key, every[start : start + workers], workers)
                 for config in every[start : start + workers]:
                     if time.monotonic() > until:
                         break
                     row["tried"] += 1
                     reason = bench.check(key, config)
+                    if reason is None:
+                        try:
+                            taken, usual = bench.seconds(key, config, default, rounds)
+                        except Exception as error:  # at the full batch, as in check
+                            reason = _line(error)
                     if reason is not None:
                         row["rejected"][str(astuple(config))] = reason
                         continue
-                    taken, usual = bench.seconds(key, config, default, rounds)
                     if usual / taken > max(row["gain"], WORTH_IT):
                         row |= {"best": astuple(config), "gain": round(usual / taken, 3)}
                         row |= {"seconds": taken, "default_seconds": usual}
@@ -245,7 +260,11 @@ def tune(
                 f"call x{row['gain']:.2f}  tried {row['tried']}, rejected {len(row['rejected'])}",
                 flush=True,
             )
-    return rows
+    return rows, failed
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
 def write_table(path: Path, architecture: str, device: str, rows: list[dict]) -> None:
@@ -288,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     architecture = launch.architecture(torch.device(device))
     rounds = 1 if device == "cpu" else args.rounds
-    rows = tune(device, args.seconds, args.match, args.candidates, rounds, tiny=device == "cpu")
+    rows, failed = tune(device, args.seconds, args.match, args.candidates, rounds, tiny=device == "cpu")
     record = {"device": name, "architecture": architecture, "torch": torch.__version__}
     record |= {"triton": triton.__version__, "seconds": args.seconds, "rows": rows}
     record["table"] = {architecture: {r["key"]: r["best"] for r in rows if r["best"] != r["default"]}}
@@ -298,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(rows)} keys, {len(record['table'][architecture])} better than their default: {output}")
     if args.write:
         write_table(TABLE, architecture, name, rows)
-    return 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

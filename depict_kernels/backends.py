@@ -8,6 +8,7 @@ raises :class:`BackendUnavailable`, saying what is missing and what is available
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -84,6 +85,7 @@ def named(requested: str) -> str:
     return _override or "auto" if requested == "auto" else requested
 
 
+@functools.cache  # every call asks, and a module that is not imported is looked for on the disk
 def _has_stem(backend: str, stem: str) -> bool:
     try:
         return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None

@@ -204,6 +204,17 @@ def test_backend_choice():
     ops.subspace_self_attention(w)  # and the context is gone
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_gradients_have_the_strides_that_the_fake_kernels_name(backend):
+    """Code that inductor made stops where they were wrong."""
+    w, q = torch.randn(2, 5, 3, 20), torch.randn(2, 4, 3, 20)
+    ours = lambda w: ops.subspace_self_attention(2 * w, backend=backend).square()
+    crossed = lambda q, w: ops.subspace_cross_attention(2 * q, 2 * w, backend=backend).square()
+    for f, inputs in ((ours, [w]), (crossed, [q, w])):
+        compiled = torch.compile(f, fullgraph=True)
+        torch.testing.assert_close(value_and_gradients(compiled, inputs), value_and_gradients(f, inputs))
+
+
 def test_use_backend_is_seen_by_compiled_code():
     w = torch.randn(1, 3, 1, 2, requires_grad=True)
     compiled = torch.compile(lambda w: ops.subspace_self_attention(w), fullgraph=True, backend="eager")

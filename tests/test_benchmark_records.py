@@ -9,6 +9,7 @@ import pytest
 from benchmark_rows import made, row
 
 from benchmarks import compare, goals, plots, record, report, tables
+from depict_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,22 @@ def test_record_replaces_rows_and_survives(tmp_path):
     assert [(r["implementation"], r["median_ms"]) for r in rows] == [("b", 2.0), ("c", 3.0)]
     assert {"date", "commit", "device", "versions", "commands"} <= record.load(path)["environment"].keys()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_noting_how_a_part_ended_runs_no_kernel(tmp_path, monkeypatch):
+    """On a GPU without a table what auto takes is found out by running kernels, of which one may hang."""
+    path = tmp_path / "cpu_1.json"
+    known = record.Record(path, "cpu").data["environment"]["auto"]
+    record.Record(path, "cpu").set("parts", {})
+
+    def hangs(*arguments):
+        raise AssertionError("a kernel was run")
+
+    monkeypatch.setattr(backends, "auto_choices", hangs)
+    record.Record(path, "cpu", auto=False).set("parts", {"test": {"status": 0}})
+    assert record.load(path)["environment"]["auto"] == known
+    record.Record(tmp_path / "new.json", "cpu", auto=False).set("parts", {})
+    assert "auto" not in record.load(tmp_path / "new.json")["environment"]
 
 
 def test_record_of_another_commit_gets_a_letter(tmp_path):

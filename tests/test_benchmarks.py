@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import (
     cases,
     end_to_end,
+    first_call,
     gate,
     goals,
     implementations,
@@ -342,6 +344,45 @@ def test_sanitizer_subset_runs():
 )
 def test_sanitizer_verdict(status, text, clean):
     assert sanitize.verdict(status, text, 130)[0] is clean
+
+
+def test_sanitizer_launches_end_themselves():
+    """Killing compute-sanitizer leaves the process that it watches on the GPU."""
+    command = [sys.executable, "benchmarks/sanitize.py", "--launch", "--device", "cpu", "--limit", "0.01"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == -signal.SIGALRM
+
+
+def test_tools_watch_a_kernel_that_fails_without_them(monkeypatch, capsys):
+    def broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    watched = []
+    monkeypatch.setattr(sanitize, "launch", broken)
+    monkeypatch.setattr(
+        sanitize, "check", lambda tool, limit: watched.append((tool, limit)) or (False, "4 errors")
+    )
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
+    assert sanitize.main() == 1
+    assert watched == [(tool, 130.0) for tool in sanitize.TOOLS]
+    assert "illegal memory access" in capsys.readouterr().out
+
+
+def test_a_first_call_that_fails_does_not_hide_the_others(monkeypatch, capsys):
+    def run(command, **options):
+        if "label map" in command[3]:
+            raise subprocess.CalledProcessError(1, command, stderr="Traceback\nOutOfResources: shared memory")
+        return subprocess.CompletedProcess(command, 0, stdout="0.5\n")
+
+    monkeypatch.setattr(first_call.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["first_call.py"])
+    assert first_call.main() == 1
+    lines = capsys.readouterr().out.splitlines()[1:]
+    failed = [line for line in lines if "failed: OutOfResources: shared memory" in line]
+    assert len(failed) == 1 and len(lines) > 3 and sum("0.50" in line for line in lines) == len(lines) - 1
 
 
 def test_part_ends_at_its_limit():

@@ -1,5 +1,6 @@
 """Kernels that prove themselves before ``auto`` takes them, on GPUs without a record. Here the CPU is such a GPU."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -7,25 +8,25 @@ import torch
 
 import depict_kernels.__main__ as page
 from depict_kernels import backends, measured, ops, self_check
+from depict_kernels.ops import upsample
 from depict_kernels.ops.cuda_kernels import upsample as cuda
 from depict_kernels.testing import logits_and_target
 
 SHAPE = "up to 32 classes, factor 2 to 8"
 SIZES = {"classes": 7, "grid": (3, 4), "size": (12, 16)}
 
-pytestmark = pytest.mark.skipif(
-    backends.why_unavailable("cuda", "upsample_argmax", "cpu", torch.float32) is not None,
-    reason="the CUDA kernels were not built for the emulator",
-)
-
 
 @pytest.fixture(autouse=True)
-def unmeasured(monkeypatch):
+def unmeasured(request, monkeypatch):
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    if "gpu" in request.keywords:
+        return
+    if reason := backends.why_unavailable("cuda", "upsample_argmax", "cpu", torch.float32):
+        pytest.skip(reason)
     monkeypatch.setattr(backends, "_architecture", lambda device: "sm_86")
     monkeypatch.setattr(measured, "AUTO", {})
     monkeypatch.setattr(measured, "SOURCES", {})
     monkeypatch.setattr(backends, "_AUTO_CHECKED", ("cuda",))
-    monkeypatch.setattr(self_check, "_verdicts", {})
 
 
 def taken(operator="upsample_cross_entropy", dtype=torch.float32, **sizes):
@@ -173,8 +174,58 @@ def test_vmap_and_the_compiler_may_be_the_first_to_ask():
 
 def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    reason = self_check.why_not("cuda", "upsample_argmax", torch.device("cuda:0"), torch.float32, SHAPE)
+    key = ("cuda", "upsample_argmax", torch.device("cuda:0"), torch.float32, SHAPE)
+    reason = self_check.why_not(*key)
     assert "graph" in reason and self_check._verdicts == {}
+    # What was checked before the capture, in its warm-up, is what the graph gets.
+    self_check._verdicts[key] = None
+    assert self_check.why_not(*key) is None
+
+
+def test_the_check_needs_neither_autograds_threads_nor_the_record_of_bad_labels(monkeypatch):
+    def forbidden(*arguments, **options):
+        raise AssertionError("not in a check")
+
+    # The first call may come from a backward pass, whose thread would then wait for itself.
+    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", forbidden)
+    monkeypatch.setattr(upsample, "record_bad_target", forbidden)
+    monkeypatch.setattr(upsample, "_raises_at_once", lambda logits: False)  # as on a GPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [taken(name) for name in sorted(self_check.OPERATORS)] == ["cuda"] * 3
+
+
+def test_a_kernel_that_takes_a_class_for_a_bad_label_is_noticed(monkeypatch):
+    right = cuda.cross_entropy_forward
+    monkeypatch.setattr(
+        cuda, "cross_entropy_forward", lambda *a, **kw: off(right(*a, **kw), 2, lambda report: report + 1)
+    )
+    with pytest.warns(RuntimeWarning, match="took a class for a bad label"):
+        assert taken() == "torch"
+
+
+def test_a_check_without_memory_decides_nothing(monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(cuda, "cross_entropy_forward", full)
+        assert taken() == "torch" and self_check._verdicts == {}
+    assert taken() == "cuda"
+
+
+@pytest.mark.parametrize("mode", [0, 2])
+def test_torch_is_not_made_to_warn_of_its_debug_mode(monkeypatch, mode):
+    """Setting it at all makes torch warn that it is a prototype."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", found.append)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with self_check._on(torch.device("cuda:0")):
+        pass
+    assert found == (["default", mode] if mode else [])
 
 
 def test_status_page_names_what_was_checked(capsys, monkeypatch):
@@ -195,5 +246,7 @@ def test_status_page_names_what_was_checked(capsys, monkeypatch):
 @pytest.mark.parametrize("operator", sorted(self_check.OPERATORS))
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_the_kernels_pass_on_this_gpu(backend, operator, shape):
+    if reason := backends.why_unavailable(backend, operator, "cuda", torch.float32):
+        pytest.skip(reason)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert self_check.why_not(backend, operator, torch.device("cuda"), dtype, shape) is None

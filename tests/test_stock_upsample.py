@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from largest_tensor import largest_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depict_kernels import backends, ops
 from depict_kernels.ops.stock import upsample as stock
@@ -147,3 +148,31 @@ def test_second_derivative_names_the_way_to_one(a_few_classes, monkeypatch, prob
     (grad,) = torch.autograd.grad(ops.upsample_cross_entropy(logits, target), logits, create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='torch'"):
         grad.sum().backward()
+
+
+class NoSumOfAnImage(TorchDispatchMode):
+    """What torch says on a GPU under use_deterministic_algorithms."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.nll_loss2d_forward.default and args[3] != 0:
+            raise RuntimeError(
+                "nll_loss2d_forward_out_cuda_template does not have a deterministic implementation"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_deterministic_algorithms_are_all_it_asks_for(problem, reduction):
+    logits, target = problem
+    weight = torch.rand(5, generator=torch.Generator().manual_seed(0))
+    loss = lambda x: ops.upsample_cross_entropy(
+        x, target, weight=weight, label_smoothing=0.1, reduction=reduction, backend="torch"
+    )
+    usual = value_and_gradients(loss, [logits])
+    torch.use_deterministic_algorithms(True)
+    try:
+        with NoSumOfAnImage():
+            found = value_and_gradients(loss, [logits])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, usual)

@@ -95,11 +95,34 @@ def test_tune_checks_measures_and_writes(tmp_path, monkeypatch, triton_device, t
     assert tuning._parse(written, "tuned.py") == {(architecture, key): faster}
 
 
+def test_what_was_found_before_a_failure_is_written(
+    tmp_path, monkeypatch, capsys, triton_device, triton_interpreted
+):
+    """A call that cannot run, and a candidate that fails only at the full batch, cost neither the rest nor the file."""
+    if triton_device == "cpu" and not triton_interpreted:
+        pytest.skip("benchmarks/tune.py runs on a GPU or in the interpreter")
+
+    def lost(*tensors, backend):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    call = next(tune.calls(tiny=True))
+    monkeypatch.setattr(
+        tune, "calls", lambda tiny: [call, tune.Call("lost call", call.inputs, lost, call.batch)]
+    )
+    monkeypatch.setattr(tune.Bench, "seconds", lambda *a: lost(backend="triton"))
+    output = tmp_path / "tuning.json"
+    assert tune.main(["--candidates", "1", "--rounds", "1", "--output", str(output)]) == 1
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 2 and all("illegal memory access" in str(row["rejected"]) for row in rows)
+    assert "lost call: RuntimeError: CUDA error" in capsys.readouterr().out
+
+
 def test_every_tiny_call_is_tuned(triton_device):
     """All families through the real measurement, one candidate each: what is asked for, checked and timed."""
     if triton_device == "cuda":
         pytest.skip("benchmarks/tune.py itself does it there")
-    rows = tune.tune("cpu", 600, most=1, rounds=1, tiny=True)
+    rows, failed = tune.tune("cpu", 600, most=1, rounds=1, tiny=True)
+    assert not failed
     kernels = {" ".join(row["key"].split()[:2]) for row in rows}
     assert kernels == {
         *(f"attention {k}_{w}" for k, w in [("self", "forward"), ("self", "backward"), ("cross", "forward")]),

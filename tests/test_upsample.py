@@ -233,12 +233,16 @@ def test_no_gradient_is_computed_where_none_is_needed():
     assert grad.numel() == 0
 
 
-def test_empty_batch(backend):
+@pytest.mark.parametrize("size", [(4, 4), (0, 0)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_empty_batch(backend, reduction, size):
     logits = torch.zeros(0, 5, 2, 2, requires_grad=True)
-    target = torch.zeros(0, 4, 4, dtype=torch.uint8)
-    loss = ops.upsample_cross_entropy(logits, target, backend=backend)
-    loss.backward()
-    assert loss == 0 and logits.grad.shape == logits.shape
+    target = torch.zeros(0, *size, dtype=torch.uint8)
+    loss = ops.upsample_cross_entropy(logits, target, reduction=reduction, backend=backend)
+    assert loss.shape == (target.shape if reduction == "none" else ())
+    assert loss.sum() == 0
+    loss.sum().backward()
+    assert logits.grad.shape == logits.shape
     assert ops.upsample_argmax(logits, (4, 4), backend=backend).shape == (0, 4, 4)
     assert ops.upsample_confusion(logits, target, backend=backend).sum() == 0
 
@@ -300,6 +304,17 @@ def test_compile_fullgraph(backend):
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_gradients(compiled, [logits]), value_and_gradients(f, [logits]))
+
+
+def test_compiled_code_takes_a_target_of_any_strides(backend):
+    """What compiled code knows of strides comes from the fake kernels, and it stops where they were wrong."""
+    logits, target = logits_and_target(2, 4, (3, 3), (7, 8))
+    turned = target.transpose(1, 2).contiguous().transpose(1, 2)
+    f = lambda x, t: ops.upsample_cross_entropy(x, t, reduction="none", backend=backend).square().mean()
+    compiled = torch.compile(f, fullgraph=True)
+    torch.testing.assert_close(
+        value_and_gradients(compiled, [logits, turned]), value_and_gradients(f, [logits, target])
+    )
 
 
 def test_compiled_code_raises_on_a_bad_label(backend):

@@ -84,7 +84,8 @@ def _scan_target(target: Tensor, num_classes: int, ignore_index: int, raise_now:
     clean, report = sanitize_target(target, num_classes, ignore_index)
     if raise_now:
         raise_if_bad(report, num_classes, ignore_index)
-    return (clean.clone() if clean is target else clean), report
+    # Contiguous whatever the target's strides, as the fake says: compiled code counts on it.
+    return (clean.clone() if clean is target else clean).contiguous(), report
 
 
 @torch.library.register_fake("depict_kernels::scan_target")

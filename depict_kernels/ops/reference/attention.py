@@ -14,7 +14,7 @@ def self_attention_forward(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def self_attention_backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """The query-, key- and value-side gradients of w, added up: (B, N, H, d)."""
     grad_q, grad_w = _backward(grad, w, w, out, lse, scale)
-    return (grad_q + grad_w).to(w.dtype)
+    return (grad_q + grad_w).to(w.dtype).contiguous()
 
 
 def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:

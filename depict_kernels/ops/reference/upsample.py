@@ -14,11 +14,16 @@ from depict_kernels.ops.targets import sanitize_target
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """logits (B, C, h, w) -> (B, C, H, W) in float32, or float64 for float64 logits."""
     logits = logits.to(accumulation_dtype(logits.dtype))
+    if logits.shape[0] == 0:  # of no images the size may be 0, which F.interpolate refuses
+        some = [max(1, pixels) for pixels in size]
+        return F.interpolate(logits, some, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def upsample_backward(grad: Tensor, shape: torch.Size) -> Tensor:
     """The adjoint of :func:`upsample`: (B, C, H, W) -> (B, C, h, w)."""
+    if shape[0] == 0:
+        return grad.new_empty(shape)
     return torch.ops.aten.upsample_bilinear2d_backward(
         grad, list(grad.shape[-2:]), list(shape), False, None, None
     )

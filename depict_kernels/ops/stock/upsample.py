@@ -46,15 +46,19 @@ def cross_entropy(
             z, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=kind
         )
 
-    if reduction != "mean":
-        return loss(reduction)
+    if reduction == "none":
+        return loss("none")
+    # On a GPU torch has no deterministic sum of an image's losses, but of numbers.
+    total_loss = loss("none").sum() if torch.are_deterministic_algorithms_enabled() else loss("sum")
+    if reduction == "sum":
+        return total_loss
     # F.cross_entropy's mean is 0/0 where nothing is valid; here it is 0 with gradient 0.
     valid = target != ignore_index
     if weight is None:
         total = valid.sum().to(z.dtype)
     else:
         total = torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
-    return loss("sum") / torch.where(total == 0, torch.inf, total)
+    return total_loss / torch.where(total == 0, torch.inf, total)
 
 
 def _upsampled(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
