@@ -1,6 +1,6 @@
 """ADE20K's folder layout: class lists, reading an image with its annotation, the data set of both.
 
-    <root>/images/<split>/<stem>.jpg            8-bit RGB (JPEG or PNG)
+    <root>/images/<split>/<stem>.jpg            JPEG or PNG, used as 8-bit RGB
     <root>/annotations/<split>/<stem>.png       one label per pixel, same size
 
 In an annotation 0 means unlabelled and 1..C are the classes 0..C-1 (``reduce_zero_label``, ADE20K's way);
@@ -139,18 +139,31 @@ def load_classes(spec: str | Path) -> ClassList:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decodes a JPEG or PNG to (H, W, 3) uint8. Raises UserError naming the file."""
+    """Decodes a JPEG or PNG to (H, W, 3) uint8, as ``to_rgb`` converts. Raises UserError naming the file."""
     try:
         data = path.read_bytes()
         if data[:3] != b"\xff\xd8\xff":
-            return np.array(_open_png(data).convert("RGB"))
+            return to_rgb(_open_png(data))
         if decode_jpeg is None:
-            return np.array(Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB"))
+            return to_rgb(Image.open(io.BytesIO(data), formats=["JPEG"]))
         # It decodes rows of RGB, so the permute is a view.
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     except (*UNREADABLE, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as a JPEG or PNG image ({_reason(error)})") from None
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image of any mode as (H, W, 3) uint8: grey becomes RGB, 16-bit grey is scaled to 8, alpha is dropped.
+
+    Raises ValueError for floating-point pixels, whose range nobody knows.
+    """
+    if image.mode == "F":
+        raise ValueError("32-bit floating-point pixels have no known range: need 8 or 16 bits")
+    if image.mode.startswith("I"):  # PIL's convert would clip 16 bits at 255
+        grey = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def exif_orientation(path: Path) -> int:

@@ -64,6 +64,8 @@ def parse_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         if not equals:
             # A missing value is told from a negative number by what follows the dashes.
             if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+                if key != "--config":
+                    _refuse_unknown(_nest(key[2:], {}), Config)
                 raise UserError(f"{key} needs a value: {key} VALUE")
             value = rest.pop(0)
         if key == "--config":
@@ -134,7 +136,7 @@ def help_text(only: Sequence[str] = ()) -> str:
             close = difflib.get_close_matches(name, [entry.name for entry in dataclasses.fields(Config)], n=1)
             raise UserError(
                 f"unknown section or key {name}"
-                + (f"; did you mean {close[0]}?" if close else _nearest(name))
+                + (f"; did you mean {close[0]}?" if close else nearest(name))
             )
     wanted = [f"{name}." for name in only] or [""]
     return "\n".join(_help_lines(Config, "", lambda dotted: f"{dotted}.".startswith(tuple(wanted)))).strip(
@@ -228,7 +230,7 @@ def _refuse_unknown(nested: dict[str, Any], schema: type, prefix: str = "") -> N
     for key, value in nested.items():
         dotted = f"{prefix}{key}"
         if key not in hints:
-            raise UserError(f"unknown key {dotted}{_nearest(dotted)}")
+            raise UserError(f"unknown key {dotted}{nearest(dotted)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 example = f"{dotted}.{dataclasses.fields(hints[key])[0].name}"
@@ -270,7 +272,8 @@ _SYNONYMS = {
 }
 
 
-def _nearest(dotted: str) -> str:
+def nearest(dotted: str) -> str:
+    """``"; did you mean KEY?"`` for a key that there is not, or where to see all of them."""
     known = _types(Config)
     leaf = dotted.rpartition(".")[2].lower().replace("-", "_")
     same = [key for key in known if key.rpartition(".")[2] == leaf]  # the right name in the wrong section
