@@ -18,6 +18,7 @@ import colorsys
 import csv
 import io
 import os
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, Image.DecompressionBombError),
     *(EOFError, AssertionError, LookupError, ArithmeticError, TypeError, struct.error, zlib.error),
 )
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BUILT_IN_CLASSES = {"ade20k": Path(__file__).parent / "data" / "ade20k_classes.csv"}
 
@@ -99,8 +101,12 @@ def load_classes(spec: str | Path) -> ClassList:
     names: list[str] = []
     colours: list[list[int]] = []
     if path.suffix.lower() == ".csv":
-        for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
-            row = [cell.strip() for cell in row]
+        rows = csv.reader(io.StringIO(text), strict=True)  # else a quote left open swallows the rows below it
+        try:
+            table = [[cell.strip() for cell in row] for row in rows]
+        except csv.Error as error:
+            raise UserError(f"class list {path}, line {rows.line_num}: not valid CSV: {error}") from None
+        for number, row in enumerate(table, start=1):
             if not any(row) or (number == 1 and not row[0].lstrip("-").isdigit()):
                 continue  # an empty line or the heading
             where = f"class list {path}, line {number}"
@@ -110,7 +116,7 @@ def load_classes(spec: str | Path) -> ClassList:
                 raise UserError(f"{where}: index {row[0]!r}, need {len(names)} (0, 1, 2, ... in order)")
             names.append(row[1])
             if len(row) == 5:
-                if not all(cell.isdigit() and int(cell) <= 255 for cell in row[2:]):
+                if not all(re.fullmatch(r"\d{1,3}", cell) and int(cell) <= 255 for cell in row[2:]):
                     raise UserError(f"{where}: colour {','.join(row[2:])}, need three numbers from 0 to 255")
                 colours.append([int(cell) for cell in row[2:]])
         if colours and len(colours) != len(names):
@@ -126,6 +132,8 @@ def load_classes(spec: str | Path) -> ClassList:
     for index, name in enumerate(names):
         if not name:
             raise UserError(f"class list {path}: class {index} has an empty name")
+        if any(ord(character) < 32 for character in name):
+            raise UserError(f"class list {path}: class {index} is called {name!r}, need one line of plain text")
         if name in seen:
             raise UserError(f"class list {path}: classes {seen[name]} and {index} are both called {name!r}")
         seen[name] = index
@@ -143,6 +151,8 @@ def read_image(path: Path) -> np.ndarray:
     try:
         data = path.read_bytes()
         if data[:3] != b"\xff\xd8\xff":
+            if data[:8] != PNG_SIGNATURE:
+                raise ValueError("its first bytes are neither's" if data else "the file is empty")
             return to_rgb(_open_png(data))
         if decode_jpeg is None:
             return to_rgb(Image.open(io.BytesIO(data), formats=["JPEG"]))
@@ -204,8 +214,8 @@ def _open_png(data: bytes) -> Image.Image:
     PIL takes some damaged files for good ones and torchvision's decoder can crash the process on them, so the
     checksums that the format carries are looked at first.
     """
-    if data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("no PNG signature")
+    if data[:8] != PNG_SIGNATURE:
+        raise ValueError("no PNG signature" if data else "the file is empty")
     at, kind = 8, b""
     while kind != b"IEND":
         if len(data) < at + 12:

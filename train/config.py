@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -112,6 +113,9 @@ def check(config: Config) -> None:
         raise UserError(f"data.scale: {list(data.scale)} is no range; the smaller number comes first")
     if optim.min_lr > optim.lr:
         raise UserError(f"optim.min_lr: {optim.min_lr:g} is above optim.lr ({optim.lr:g}); lower it")
+    weights = config.loss.class_weights
+    if weights and not any(weights):
+        raise UserError(f"loss.class_weights: {weights} leave nothing to learn; one must be above 0")
     if train.steps is None and train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; give one of them")
     if evaluation.mode == "slide" and evaluation.stride > evaluation.window:
@@ -166,7 +170,7 @@ def _read_yaml(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
         raise UserError(f"{file}: the `base` keys lead in a circle")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
         raise UserError(f"{file}: no such configuration file; {CONFIGS} has {known}") from None
@@ -353,6 +357,8 @@ def _check_ranges(section: Any, name: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_ranges(value, f"{name}.{entry.name}")
         for single in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(single, float) and not math.isfinite(single):  # YAML has .inf and .nan
+                raise UserError(f"{name}.{entry.name}: {value} is out of range; it must be finite")
             if single is None or not entry.metadata:
                 continue
             if not all(_LIMITS[limit][1](single, bound) for limit, bound in entry.metadata.items()):

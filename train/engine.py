@@ -108,7 +108,7 @@ class Trainer:
         self.best_miou, self.best_step = -1.0, -1
         self.untrained_miou: float | None = None
         # One row per step since the last log line: loss of this process's share, norm of the gradient.
-        self.window = torch.zeros(config.train.log_every, 2, device=self.device)
+        self.window = torch.zeros(min(config.train.log_every, self.total_steps), 2, device=self.device)
         self.window_images: list[list[int]] = []
         # Steps without a finite gradient: in all, and in a row.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -367,8 +367,10 @@ class Trainer:
         self.best_miou, self.best_step = state["best_miou"], state["best_step"]
         self.untrained_miou = state["untrained_miou"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
-        # The losses are already summed over the processes: the main process carries them on.
-        rows = state["window"][-len(self.window) + 1 :] if len(self.window) > 1 else []
+        # The losses are already summed over the processes: the main process carries them on. Where log_every was
+        # another one, those since its last multiple count.
+        since = self.step % self.config.train.log_every
+        rows = state["window"][-since:] if since else []
         if rows:
             self.window[: len(rows)] = torch.tensor(rows)
             if not self.world.main:

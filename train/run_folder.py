@@ -115,7 +115,7 @@ def write_run_folder(config: Any, folder: Path, classes: Any, world: Any) -> Non
         f"{i},{quoted(name)},{','.join(str(int(value)) for value in colour)}"
         for i, (name, colour) in enumerate(zip(classes.names, classes.palette))
     )
-    (folder / "classes.csv").write_text("index,name,r,g,b\n" + "".join(f"{row}\n" for row in rows))
+    (folder / "classes.csv").write_text("index,name,r,g,b\n" + "".join(f"{row}\n" for row in rows), "utf-8")
 
 
 def quoted(name: str) -> str:
