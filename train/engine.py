@@ -360,7 +360,7 @@ class Trainer:
         if self.ema is not None:
             # A run that had no average yet starts one from its weights.
             self.ema.module.load_state_dict(state["ema"] or state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state, path)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
@@ -380,6 +380,21 @@ class Trainer:
             checkpoint.set_rng_state(state["rng"][self.world.rank], self.device)
         else:  # another number of processes: the same data order, but other random paths
             _seed(self.config.train.seed + 7_000_003 * (self.step + 1) + self.world.rank)
+
+    def _restore_optimizer(self, state: dict[str, Any], path: Path) -> None:
+        """The optimiser's memory from the checkpoint; its settings (weight decay, betas, ...) are this run's."""
+        changed = checkpoint.differences(state["config"], to_dict(self.config), ("optim.",))
+        named = f" ({'; '.join(changed)})" if changed else ""
+        refusal = UserError(f"{path}: its optimizer state does not fit this run's optimizer{named}")
+        if any(text.startswith("optim.name:") for text in changed):
+            raise refusal
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError):
+            raise refusal from None
+        for group, settings in zip(self.optimizer.param_groups, own):
+            group.update(settings)
 
 
 def _seed(seed: int) -> None:
