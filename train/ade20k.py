@@ -133,7 +133,9 @@ def load_classes(spec: str | Path) -> ClassList:
         if not name:
             raise UserError(f"class list {path}: class {index} has an empty name")
         if any(ord(character) < 32 for character in name):
-            raise UserError(f"class list {path}: class {index} is called {name!r}, need one line of plain text")
+            raise UserError(
+                f"class list {path}: class {index} is called {name!r}, need one line of plain text"
+            )
         if name in seen:
             raise UserError(f"class list {path}: classes {seen[name]} and {index} are both called {name!r}")
         seen[name] = index

@@ -139,8 +139,7 @@ def help_text(only: Sequence[str] = ()) -> str:
         if not any(key == name or key.startswith(f"{name}.") for key in _types(Config)):
             close = difflib.get_close_matches(name, [entry.name for entry in dataclasses.fields(Config)], n=1)
             raise UserError(
-                f"unknown section or key {name}"
-                + (f"; did you mean {close[0]}?" if close else nearest(name))
+                f"unknown section or key {name}" + (f"; did you mean {close[0]}?" if close else nearest(name))
             )
     wanted = [f"{name}." for name in only] or [""]
     return "\n".join(_help_lines(Config, "", lambda dotted: f"{dotted}.".startswith(tuple(wanted)))).strip(

@@ -103,7 +103,7 @@ class Trainer:
         self.total_steps = config.train.steps or max(1, round(config.train.epochs * self.steps_per_epoch))
         self.eval_every = config.train.eval_every or max(1, round(self.steps_per_epoch))
 
-        self.step = 0
+        self.step = self._first_step = 0
         self.evaluated_step = -1
         self.best_miou, self.best_step = -1.0, -1
         self.untrained_miou: float | None = None
@@ -112,6 +112,8 @@ class Trainer:
         self.window_images: list[list[int]] = []
         # Steps without a finite gradient: in all, and in a row.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
+        # Labelled pixels (times their class weights) since the start, over all processes.
+        self.labelled = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = RunLog(folder, self.total_steps, main=world.main, tensorboard=config.train.tensorboard)
 
         # Different from here on: each process drops other paths.
@@ -158,7 +160,7 @@ class Trainer:
         )
         self.forward.train()
         self._clock = time.perf_counter()
-        self._clock_step = self.step
+        self._clock_step = self._first_step = self.step
         while self.step < self.total_steps:
             self._update([next(batches) for _ in range(settings.accumulate)])
             self.step += 1
@@ -178,6 +180,7 @@ class Trainer:
         batches = [to_device(batch, self.device) for batch in batches]
         valid = sum(self.loss_module.valid_weight(batch["target"]) for batch in batches)
         sum_over(self.world, valid)
+        self.labelled += valid
         # Gradients are averaged over the processes, hence the factor; nothing valid anywhere gives 0, not NaN.
         scale = torch.where(valid > 0, self.world.size / valid, 0.0).float()
 
@@ -221,6 +224,11 @@ class Trainer:
             raise UserError(
                 f"up to step {self.step}: {error}; `python train/run.py check-data` names the file"
             ) from None
+        if self.step - self._first_step >= self.steps_per_epoch and not self.labelled:
+            raise UserError(
+                f"{self.train_set.root}: no labelled pixel in a whole epoch of {self.config.data.train_split}; "
+                "`python train/run.py check-data` shows what the annotations hold"
+            )
         window = self.window[: len(self.window_images)].clone()
         window[:, 0] = sum_over(self.world, window[:, 0].contiguous())
         rows = window.tolist()
