@@ -94,7 +94,7 @@ def test_made_palette_tells_classes_apart():
         ("x.csv", "0,\n", r"class 0 has an empty name"),
         ("x.csv", "0,road,²,2,3\n", r"line 1: colour ²,2,3"),
         ("x.csv", '0,"road\n1,car\n', r"not valid CSV"),  # an open quote would swallow the rows below it
-        ("x.csv", '0,"road\n1,car"\n2,bus\n', r"class 0 is called .*one line"),
+        ("x.csv", '0,"road\n1,car"\n1,bus\n', r"class 0 is called .*one line"),
         ("x.txt", "road\ncar\nroad\n", r"classes 0 and 2 are both called 'road'"),
         ("x.txt", None, r"no such file.*ade20k"),
     ],

@@ -103,7 +103,7 @@ class Trainer:
         self.total_steps = config.train.steps or max(1, round(config.train.epochs * self.steps_per_epoch))
         self.eval_every = config.train.eval_every or max(1, round(self.steps_per_epoch))
 
-        self.step = self._first_step = 0
+        self.step = 0
         self.evaluated_step = -1
         self.best_miou, self.best_step = -1.0, -1
         self.untrained_miou: float | None = None
@@ -112,7 +112,8 @@ class Trainer:
         self.window_images: list[list[int]] = []
         # Steps without a finite gradient: in all, and in a row.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
-        # Labelled pixels (times their class weights) since the start, over all processes.
+        # Updates since this start, and the labelled pixels (times their class weights) in them over all processes.
+        self.updates = 0
         self.labelled = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = RunLog(folder, self.total_steps, main=world.main, tensorboard=config.train.tensorboard)
 
@@ -160,7 +161,7 @@ class Trainer:
         )
         self.forward.train()
         self._clock = time.perf_counter()
-        self._clock_step = self._first_step = self.step
+        self._clock_step = self.step
         while self.step < self.total_steps:
             self._update([next(batches) for _ in range(settings.accumulate)])
             self.step += 1
@@ -181,6 +182,7 @@ class Trainer:
         valid = sum(self.loss_module.valid_weight(batch["target"]) for batch in batches)
         sum_over(self.world, valid)
         self.labelled += valid
+        self.updates += 1
         # Gradients are averaged over the processes, hence the factor; nothing valid anywhere gives 0, not NaN.
         scale = torch.where(valid > 0, self.world.size / valid, 0.0).float()
 
@@ -224,7 +226,7 @@ class Trainer:
             raise UserError(
                 f"up to step {self.step}: {error}; `python train/run.py check-data` names the file"
             ) from None
-        if self.step - self._first_step >= self.steps_per_epoch and not self.labelled:
+        if self.updates >= self.steps_per_epoch and not self.labelled:
             raise UserError(
                 f"{self.train_set.root}: no labelled pixel in a whole epoch of {self.config.data.train_split}; "
                 "`python train/run.py check-data` shows what the annotations hold"
@@ -396,7 +398,8 @@ class Trainer:
         refusal = UserError(f"{path}: its optimizer state does not fit this run's optimizer{named}")
         if any(text.startswith("optim.name:") for text in changed):
             raise refusal
-        own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        # The rate is set anew before every update.
+        own = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError, TypeError):
