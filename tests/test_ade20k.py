@@ -92,13 +92,16 @@ def test_made_palette_tells_classes_apart():
         ("x.csv", "0,road,1,2,3\n1,car\n", r"1 of 2 rows have a colour"),
         ("x.csv", "index,name\n", r"holds no class"),
         ("x.csv", "0,\n", r"class 0 has an empty name"),
+        ("x.csv", "0,road,²,2,3\n", r"line 1: colour ²,2,3"),
+        ("x.csv", '0,"road\n1,car\n', r"not valid CSV"),  # an open quote would swallow the rows below it
+        ("x.csv", '0,"road\n1,car"\n1,bus\n', r"class 0 is called .*one line"),
         ("x.txt", "road\ncar\nroad\n", r"classes 0 and 2 are both called 'road'"),
         ("x.txt", None, r"no such file.*ade20k"),
     ],
 )
 def test_bad_class_list_is_named(tmp_path, name, text, message):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_classes(tmp_path / name)
 
@@ -466,3 +469,30 @@ def test_check_data_starts_no_more_processes_than_cores(folder, classes, recwarn
     monkeypatch.setattr(torch.utils.data, "DataLoader", noted)
     assert check_data(folder, classes, workers=8).splits[0].images == 3
     assert seen == [1, 1] and not [w for w in recwarn if "worker" in str(w.message)]
+
+
+def test_16_bit_grey_images_are_scaled_not_clipped(tmp_path):
+    from train.predict import read_any_image
+
+    grey = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    png(grey, tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert image[..., 0].tolist() == [[0, 1, 128, 255]] and np.ptp(image, axis=2).max() == 0
+    assert np.array_equal(image, read_any_image(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("content, words", [(b"", "the file is empty"), (b"<html>", "its first bytes")])
+def test_a_file_that_is_no_image_says_why(tmp_path, content, words):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jpg: cannot be read as a JPEG or PNG image \({words}"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_split_without_a_labelled_pixel_is_a_problem(tmp_path):
+    for kind, pixels in (
+        ("annotations", np.zeros((2, 3), np.uint8)),
+        ("images", np.zeros((2, 3, 3), np.uint8)),
+    ):
+        png(pixels, tmp_path / kind / "training" / "a.png")
+    report = check_data(tmp_path, load_classes("ade20k"), ("training",))
+    assert report.exit_status == 1 and "no pixel is labelled" in report.problems[0]

@@ -178,3 +178,23 @@ def test_loading_is_strict(own, theirs, word):
     with pytest.raises(UserError, match=word):
         checkpoint.load_weights(own, theirs.state_dict(), Path("a.pt"), to_dict(Config()), Config())
     assert all(torch.equal(before[key], value) for key, value in own.state_dict().items())
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"model": {"weight": torch.zeros(100_000)}})
+    whole = bytearray(path.read_bytes())
+    at = len(whole) // 2  # among the zeros
+    whole[at] ^= 0x10
+    path.write_bytes(whole)
+    assert torch.load(path, weights_only=True)["model"]["weight"].count_nonzero() == 1  # torch alone takes it
+    with pytest.raises(UserError, match=r"last\.pt: is damaged: the checksum"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_of_another_version_names_what_it_lacks(tmp_path):
+    state = dict.fromkeys(checkpoint.TRAINING)
+    checkpoint.require(state, tmp_path / "last.pt", checkpoint.TRAINING)
+    del state["rng"]
+    with pytest.raises(UserError, match=r"last\.pt: lacks rng: another version"):
+        checkpoint.require(state, tmp_path / "last.pt", checkpoint.TRAINING)

@@ -301,3 +301,60 @@ def test_every_package_of_the_extra_is_known():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     listed = re.findall(r'"([\w-]+)', text.partition("\ntrain = [")[2].partition("\n]")[0])
     assert len(listed) > 5 and set(listed) <= set(EXTRA.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["help", "foo"], ["unknown command 'foo'", "check-data"], id="help of it"),
+        pytest.param(["foo", "--help"], ["unknown command 'foo'"], id="its help"),
+        pytest.param(["evl", "runs/demo"], ["did you mean eval?"], id="typo"),
+        pytest.param(["help", "eval", "foo"], ["help takes one command"], id="two"),
+        pytest.param(["eval", "RUN", "--multiscale=maybe"], ["--multiscale", "true or false"], id="switch"),
+        pytest.param(["eval", "RUN", "--multi-scale"], ["did you mean --multiscale?"], id="option"),
+        pytest.param(["eval", "RUN", "-m"], ["unknown option -m", "eval --help"], id="short option"),
+        pytest.param(["eval", "RUN", "--output", "--multiscale"], ["--output needs a value"], id="no value"),
+        pytest.param(["predict", "RUN", "--checkpoint="], ["--checkpoint needs a value"], id="empty value"),
+        pytest.param(["--multiscale"], ["unknown key multiscale"], id="not an option of training"),
+    ],
+)
+def test_unknown_words_are_one_line(arguments, words, capsys):
+    from train import run
+
+    assert run.main(arguments) == 2
+    out, text = capsys.readouterr()
+    assert not out and text.count("\n") == 1 and all(word in text for word in words)
+
+
+def test_help_of_keys(capsys):
+    text = printed(capsys, "keys", "--help")
+    assert text == printed(capsys, "help", "keys") and "keys [SECTION|KEY ...]" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("value, truth", [("", True), ("=true", True), ("=false", False), ("=No", False)])
+def test_a_switch_honours_its_explicit_value(value, truth):
+    from train.run import COMMANDS
+
+    for name in ("multiscale", "compare-stock"):
+        assert COMMANDS["eval"].split(["RUN", f"--{name}{value}"])[1] == {name: truth}
+    assert COMMANDS["predict"].split(["RUN", "a", f"--multiscale{value}"])[1] == {"multiscale": truth}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optim.lr", "1e400", "finite"),
+        ("data.scale", "[.inf, .inf]", "finite"),
+        ("loss.class_weights", "[.inf, 1]", "finite"),
+        ("loss.class_weights", "[0, 0]", "one must be above 0"),
+        ("train.threads", "100000", "at most 1024"),  # torch crashes on it
+    ],
+)
+def test_values_that_cannot_be_computed_with(key, value, words):
+    text = refused(f"--{key}", value)
+    assert text.startswith(f"{key}: ") and words in text
+
+
+def test_configuration_files_are_utf8_with_or_without_a_mark(tmp_path):
+    (tmp_path / "a.yaml").write_bytes("\ufeffdata: {root: grüße}\n".encode())
+    assert load_config([tmp_path / "a.yaml"]).data.root == "grüße"

@@ -362,3 +362,34 @@ def test_an_evaluation_ends_with_a_line(tmp_path, capsys, monkeypatch):
 
 def test_duration():
     assert [duration(seconds) for seconds in (0, 65, 3600 * 3 + 5)] == ["0:00", "1:05", "3:00:05"]
+
+
+def test_log_every_may_change_on_resume(data, tmp_path):
+    first = trainer(data, tmp_path, train__steps=8, train__log_every=10)
+    first.train()
+    state = checkpoint.load(tmp_path / "tiny" / "last.pt")
+    state["window"] = [[1.0, 1.0]] * 8  # as a longer run has it here, which logs at step 10
+    again = trainer(data, tmp_path, state, train__steps=14, train__log_every=4)
+    again.train()
+    assert again.step == 14 and len(losses(tmp_path / "tiny")) >= 2
+    # Longer than the run: no memory for steps that never come.
+    assert len(trainer(data, tmp_path, train__steps=6, train__log_every=10**12).window) == 6
+
+
+def test_new_optimiser_settings_hold_on_resume(data, tmp_path):
+    first = trainer(data, tmp_path, train__steps=1)
+    first.train()
+    state = checkpoint.load(tmp_path / "tiny" / "last.pt")
+    again = trainer(data, tmp_path, state, train__steps=2, optim__weight_decay=0.25)
+    assert {group["weight_decay"] for group in again.optimizer.param_groups} == {0.0, 0.25}
+    assert len(again.optimizer.state) == len(first.optimizer.state) > 0
+    with pytest.raises(UserError, match="optim.name: adamw in the checkpoint, sgd now"):
+        trainer(data, tmp_path, state, train__steps=2, optim__name="sgd")
+
+
+def test_a_whole_epoch_without_a_label_stops(tmp_path):
+    root = make_data(tmp_path / "data")
+    for path in (root / "annotations" / "training").iterdir():
+        Image.new("L", Image.open(path).size, 0).save(path)
+    with pytest.raises(UserError, match=r"no labelled pixel .* training"):
+        trainer(root, tmp_path).train()

@@ -165,3 +165,25 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model(name, word
     monkeypatch.setattr(command_eval, "open_run", refuse)
     with pytest.raises(UserError, match=words):
         command_eval.evaluate_run([str(tmp_path), "--output", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    "arguments, held, words",
+    [
+        (["--output", "other"], "weights", r"other: exists and holds no results"),
+        (
+            ["--checkpoint", "elsewhere/last.pt"],
+            '{"miou": 0.5, "checkpoint": "last"}',
+            "results of checkpoint last",
+        ),
+    ],
+    ids=["another file", "another checkpoint"],
+)
+def test_nothing_but_own_results_is_overwritten(arguments, held, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_eval, "open_run", None)  # before the model is built
+    for name in ("other", "results_last.json"):
+        (tmp_path / name).write_text(held)
+    with pytest.raises(UserError, match=words):
+        command_eval.evaluate_run([".", *arguments])
+    assert (tmp_path / "other").read_text() == held

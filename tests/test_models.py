@@ -375,3 +375,18 @@ def test_step_init_starts_near_the_identity():
     assert len(steps) == 6 and all(s.item() == pytest.approx(-0.1) and s.requires_grad for s in steps)
     drawn = DepictDecoder(5, 24, "ca")
     assert len({p.item() for name, p in drawn.named_parameters() if name.endswith(".step")}) == 6
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_classes": 2.5}, "num_classes must be an integer, got 2.5"),
+        ({"num_classes": "150"}, "num_classes must be an integer, got '150'"),
+        ({"decoder_kwargs": {"depth": "x"}}, "depth must be an integer, got 'x'"),
+        ({"decoder_kwargs": {"num_heads": 1.5}}, "num_heads must be an integer, got 1.5"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["depict_sa", "segmenter_mask"])
+def test_sizes_that_are_no_integers_are_named(kind, changes, words):
+    with pytest.raises(TypeError, match=words):
+        create_model(f"{kind}_vit_tiny", img_size=32, backbone_kwargs={"depth": 1}, **changes)

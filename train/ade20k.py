@@ -1,6 +1,6 @@
 """ADE20K's folder layout: class lists, reading an image with its annotation, the data set of both.
 
-    <root>/images/<split>/<stem>.jpg            8-bit RGB (JPEG or PNG)
+    <root>/images/<split>/<stem>.jpg            JPEG or PNG, used as 8-bit RGB
     <root>/annotations/<split>/<stem>.png       one label per pixel, same size
 
 In an annotation 0 means unlabelled and 1..C are the classes 0..C-1 (``reduce_zero_label``, ADE20K's way);
@@ -18,6 +18,7 @@ import colorsys
 import csv
 import io
 import os
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, Image.DecompressionBombError),
     *(EOFError, AssertionError, LookupError, ArithmeticError, TypeError, struct.error, zlib.error),
 )
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BUILT_IN_CLASSES = {"ade20k": Path(__file__).parent / "data" / "ade20k_classes.csv"}
 
@@ -99,8 +101,12 @@ def load_classes(spec: str | Path) -> ClassList:
     names: list[str] = []
     colours: list[list[int]] = []
     if path.suffix.lower() == ".csv":
-        for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
-            row = [cell.strip() for cell in row]
+        rows = csv.reader(io.StringIO(text), strict=True)  # else a quote left open swallows the rows below it
+        try:
+            table = [[cell.strip() for cell in row] for row in rows]
+        except csv.Error as error:
+            raise UserError(f"class list {path}, line {rows.line_num}: not valid CSV: {error}") from None
+        for number, row in enumerate(table, start=1):
             if not any(row) or (number == 1 and not row[0].lstrip("-").isdigit()):
                 continue  # an empty line or the heading
             where = f"class list {path}, line {number}"
@@ -110,7 +116,7 @@ def load_classes(spec: str | Path) -> ClassList:
                 raise UserError(f"{where}: index {row[0]!r}, need {len(names)} (0, 1, 2, ... in order)")
             names.append(row[1])
             if len(row) == 5:
-                if not all(cell.isdigit() and int(cell) <= 255 for cell in row[2:]):
+                if not all(re.fullmatch(r"\d{1,3}", cell) and int(cell) <= 255 for cell in row[2:]):
                     raise UserError(f"{where}: colour {','.join(row[2:])}, need three numbers from 0 to 255")
                 colours.append([int(cell) for cell in row[2:]])
         if colours and len(colours) != len(names):
@@ -126,6 +132,10 @@ def load_classes(spec: str | Path) -> ClassList:
     for index, name in enumerate(names):
         if not name:
             raise UserError(f"class list {path}: class {index} has an empty name")
+        if any(ord(character) < 32 for character in name):
+            raise UserError(
+                f"class list {path}: class {index} is called {name!r}, need one line of plain text"
+            )
         if name in seen:
             raise UserError(f"class list {path}: classes {seen[name]} and {index} are both called {name!r}")
         seen[name] = index
@@ -139,18 +149,33 @@ def load_classes(spec: str | Path) -> ClassList:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decodes a JPEG or PNG to (H, W, 3) uint8. Raises UserError naming the file."""
+    """Decodes a JPEG or PNG to (H, W, 3) uint8, as ``to_rgb`` converts. Raises UserError naming the file."""
     try:
         data = path.read_bytes()
         if data[:3] != b"\xff\xd8\xff":
-            return np.array(_open_png(data).convert("RGB"))
+            if data[:8] != PNG_SIGNATURE:
+                raise ValueError("its first bytes are neither's" if data else "the file is empty")
+            return to_rgb(_open_png(data))
         if decode_jpeg is None:
-            return np.array(Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB"))
+            return to_rgb(Image.open(io.BytesIO(data), formats=["JPEG"]))
         # It decodes rows of RGB, so the permute is a view.
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     except (*UNREADABLE, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as a JPEG or PNG image ({_reason(error)})") from None
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image of any mode as (H, W, 3) uint8: grey becomes RGB, 16-bit grey is scaled to 8, alpha is dropped.
+
+    Raises ValueError for floating-point pixels, whose range nobody knows.
+    """
+    if image.mode == "F":
+        raise ValueError("32-bit floating-point pixels have no known range: need 8 or 16 bits")
+    if image.mode.startswith("I"):  # PIL's convert would clip 16 bits at 255
+        grey = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def exif_orientation(path: Path) -> int:
@@ -191,8 +216,8 @@ def _open_png(data: bytes) -> Image.Image:
     PIL takes some damaged files for good ones and torchvision's decoder can crash the process on them, so the
     checksums that the format carries are looked at first.
     """
-    if data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("no PNG signature")
+    if data[:8] != PNG_SIGNATURE:
+        raise ValueError("no PNG signature" if data else "the file is empty")
     at, kind = 8, b""
     while kind != b"IEND":
         if len(data) < at + 12:

@@ -103,13 +103,10 @@ def model(config: Config, num_classes: int, weights: bool = True) -> Segmentatio
         )
     except PretrainedWeightsError as error:
         raise UserError(f"model.pretrained: {first_line(error)}") from None
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        RuntimeError,
-    ) as error:
+    except (TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        # Not the library's own words for a wrong value, so they may lack what was wrong.
+        given = {f"model.{key}": getattr(wanted, key) for key in ("backbone_kwargs", "decoder_kwargs")}
+        given = " and ".join(f"{key} {value}" for key, value in given.items() if value)
+        raise UserError(f"model: {first_line(error)}{given and f' (with {given})'}") from None
+    except ValueError as error:
         raise UserError(f"model: {first_line(error)}") from None

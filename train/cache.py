@@ -32,7 +32,7 @@ from train.errors import UserError
 if TYPE_CHECKING:
     from train.ade20k import SegmentationFolder
 
-VERSION = 1
+VERSION = 2  # 16-bit grey images are scaled to 8 bits since
 ROW = np.dtype(
     [
         ("offset", np.int64),

@@ -169,5 +169,8 @@ def check_data(
                 report.smallest = size
             if area > report.largest[0] * report.largest[1]:
                 report.largest = size
+        if report.ignored and not report.pixels.any():
+            folder = Path(root) / "annotations" / split
+            report.problems.append(f"{folder}: no pixel is labelled, in none of the annotations")
         reports.append(report)
     return DataReport(reports, classes, reduce_zero_label)

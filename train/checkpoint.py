@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ from train.errors import UserError, first_line
 from train.schema import Config
 
 FORMAT = "depict_kernels checkpoint 1"
+# What scoring takes from a checkpoint, and what training goes on from.
+WEIGHTS = ("step", "model", "config")
+TRAINING = (
+    *WEIGHTS, "optimizer", "scaler", "ema", "rng", "window", "skipped", "evaluated_step", "best_miou", "best_step",
+    "untrained_miou",
+)  # fmt: skip
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -57,11 +65,20 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to CPU memory. Raises ``UserError`` where it is missing, cut short or no checkpoint."""
+    """Reads a checkpoint to CPU memory.
+
+    Raises ``UserError`` where it is missing, cut short, damaged (torch reads past a wrong checksum) or no checkpoint.
+    """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if (record := file.testzip()) is not None:
+                    raise UserError(f"{path}: is damaged: the checksum of its part {record} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: not a readable checkpoint: it is damaged, or holds more than tensors and plain values"
@@ -71,6 +88,13 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this trainer (key 'format' is not {FORMAT!r})")
     return state
+
+
+def require(state: dict[str, Any], path: Path, keys: Sequence[str]) -> None:
+    """Raises ``UserError`` where checkpoint ``path`` lacks one of ``keys``."""
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}: another version of this trainer wrote it")
 
 
 def load_weights(

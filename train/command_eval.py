@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def open_run(
     model = build.model(config, classes.num_classes, weights=False)
     path = folder / f"{which}.pt" if which in ("best", "last") else Path(which)
     state = checkpoint.load(path)
+    checkpoint.require(state, path, checkpoint.WEIGHTS)
     # last.pt holds both; the moving average is what training evaluates.
     checkpoint.load_weights(model, state.get("ema") or state["model"], path, state["config"], config)
     model.to(world.device).eval()
@@ -50,13 +52,29 @@ def scored(which: str, multiscale: bool) -> str:
     return stem
 
 
-def check_output(output: Path) -> None:
-    """Raises UserError where an evaluation could not write there."""
+def check_output(output: Path, checkpoint: str | None = None) -> None:
+    """Raises UserError where an evaluation could not write there, or would overwrite anything but results.
+
+    With ``checkpoint``, where it would overwrite the results of another one.
+    """
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; name a file, e.g. {output / 'results.json'}")
-    if not output.parent.is_dir():
+    if checkpoint is None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    check_writable(output.parent, "--output")
+    if output.parent.is_dir():
+        check_writable(output.parent, "--output")
+    if not output.exists():
+        return
+    try:
+        results = json.loads(output.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        results = None
+    if not isinstance(results, dict) or "miou" not in results:
+        raise UserError(f"--output {output}: exists and holds no results; name another file")
+    if checkpoint is not None and results.get("checkpoint") != checkpoint:
+        raise UserError(
+            f"{output}: holds the results of checkpoint {results.get('checkpoint')}; name another file with --output"
+        )
 
 
 def evaluate_run(arguments: list[str]) -> int:
@@ -64,16 +82,20 @@ def evaluate_run(arguments: list[str]) -> int:
     which = own.get("checkpoint", "best")
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}; usage: {EVAL.usage}")
-    if "output" in own:  # before the model is built
-        check_output(Path(own["output"]))
-    folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
     multiscale = own.get("multiscale", False)
-    from train import build, distributed
+    output = None
+    if words:
+        folder = Path(words[0])
+        for name in ("best", "last"):  # however they are called, they are the run's own
+            if Path(which).resolve() == (folder / f"{name}.pt").resolve():
+                which = name
+        output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
+        check_output(output, None if "output" in own else which)  # before the model is built
+    folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
+    from train import build
     from train.inference import Comparison, evaluate, print_progress
     from train.plots import plot_confusion
 
-    output = Path(own["output"]) if "output" in own else folder / f"results{scored(which, multiscale)}.json"
-    distributed.on_main(world, lambda: check_writable(output.parent, "--output"))
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
     comparison = Comparison() if own.get("compare-stock") else None

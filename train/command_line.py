@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import textwrap
 from collections.abc import Callable
@@ -64,7 +65,10 @@ class Command:
         return "\n\n".join(parts)
 
     def split(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
-        """Positional words, the command's own options, and the rest for the keys. Raises ``UserError``."""
+        """Positional words, the command's own options, and the rest for the keys. Raises ``UserError``.
+
+        A switch may be given a truth value (``--multiscale=false``), as keys are.
+        """
         takes_value = {option.name: option.value is not None for option in self.options if option != CONFIG}
         words: list[str] = []
         own: dict[str, Any] = {}
@@ -73,16 +77,39 @@ class Command:
         while queue:
             word = queue.pop(0)
             key, equals, value = word.partition("=")
-            if not word.startswith("--"):
+            name = key[2:]
+            if not word.startswith("-"):
                 words.append(word)
-            elif key[2:] not in takes_value:
+            elif name in takes_value and not takes_value[name]:
+                own[name] = _truth(key, value) if equals else True
+            elif name in takes_value:
+                if not equals:
+                    value = "" if not queue or queue[0].startswith("--") else queue.pop(0)
+                if not value:
+                    raise UserError(f"{key} needs a value: {key} VALUE")
+                own[name] = value
+            elif "." in name or name == CONFIG.name:
                 rest.append(word)
                 if not equals and queue:
                     rest.append(queue.pop(0))
-            elif not takes_value[key[2:]]:
-                own[key[2:]] = True
-            elif equals or queue:
-                own[key[2:]] = value if equals else queue.pop(0)
             else:
-                raise UserError(f"{key} needs a value")
+                raise UserError(self._unknown(key))
         return words, own, rest
+
+    def _unknown(self, option: str) -> str:
+        from train.config import nearest
+
+        names = [f"--{own.name}" for own in self.options]
+        close = difflib.get_close_matches(option, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else nearest(option.lstrip("-"))
+        if "did you mean" not in hint:
+            hint = f"; see `{PROGRAM} {self.name} --help`"
+        return f"{self.name}: unknown option {option}{hint}"
+
+
+def _truth(key: str, value: str) -> bool:
+    """A switch's explicit value, by YAML's words for truth."""
+    truth = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if value.lower() not in truth:
+        raise UserError(f"{key}: expected true or false, got {value!r}")
+    return truth[value.lower()]

@@ -27,9 +27,12 @@ def train_run(arguments: list[str]) -> int:
     trainer = Trainer(config, world, folder, resume)
     del resume
 
-    distributed.on_main(world, lambda: open_folder(config, folder, trainer.classes, world))
+    done = trainer.step >= trainer.total_steps
+    finished = distributed.on_main(world, lambda: done and (folder / "results.json").exists())
+    if not finished:  # config.yaml stays that of the run that was
+        distributed.on_main(world, lambda: open_folder(config, folder, trainer.classes, world))
     describe(trainer)
-    if trainer.step >= trainer.total_steps and (folder / "results.json").exists():
+    if finished:
         trainer.log.say(f"{folder} is finished; --run.overwrite true starts over")
     else:
         trainer.train()
@@ -81,6 +84,7 @@ def finish(trainer: Any) -> None:
     folder, world = trainer.folder, trainer.world
     path = folder / "best.pt"
     state = distributed.on_main(world, lambda: checkpoint.load(path))
+    checkpoint.require(state, path, checkpoint.WEIGHTS)
     checkpoint.load_weights(trainer.model, state["model"], path, state["config"], trainer.config)
     metrics = trainer.measure(trainer.model)
     if not world.main:

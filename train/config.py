@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -64,6 +65,8 @@ def parse_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         if not equals:
             # A missing value is told from a negative number by what follows the dashes.
             if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+                if key != "--config":
+                    _refuse_unknown(_nest(key[2:], {}), Config)
                 raise UserError(f"{key} needs a value: {key} VALUE")
             value = rest.pop(0)
         if key == "--config":
@@ -110,6 +113,9 @@ def check(config: Config) -> None:
         raise UserError(f"data.scale: {list(data.scale)} is no range; the smaller number comes first")
     if optim.min_lr > optim.lr:
         raise UserError(f"optim.min_lr: {optim.min_lr:g} is above optim.lr ({optim.lr:g}); lower it")
+    weights = config.loss.class_weights
+    if weights and not any(weights):
+        raise UserError(f"loss.class_weights: {weights} leave nothing to learn; one must be above 0")
     if train.steps is None and train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; give one of them")
     if evaluation.mode == "slide" and evaluation.stride > evaluation.window:
@@ -133,8 +139,7 @@ def help_text(only: Sequence[str] = ()) -> str:
         if not any(key == name or key.startswith(f"{name}.") for key in _types(Config)):
             close = difflib.get_close_matches(name, [entry.name for entry in dataclasses.fields(Config)], n=1)
             raise UserError(
-                f"unknown section or key {name}"
-                + (f"; did you mean {close[0]}?" if close else _nearest(name))
+                f"unknown section or key {name}" + (f"; did you mean {close[0]}?" if close else nearest(name))
             )
     wanted = [f"{name}." for name in only] or [""]
     return "\n".join(_help_lines(Config, "", lambda dotted: f"{dotted}.".startswith(tuple(wanted)))).strip(
@@ -164,7 +169,7 @@ def _read_yaml(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
         raise UserError(f"{file}: the `base` keys lead in a circle")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
         raise UserError(f"{file}: no such configuration file; {CONFIGS} has {known}") from None
@@ -228,7 +233,7 @@ def _refuse_unknown(nested: dict[str, Any], schema: type, prefix: str = "") -> N
     for key, value in nested.items():
         dotted = f"{prefix}{key}"
         if key not in hints:
-            raise UserError(f"unknown key {dotted}{_nearest(dotted)}")
+            raise UserError(f"unknown key {dotted}{nearest(dotted)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 example = f"{dotted}.{dataclasses.fields(hints[key])[0].name}"
@@ -270,7 +275,8 @@ _SYNONYMS = {
 }
 
 
-def _nearest(dotted: str) -> str:
+def nearest(dotted: str) -> str:
+    """``"; did you mean KEY?"`` for a key that there is not, or where to see all of them."""
     known = _types(Config)
     leaf = dotted.rpartition(".")[2].lower().replace("-", "_")
     same = [key for key in known if key.rpartition(".")[2] == leaf]  # the right name in the wrong section
@@ -350,6 +356,8 @@ def _check_ranges(section: Any, name: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_ranges(value, f"{name}.{entry.name}")
         for single in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(single, float) and not math.isfinite(single):  # YAML has .inf and .nan
+                raise UserError(f"{name}.{entry.name}: {value} is out of range; it must be finite")
             if single is None or not entry.metadata:
                 continue
             if not all(_LIMITS[limit][1](single, bound) for limit, bound in entry.metadata.items()):

@@ -108,10 +108,13 @@ class Trainer:
         self.best_miou, self.best_step = -1.0, -1
         self.untrained_miou: float | None = None
         # One row per step since the last log line: loss of this process's share, norm of the gradient.
-        self.window = torch.zeros(config.train.log_every, 2, device=self.device)
+        self.window = torch.zeros(min(config.train.log_every, self.total_steps), 2, device=self.device)
         self.window_images: list[list[int]] = []
         # Steps without a finite gradient: in all, and in a row.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
+        # Updates since this start, and the labelled pixels (times their class weights) in them over all processes.
+        self.updates = 0
+        self.labelled = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = RunLog(folder, self.total_steps, main=world.main, tensorboard=config.train.tensorboard)
 
         # Different from here on: each process drops other paths.
@@ -178,6 +181,8 @@ class Trainer:
         batches = [to_device(batch, self.device) for batch in batches]
         valid = sum(self.loss_module.valid_weight(batch["target"]) for batch in batches)
         sum_over(self.world, valid)
+        self.labelled += valid
+        self.updates += 1
         # Gradients are averaged over the processes, hence the factor; nothing valid anywhere gives 0, not NaN.
         scale = torch.where(valid > 0, self.world.size / valid, 0.0).float()
 
@@ -221,6 +226,11 @@ class Trainer:
             raise UserError(
                 f"up to step {self.step}: {error}; `python train/run.py check-data` names the file"
             ) from None
+        if self.updates >= self.steps_per_epoch and not self.labelled:
+            raise UserError(
+                f"{self.train_set.root}: no labelled pixel in a whole epoch of {self.config.data.train_split}; "
+                "`python train/run.py check-data` shows what the annotations hold"
+            )
         window = self.window[: len(self.window_images)].clone()
         window[:, 0] = sum_over(self.world, window[:, 0].contiguous())
         rows = window.tolist()
@@ -360,15 +370,17 @@ class Trainer:
         if self.ema is not None:
             # A run that had no average yet starts one from its weights.
             self.ema.module.load_state_dict(state["ema"] or state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state, path)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
         self.best_miou, self.best_step = state["best_miou"], state["best_step"]
         self.untrained_miou = state["untrained_miou"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
-        # The losses are already summed over the processes: the main process carries them on.
-        rows = state["window"][-len(self.window) + 1 :] if len(self.window) > 1 else []
+        # The losses are already summed over the processes: the main process carries them on. Where log_every was
+        # another one, those since its last multiple count.
+        since = self.step % self.config.train.log_every
+        rows = state["window"][-since:] if since else []
         if rows:
             self.window[: len(rows)] = torch.tensor(rows)
             if not self.world.main:
@@ -378,6 +390,22 @@ class Trainer:
             checkpoint.set_rng_state(state["rng"][self.world.rank], self.device)
         else:  # another number of processes: the same data order, but other random paths
             _seed(self.config.train.seed + 7_000_003 * (self.step + 1) + self.world.rank)
+
+    def _restore_optimizer(self, state: dict[str, Any], path: Path) -> None:
+        """The optimiser's memory from the checkpoint; its settings (weight decay, betas, ...) are this run's."""
+        changed = checkpoint.differences(state["config"], to_dict(self.config), ("optim.",))
+        named = f" ({'; '.join(changed)})" if changed else ""
+        refusal = UserError(f"{path}: its optimizer state does not fit this run's optimizer{named}")
+        if any(text.startswith("optim.name:") for text in changed):
+            raise refusal
+        # The rate is set anew before every update.
+        own = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError):
+            raise refusal from None
+        for group, settings in zip(self.optimizer.param_groups, own):
+            group.update(settings)
 
 
 def _seed(seed: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from train.ade20k import UNREADABLE, ClassList
+from train.ade20k import UNREADABLE, ClassList, to_rgb
 from train.errors import UserError, first_line
 from train.inference import Progress, predict_labels, prefetch
 
@@ -56,19 +56,13 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 def read_any_image(path: Path) -> np.ndarray:
     """Decodes an image to (H, W, 3) uint8, upright.
 
-    EXIF's orientation is applied, so a label map is that of the upright image. Grey becomes RGB, 16-bit grey is
-    scaled to 8, alpha is dropped, of several frames the first counts. Raises UserError naming the file.
+    EXIF's orientation is applied, so a label map is that of the upright image; of several frames the first counts,
+    and ``to_rgb`` converts the pixels. Raises UserError naming the file.
     """
     try:
         with Image.open(path) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("32-bit floating-point pixels have no known range: need 8 or 16 bits")
-            if image.mode.startswith("I"):  # PIL's convert would clip 16 bits at 255
-                grey = np.asarray(image).astype(np.float64) / 257
-                image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-            return np.array(image.convert("RGB"))
+            return to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 

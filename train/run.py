@@ -10,6 +10,7 @@ python train/run.py keys [SECTION|KEY ...]                         the keys of a
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from depict_kernels.backends import BackendUnavailable
 from train.command_data import CACHE_DATA, CHECK_DATA, DOWNLOAD_DATA, GENERATE_DATA
 from train.command_eval import EVAL, PREDICT
+from train.command_line import PROGRAM
 from train.command_train import TRAIN
 from train.errors import UserError, first_line, missing_extra, user_message
 
@@ -29,6 +31,7 @@ COMMANDS = {
     command.name: command
     for command in (TRAIN, EVAL, PREDICT, CHECK_DATA, GENERATE_DATA, DOWNLOAD_DATA, CACHE_DATA)
 }
+WORDS = (*COMMANDS, "keys", "help")
 
 
 def main(arguments: list[str]) -> int:
@@ -36,16 +39,17 @@ def main(arguments: list[str]) -> int:
     from train import distributed
 
     try:
-        first, rest = arguments[:1], arguments[1:]
-        if first == ["help"] or any(word in ("-h", "--help") for word in arguments):
-            return show_help(rest[:1] if first == ["help"] else first)
-        if first == ["keys"]:
+        names_command = bool(arguments) and not arguments[0].startswith("-")
+        name, rest = (arguments[0], arguments[1:]) if names_command else ("train", arguments)
+        if name not in WORDS:
+            raise unknown_command(name)
+        if any(word in ("-h", "--help") for word in rest):
+            return show_help([name] if names_command else [])
+        if name == "help":
+            return show_help(rest)
+        if name == "keys":
             return show_keys(rest)
-        if first and first[0] not in COMMANDS and not first[0].startswith("-"):
-            raise UserError(
-                f"unknown command {first[0]!r}; commands are {', '.join([*COMMANDS, 'keys', 'help'])}"
-            )
-        status = COMMANDS[first[0]].run(rest) if first and first[0] in COMMANDS else TRAIN.run(arguments)
+        status = COMMANDS[name].run(rest)
         distributed.stop()
         return status
     except UserError as error:
@@ -76,11 +80,30 @@ def main(arguments: list[str]) -> int:
         return 3
 
 
+def unknown_command(name: str) -> UserError:
+    close = difflib.get_close_matches(name, WORDS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return UserError(f"unknown command {name!r}; {hint}commands are {', '.join(WORDS)}")
+
+
+KEYS_HELP = f"""usage: {PROGRAM} keys [SECTION|KEY ...]
+
+Show the keys of a configuration with type, default and meaning: all of them, or those of the sections and with the
+names that are given, e.g. `keys optim` or `keys train.steps data.generate`."""
+
+
 def show_help(names: list[str]) -> int:
-    """One command, or all of them in short."""
+    """One command, or all of them in short. Raises ``UserError`` for a word that is no command."""
+    if len(names) > 1:
+        raise UserError(f"help takes one command, got {' '.join(names)}")
     if names and names[0] in COMMANDS:
         print(COMMANDS[names[0]].help_text())
         return 0
+    if names == ["keys"]:
+        print(KEYS_HELP)
+        return 0
+    if names not in ([], ["help"]):
+        raise unknown_command(names[0])
     print(__doc__.strip())
     print("\nCommands:")
     for command in COMMANDS.values():

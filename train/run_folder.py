@@ -71,6 +71,7 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
         return None
     if not over and last.exists() and not own:
         state = checkpoint.load(last)
+        checkpoint.require(state, last, checkpoint.TRAINING)
         changed = [
             text
             for text in checkpoint.differences(state["config"], to_dict(config))
@@ -85,6 +86,7 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     state = checkpoint.load(path)
     if "optimizer" not in state:
         raise UserError(f"{path}: holds weights only; last.pt of a run folder is what training resumes from")
+    checkpoint.require(state, path, checkpoint.TRAINING)
     if over or not own:  # the best checkpoint stays behind in the other folder
         state |= {"best_miou": -1.0, "best_step": -1, "evaluated_step": -1}
     return {**state, "file": str(path)}
@@ -115,7 +117,7 @@ def write_run_folder(config: Any, folder: Path, classes: Any, world: Any) -> Non
         f"{i},{quoted(name)},{','.join(str(int(value)) for value in colour)}"
         for i, (name, colour) in enumerate(zip(classes.names, classes.palette))
     )
-    (folder / "classes.csv").write_text("index,name,r,g,b\n" + "".join(f"{row}\n" for row in rows))
+    (folder / "classes.csv").write_text("index,name,r,g,b\n" + "".join(f"{row}\n" for row in rows), "utf-8")
 
 
 def quoted(name: str) -> str:

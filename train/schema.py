@@ -164,7 +164,7 @@ class Train:
     """Seed of the weights, the data order and everything random about a sample."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    threads: int | None = number(None, ge=1)
+    threads: int | None = number(None, ge=1, le=1024)
     """CPU threads of torch; null: torch's own choice."""
     log_every: int = number(20, ge=1)
     """Steps between log lines."""

@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from depict_kernels import ops
 
 
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises TypeError where a size is no integer, ValueError where it is below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 class _SubspaceAttention(nn.Module):
     """One shared projection P (H * d, D) as query, key, value and (transposed) output map, one step size."""
 
@@ -116,14 +124,12 @@ class DepictDecoder(nn.Module):
         super().__init__()
         if mode not in ("sa", "ca"):
             raise ValueError(f"mode must be 'sa' or 'ca', got {mode!r}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_count("num_classes", num_classes, 1)
         sizes = {"num_heads": num_heads, "head_dim": head_dim, "cross_head_dim": cross_head_dim}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if depth < 0 or cross_depth < 0:
-            raise ValueError(f"depth and cross_depth must be at least 0, got {depth} and {cross_depth}")
+            check_count(name, size, 1)
+        for name, size in {"depth": depth, "cross_depth": cross_depth}.items():
+            check_count(name, size, 0)
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.mode = mode

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from depict_kernels import ops
+from depict_kernels.models.depict import check_count
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -42,8 +43,10 @@ class SegmenterDecoder(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_count("num_classes", num_classes, 1)
+        check_count("depth", depth, 0)
+        if num_heads is not None:
+            check_count("num_heads", num_heads, 1)
         num_heads = num_heads or max(1, embed_dim // 64)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
@@ -101,8 +104,7 @@ class LinearDecoder(nn.Module):
 
     def __init__(self, num_classes: int, embed_dim: int, backend: str = "auto") -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_count("num_classes", num_classes, 1)
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.backend = backend
