@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from tiny_run import arguments, configuration, make_data, settings
 
 from depict_kernels.models import create_model
