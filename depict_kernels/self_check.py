@@ -64,7 +64,8 @@ def _run(backend: str, operator: str, device: torch.device, dtype: torch.dtype, 
     """In a thread of its own: the call that asks may be traced, under vmap or autocast, or in inference mode."""
 
     def check() -> str | None:
-        with _on(device):
+        # Backward stays in this thread: the one worker that autograd has for a GPU may be what waits for this check.
+        with _on(device), torch.autograd.set_multithreading_enabled(False):
             return _CHECKS[operator](backend, device, dtype, *_EXAMPLES[shape])
 
     with ThreadPoolExecutor(1, "depict_kernels self-check") as thread:
@@ -105,10 +106,14 @@ def _loss(backend: str, device: torch.device, dtype: torch.dtype, classes: int, 
     logits, target, _ = _example(device, dtype, classes, factor)
 
     def loss(x: torch.Tensor, name: str):
-        value, (grad,) = value_and_gradients(lambda x: upsample_cross_entropy(x, target, backend=name), [x])
+        value, (grad,) = value_and_gradients(
+            lambda x: upsample_cross_entropy(x, target.to(x.device), backend=name), [x]
+        )
         return {"loss": value, "gradient": grad}
 
-    truth = loss(logits.double(), "torch")
+    # On the CPU: stock operators on a GPU refuse to run under torch.use_deterministic_algorithms.
+    truth = loss(logits.cpu().double(), "torch")
+    truth = {what: value.to(device) for what, value in truth.items()}
     ours, again = loss(logits, backend), loss(logits, backend)
     for what, value in ours.items():
         error, scale = max_error(value, truth[what]), truth[what].abs().max().item()

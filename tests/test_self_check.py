@@ -1,5 +1,6 @@
 """Kernels that prove themselves before ``auto`` takes them, on GPUs without a record. Here the CPU is such a GPU."""
 
+import threading
 import warnings
 
 import pytest
@@ -155,6 +156,38 @@ def test_the_check_runs_in_nobodys_context(surrounding):
     assert names == ["cuda"] * 3
 
 
+def test_backward_of_the_check_needs_no_other_thread(monkeypatch):
+    """The first call may come from a backward pass: on a GPU that pass holds the device's only autograd thread."""
+    threads = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            threads.append((threading.get_ident(), torch._C._is_multithreading_enabled()))
+            return grad
+
+    def check(*arguments):
+        here = threading.get_ident()
+        Noted.apply(torch.ones(1, requires_grad=True)).backward()
+        return None if threads == [(here, False)] else f"{threads} are not {here} alone"
+
+    monkeypatch.setitem(self_check._CHECKS, "upsample_cross_entropy", check)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert taken() == "cuda"
+    assert torch._C._is_multithreading_enabled()
+
+
+def test_the_truth_comes_from_the_cpu(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: seen.append(x.dtype) or x)
+    assert taken(dtype=torch.bfloat16) == "cuda" and seen == [torch.bfloat16]
+
+
 def test_vmap_and_the_compiler_may_be_the_first_to_ask():
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -197,3 +230,19 @@ def test_status_page_names_what_was_checked(capsys, monkeypatch):
 def test_the_kernels_pass_on_this_gpu(backend, operator, shape):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert self_check.why_not(backend, operator, torch.device("cuda"), dtype, shape) is None
+
+
+@pytest.mark.gpu
+def test_the_check_passes_under_deterministic_algorithms():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for operator in sorted(self_check.OPERATORS):
+            assert (
+                self_check.why_not(
+                    "cuda", operator, torch.device("cuda"), torch.float32, self_check.SHAPES[0]
+                )
+                is None
+            )
+    finally:
+        torch.use_deterministic_algorithms(before)
