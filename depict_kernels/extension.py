@@ -90,7 +90,9 @@ def why_not_on_gpu(capability: tuple[int, int]) -> str | None:
         same_family = major == capability[0] and minor <= capability[1]
         if exact[-1].isalpha() and not exact.endswith("f"):  # "9.0a" runs on 9.0 alone
             same_family = (major, minor) == capability
-        if same_family or (entry.endswith("+PTX") and (major, minor) <= capability):
+        # PTX of "9.0a" or "10.0f" runs where their machine code does and nowhere else.
+        later = entry.endswith("+PTX") and not exact[-1].isalpha() and (major, minor) <= capability
+        if same_family or later:
             return None
     return (
         f"the CUDA kernels were built for compute capability {', '.join(built)} and this GPU has "

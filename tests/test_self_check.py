@@ -250,3 +250,19 @@ def test_the_kernels_pass_on_this_gpu(backend, operator, shape):
         pytest.skip(reason)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert self_check.why_not(backend, operator, torch.device("cuda"), dtype, shape) is None
+
+
+@pytest.mark.gpu
+def test_the_check_passes_under_deterministic_algorithms():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for operator in sorted(self_check.OPERATORS):
+            assert (
+                self_check.why_not(
+                    "cuda", operator, torch.device("cuda"), torch.float32, self_check.SHAPES[0]
+                )
+                is None
+            )
+    finally:
+        torch.use_deterministic_algorithms(before)
