@@ -96,7 +96,7 @@ class _Pixels:
         else:
             self.class_weight = weight.to(dtype).view(1, -1, 1, 1)
             self.weight = self.class_weight.flatten()[self.label.clamp(min=0)].masked_fill_(self.ignored, 0)
-            total = weight.sum() if label_smoothing > 0 else 0
+            total = self.class_weight.sum() if label_smoothing > 0 else 0  # in the gradient's precision
         self.hit = (1 - label_smoothing) * self.weight
         self.smooth = label_smoothing / logits.shape[1]
         # of the softmax in the gradient
