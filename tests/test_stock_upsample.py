@@ -132,7 +132,16 @@ def test_logits_far_from_zero_keep_their_differences(a_few_classes, problem):
     assert_same_loss(logits.round() + 3e4, target, label_smoothing=0.2)
 
 
-def test_labels_are_exactly_those_of_stock_torch(a_few_classes):
+def test_weights_are_summed_in_the_precision_of_the_gradient(a_few_classes, problem):
+    logits, target = problem
+    weight = torch.tensor([0.1, 0.7, 1.3, 0.3, 0.9])  # float32, for float64 logits
+    loss = lambda backend: lambda x: ops.upsample_cross_entropy(x, target, None, weight, 0.3, backend=backend)
+    ours, (grad,) = value_and_gradients(loss("auto"), [logits.double()])
+    expected, (expected_grad,) = value_and_gradients(loss("torch"), [logits.double()])
+    torch.testing.assert_close((ours, grad), (expected, expected_grad), rtol=1e-12, atol=1e-14)
+
+
+def test_ties_and_what_is_not_finite_have_the_labels_of_stock_torch(a_few_classes):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(-1, 2, (2, 5, 3, 5), generator=generator).float()  # many ties
     logits[0, 1, 0, 0] = logits[0, 4, 0, 0] = torch.nan

@@ -2,7 +2,8 @@
 
 ``cross_entropy`` is F.interpolate and F.cross_entropy, which autograd and torch.compile see through and which keeps
 several arrays of the upsampled logits' size. Everything else here upsamples as many classes at a time as
-:func:`chunk_bytes` hold; each upsampled logit is the number that F.interpolate gives.
+:func:`chunk_bytes` hold, as F.interpolate does it, to a rounding: the order of its additions depends on how many
+classes and which strides it is given.
 """
 
 from collections.abc import Iterator
