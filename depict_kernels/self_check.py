@@ -115,19 +115,37 @@ def _example(dtype: torch.dtype, classes: int, factor: int):
 
 
 def _loss(backend: str, device: torch.device, dtype: torch.dtype, classes: int, factor: int) -> str | None:
-    from depict_kernels.ops.reference.upsample import cross_entropy_forward
+    plain = _loss_with(backend, device, dtype, classes, factor, weighted=False)
+    return plain or _loss_with(backend, device, dtype, classes, factor, weighted=True)
+
+
+def _loss_with(backend, device, dtype, classes, factor, weighted: bool) -> str | None:
+    """The mean; or with class weights and label smoothing each pixel's loss, with an upstream gradient of its own."""
+    from depict_kernels.ops.reference import upsample as reference
     from depict_kernels.testing import max_error
 
     logits, target, ignored, _ = _example(dtype, classes, factor)
-    inputs = logits.to(device), target.to(device)
+    library = torch.ops.depict_kernels
+    if weighted:
+        options = (torch.linspace(0.5, 2.0, classes), ignored, 0.1)
+        upstream = torch.linspace(-1.0, 1.0, target.numel()).view(target.shape)
+        truth = (
+            reference.cross_entropy_forward(logits.double(), target, *options, "none", False)[0],
+            reference.cross_entropy_backward(upstream.double(), logits.double(), target, *options),
+        )
+    else:
+        options = (None, ignored, 0.0)
+        truth = reference.cross_entropy_forward(logits.double(), target, *options, "mean", True)
+    there = lambda t: None if t is None else t.to(device)
+    inputs = (there(logits), there(target), there(options[0]), *options[1:])
 
     def run() -> list[torch.Tensor]:
-        results = torch.ops.depict_kernels.upsample_cross_entropy(
-            *inputs, None, ignored, 0.0, "mean", True, False, backend
-        )
-        return [result.cpu() for result in results]
+        reduction = "none" if weighted else "mean"
+        loss, grad, report = library.upsample_cross_entropy(*inputs, reduction, True, False, backend)
+        if weighted:
+            grad = library.upsample_cross_entropy_backward(there(upstream), *inputs, backend)
+        return [result.cpu() for result in (loss, grad, report)]
 
-    truth = cross_entropy_forward(logits.double(), target, None, ignored, 0.0, "mean", True)
     (*ours, report), again = run(), run()
     for what, value, exact in zip(("loss", "gradient"), ours, truth):
         error, scale = max_error(value, exact), exact.abs().max().item()

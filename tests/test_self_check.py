@@ -69,6 +69,28 @@ def off(result, index, change):
     return tuple(change(r) if i == index else r for i, r in enumerate(result))
 
 
+def without_options(right):
+    """A kernel that forgets class weights and label smoothing."""
+    return lambda logits, target, weight, ignored, smoothing, *rest: right(
+        logits, target, None, ignored, 0.0, *rest
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cross_entropy_forward": without_options},
+        {"cross_entropy_backward": lambda right: lambda *a: torch.full_like(right(*a), 7.0)},
+    ],
+    ids=["options", "unreduced gradient"],
+)
+def test_options_and_unreduced_losses_are_checked(change, monkeypatch):
+    for name, wrong in change.items():
+        monkeypatch.setattr(cuda, name, wrong(getattr(cuda, name)))
+    with pytest.warns(RuntimeWarning, match="from float64"):
+        assert taken() == "torch"
+
+
 WRONG = {
     "its loss is": ("cross_entropy_forward", lambda r: off(r, 0, lambda loss: loss * 1.001)),
     "its gradient is": ("cross_entropy_forward", lambda r: off(r, 1, lambda grad: grad.roll(1, 3))),

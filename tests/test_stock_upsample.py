@@ -44,7 +44,7 @@ def assert_same_loss(logits, target, **options):
 @pytest.mark.parametrize("need_grad", [False, True])
 def test_no_array_holds_more_classes_than_asked_for(monkeypatch, need_grad):
     logits, target = logits_and_target(2, 50, (3, 5), SIZE)
-    pixels = 2 * SIZE[0] * SIZE[1]
+    pixels = SIZE[0] * SIZE[1]  # of one image
     monkeypatch.setattr(stock, "CPU_CHUNK", 4 * 4 * pixels)
     options = (torch.rand(50), 255, 0.1, "mean", need_grad)
     assert largest_tensor(lambda: stock.cross_entropy_forward(logits, target, *options)) == 4 * pixels
@@ -52,7 +52,7 @@ def test_no_array_holds_more_classes_than_asked_for(monkeypatch, need_grad):
     counts = torch.zeros(50, 50, dtype=torch.int64)
     assert largest_tensor(lambda: stock.confusion(logits, target, 255, counts)) == 4 * pixels
     plain = largest_tensor(lambda: ops.upsample_cross_entropy(logits, target, backend="torch"))
-    assert plain == 50 * pixels  # which the record does see
+    assert plain == 2 * 50 * pixels  # which the record does see
 
 
 def test_auto_takes_it_above_a_size_and_stays_plain_below(monkeypatch, problem):
@@ -85,6 +85,51 @@ def test_forward_mode_takes_the_plain_composition(a_few_classes, problem):
     _, ours = torch.func.jvp(loss, (logits,), (direction,))
     _, (grad,) = value_and_gradients(loss, [logits])
     torch.testing.assert_close(ours, (grad * direction).sum(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_compiled_transforms_lose_no_tangent(backend, problem):
+    """Registered operators know no forward mode: a compiled one would give 0."""
+    logits, target = problem
+    if reason := backends.why_unavailable("cpp", "upsample_cross_entropy", "cpu", torch.float32):
+        pytest.skip(reason)
+    loss = lambda x: ops.upsample_cross_entropy(x, target, backend=backend)
+    transforms = {
+        "jvp": lambda x: torch.func.jvp(loss, (x,), (x,))[1],
+        "jacfwd": lambda x: torch.func.jacfwd(loss)(x),
+        "grad": lambda x: torch.func.grad(loss)(x),
+    }
+    for transform in transforms.values():
+        torch.compiler.reset()
+        compiled = torch.compile(transform, backend="aot_eager")
+        if backend == "auto":
+            torch.testing.assert_close(compiled(logits), transform(logits))
+        else:
+            with pytest.raises(Exception, match="forward-mode differentiation"):
+                compiled(logits)
+    torch.compiler.reset()
+
+
+def test_images_go_one_by_one(monkeypatch, a_few_classes):
+    """What a pixel needs beside the upsampled logits grows with one image, not with the batch."""
+    logits, target = logits_and_target(6, 5, (3, 5), SIZE)
+    options = (None, 255, 0.1)
+    assert largest_tensor(lambda: stock.cross_entropy_forward(logits, target, *options, "mean", True)) == max(
+        logits.numel(), min(5, stock.CPU_CHUNK // (4 * SIZE[0] * SIZE[1])) * SIZE[0] * SIZE[1]
+    )
+    batch = stock.cross_entropy_forward(logits, target, *options, "sum", True)
+    single = [
+        stock.cross_entropy_forward(x, t, *options, "sum", True)
+        for x, t in zip(logits.split(1), target.split(1))
+    ]
+    torch.testing.assert_close(batch[0], sum(loss for loss, _ in single))
+    assert torch.equal(batch[1], torch.cat([grad for _, grad in single]))
+
+
+def test_tiny_class_weights(a_few_classes, problem):
+    """One over their sum would be infinite."""
+    logits, target = problem
+    assert_same_loss(logits, target.clamp(max=4), weight=torch.full((5,), 2e-41))
 
 
 def test_compiled_graphs_keep_it_whatever_the_size(monkeypatch, problem):

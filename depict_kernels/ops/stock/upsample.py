@@ -1,9 +1,9 @@
 """Loss, label map and confusion matrix by stock operators: as everybody runs them, and a few classes at a time.
 
 ``cross_entropy`` is F.interpolate and F.cross_entropy, which autograd and torch.compile see through and which keeps
-several arrays of the upsampled logits' size. Everything else here upsamples as many classes at a time as
-:func:`chunk_bytes` hold, as F.interpolate does it, to a rounding: the order of its additions depends on how many
-classes and which strides it is given.
+several arrays of the upsampled logits' size. Everything else here goes image by image and upsamples as many classes at
+a time as :func:`chunk_bytes` hold, as F.interpolate does it, to a rounding: the order of its additions depends on how
+many classes and which strides it is given.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.reference import upsample as reference
 from depict_kernels.ops.reference.upsample import upsample, upsample_backward
 
@@ -69,8 +70,15 @@ def _upsampled(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Ten
         yield first, upsample(logits[:, first : first + step], size)
 
 
+def _label_weight(target: Tensor, ignored: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Weight of every pixel's class, 0 where the target is ignored; shaped as target."""
+    if class_weight is None:
+        return (~ignored).to(dtype)
+    return class_weight.flatten()[target.masked_fill(ignored, 0)].masked_fill_(ignored, 0)
+
+
 class _Pixels:
-    """What every pixel needs, all (B, 1, H, W), whatever the number of classes."""
+    """What every pixel needs, all (B, 1, H, W), whatever the number of classes: about 75 bytes a pixel."""
 
     def __init__(self, logits, target, weight, ignore_index, label_smoothing):
         self.logits, self.size = logits, tuple(target.shape[-2:])
@@ -90,25 +98,24 @@ class _Pixels:
             self.peak = peak
         self.log_sum = self.sum.log()
         dtype = self.sum.dtype
-        if weight is None:
-            self.class_weight = None
-            self.weight = (~self.ignored).to(dtype)
-            total = logits.shape[1]
-        else:
-            self.class_weight = weight.to(dtype).view(1, -1, 1, 1)
-            self.weight = self.class_weight.flatten()[self.label.clamp(min=0)].masked_fill_(self.ignored, 0)
-            total = self.class_weight.sum() if label_smoothing > 0 else 0  # in the gradient's precision
+        self.class_weight = None if weight is None else weight.to(dtype).view(1, -1, 1, 1)
+        self.weight = _label_weight(target, self.ignored, self.class_weight, dtype)
+        # in the gradient's precision
+        total = logits.shape[1] if weight is None else self.class_weight.sum() if label_smoothing > 0 else 0
         self.hit = (1 - label_smoothing) * self.weight
         self.smooth = label_smoothing / logits.shape[1]
         # of the softmax in the gradient
         self.scale = self.hit + self.smooth * total if label_smoothing > 0 else self.hit
 
-    def loss_and_gradient(self, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Loss (B, 1, H, W) and, given ``factor``, broadcast over it, the gradient (B, C, h, w) of factor * loss."""
+    def loss_and_gradient(
+        self, factor: Tensor | None, divisor: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss (B, 1, H, W) and, given ``factor``, broadcast over it, the gradient (B, C, h, w) of
+        factor * loss / divisor."""
         loss, grad = torch.zeros_like(self.sum), None
         if factor is not None:
             grad = torch.empty(self.logits.shape, dtype=loss.dtype, device=loss.device)
-            hit, scale = factor * self.hit, factor * self.scale
+            hit, scale = factor * self.hit / divisor, factor * self.scale / divisor
         for first, z in _upsampled(self.logits, self.size):
             log_p = z.sub_(self.peak).sub_(self.log_sum)
             count = log_p.shape[1]
@@ -126,7 +133,7 @@ class _Pixels:
             g = log_p.exp_().mul_(scale)
             g.scatter_(1, place, g.gather(1, place) - torch.where(inside, hit, 0))
             if self.smooth > 0:
-                g -= factor * share
+                g -= factor * share / divisor
             part = self.logits[:, first : first + count]
             grad[:, first : first + count] = upsample_backward(g.masked_fill_(self.ignored, 0), part.shape)
         return loss.masked_fill_(self.ignored, 0), grad
@@ -142,15 +149,25 @@ def cross_entropy_forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`depict_kernels.ops.reference.upsample.cross_entropy_forward`, a few classes at a time."""
-    pixels = _Pixels(logits, target, weight, ignore_index, label_smoothing)
+    dtype, logits = accumulation_dtype(logits.dtype), logits.contiguous()
+    options = (weight, ignore_index, label_smoothing)
+    images = list(zip(logits.split(1), target.split(1)))[: len(logits)]  # of none, split gives one
     if reduction == "none":
-        return pixels.loss_and_gradient(None)[0].squeeze(1), None
-    factor = pixels.sum.new_ones(())
+        losses = [_Pixels(*image, *options).loss_and_gradient(None)[0].squeeze(1) for image in images]
+        return torch.cat([logits.new_empty((0, *target.shape[1:]), dtype=dtype), *losses]), None
+    divisor = torch.ones((), dtype=dtype, device=logits.device)
     if reduction == "mean":
-        total = pixels.weight.sum()
-        factor = factor / torch.where(total == 0, torch.inf, total)
-    loss, grad = pixels.loss_and_gradient(factor if need_grad else None)
-    return loss.sum() * factor, grad
+        class_weight = None if weight is None else weight.to(dtype)
+        shares = [_label_weight(t, t == ignore_index, class_weight, dtype).sum() for _, t in images]
+        total = sum(shares, torch.zeros_like(divisor))
+        divisor = torch.where(total == 0, torch.inf, total)
+    factor = torch.ones_like(divisor) if need_grad else None
+    value, grads = torch.zeros_like(divisor), [logits.new_empty((0, *logits.shape[1:]), dtype=dtype)]
+    for image in images:
+        loss, grad = _Pixels(*image, *options).loss_and_gradient(factor, divisor)
+        value = value + loss.sum()
+        grads.append(grad)
+    return value / divisor, torch.cat(grads) if need_grad else None
 
 
 def cross_entropy_backward(
@@ -162,12 +179,25 @@ def cross_entropy_backward(
     label_smoothing: float,
 ) -> Tensor:
     """Gradient (B, C, h, w) of the unreduced loss for the upstream gradient (B, H, W)."""
-    pixels = _Pixels(logits, target, weight, ignore_index, label_smoothing)
-    return pixels.loss_and_gradient(grad_loss.unsqueeze(1).to(pixels.sum.dtype))[1]
+    dtype, logits = accumulation_dtype(logits.dtype), logits.contiguous()
+    grads = [logits.new_empty((0, *logits.shape[1:]), dtype=dtype)]
+    upstream = grad_loss.unsqueeze(1).to(dtype)
+    for i in range(len(logits)):
+        image = (logits[i : i + 1], target[i : i + 1])
+        pixels = _Pixels(*image, weight, ignore_index, label_smoothing)
+        grads.append(pixels.loss_and_gradient(upstream[i : i + 1])[1])
+    return torch.cat(grads)
 
 
 def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """(B, C, h, w) -> label map (B, H, W); ties go to the lowest class, NaN before all, as in torch.argmax."""
+    labels, logits = [logits.new_empty((0, *size), dtype=dtype)], logits.contiguous()
+    for image in logits.split(1)[: len(logits)]:
+        labels.append(_labels(image, size, dtype))
+    return torch.cat(labels)
+
+
+def _labels(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     peak = labels = None
     for first, z in _upsampled(logits, size):
         value, label = z.max(1)
