@@ -89,15 +89,8 @@ def compiled(architectures: tuple[str, ...], sources: str = "*.cu") -> list[dict
     def build(job: tuple[str, Path]) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "kernels.cubin"
-            command = [
-                cuda_runs.nvcc(),
-                *cuda_runs.FLAGS,
-                f"-arch={job[0]}",
-                "-cubin",
-                str(job[1]),
-                "-o",
-                str(out),
-            ]
+            command = [cuda_runs.nvcc(), *cuda_runs.FLAGS, f"-arch={job[0]}", "-cubin", str(job[1])]
+            command += ["-o", str(out)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{job[1].name} for {job[0]}: {done.stdout + done.stderr}")

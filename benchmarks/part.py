@@ -71,9 +71,8 @@ def main() -> int:
         return status
     from benchmarks.record import Record, where
 
-    record = Record(
-        where(args.record, "cuda"), "cuda", auto=False
-    )  # a kernel that hangs shall not hang this too
+    # Without auto's choices, for which kernels run: one that hangs shall not hang this too.
+    record = Record(where(args.record, "cuda"), "cuda", auto=False)
     part = {"command": " ".join(command), "status": status, "seconds": round(seconds, 1), "summary": last}
     record.set("parts", record.data.get("parts", {}) | {args.name: part})
     print(f"{args.name}: exit status {status} after {seconds:.0f} s; noted in {record.path}")

@@ -78,7 +78,6 @@ def test_no_spills_of_the_mask_head():
     architectures = [name for name in ("sm_80", "sm_120") if name in known.stdout.split()]
     rows = cuda_report.compiled(tuple(architectures), "mask_head_*.cu")
     kernels = {(row["target"], row["name"]) for row in rows if not row["may_spill"]}
-    assert (
-        len(kernels) == 14 * len(architectures) > 0
-    )  # three kernels of two widths and mask_finish, two dtypes
+    # In two dtypes three kernels of two widths and mask_finish.
+    assert len(kernels) == 14 * len(architectures) > 0
     assert not cuda_report.spilled(rows)

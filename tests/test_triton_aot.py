@@ -36,12 +36,13 @@ def rows(tmp_path_factory) -> list[dict]:
 
 
 def test_core_set_is_small_and_covers_every_target(rows):
-    assert len(rows) <= 45
+    assert len(rows) <= 40
     for target in variants.TARGETS:
         kernels = {row["name"].rsplit(": ")[-1] for row in rows if row["target"] == target}
         assert {name.split()[0] for name in kernels} == {
             *("attention_forward", "attention_delta", "attention_backward"),
-            *("mask_forward", "mask_peak", "mask_backward", "mask_product"),
+            *("mask_forward", "mask_backward", "mask_product"),
+            *(["mask_peak"] if target == "gfx942" else []),
             *(
                 "pack_logits",
                 "loss_series",

@@ -142,9 +142,8 @@ class _Scopes:
         self.stack: list[dict[str, Register]] = [{}]
         self.ranges: list[list[tuple[str, int, int]]] = [[]]  # prefix, how many, bits
         self.count = 0
-        self.found: dict[
-            str, Register | None
-        ] = {}  # by the names looked for since a scope or declaration last changed
+        # By the names that were looked for since a scope or declaration last changed.
+        self.found: dict[str, Register | None] = {}
 
     def open(self) -> None:
         self.found.clear()

@@ -55,11 +55,7 @@ def cross_entropy(
     if reduction == "sum":
         return total_loss
     # F.cross_entropy's mean is 0/0 where nothing is valid; here it is 0 with gradient 0.
-    valid = target != ignore_index
-    if weight is None:
-        total = valid.sum().to(z.dtype)
-    else:
-        total = torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
+    total = _label_weight(target, target == ignore_index, weight, z.dtype).sum()
     return total_loss / torch.where(total == 0, torch.inf, total)
 
 
@@ -70,15 +66,15 @@ def _upsampled(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Ten
         yield first, upsample(logits[:, first : first + step], size)
 
 
-def _label_weight(target: Tensor, ignored: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Weight of every pixel's class, 0 where the target is ignored; shaped as target."""
-    if class_weight is None:
+def _label_weight(target: Tensor, ignored: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The class weight of every pixel, 0 where the target is ignored; shaped as target."""
+    if weight is None:
         return (~ignored).to(dtype)
-    return class_weight.flatten()[target.masked_fill(ignored, 0)].masked_fill_(ignored, 0)
+    return torch.where(ignored, 0, weight.to(dtype)[torch.where(ignored, 0, target)])
 
 
 class _Pixels:
-    """What every pixel needs, all (B, 1, H, W), whatever the number of classes: about 75 bytes a pixel."""
+    """What every pixel needs, all (B, 1, H, W), whatever the number of classes."""
 
     def __init__(self, logits, target, weight, ignore_index, label_smoothing):
         self.logits, self.size = logits, tuple(target.shape[-2:])
@@ -99,7 +95,7 @@ class _Pixels:
         self.log_sum = self.sum.log()
         dtype = self.sum.dtype
         self.class_weight = None if weight is None else weight.to(dtype).view(1, -1, 1, 1)
-        self.weight = _label_weight(target, self.ignored, self.class_weight, dtype)
+        self.weight = _label_weight(target, self.ignored, weight, dtype)
         # in the gradient's precision
         total = logits.shape[1] if weight is None else self.class_weight.sum() if label_smoothing > 0 else 0
         self.hit = (1 - label_smoothing) * self.weight
@@ -107,15 +103,12 @@ class _Pixels:
         # of the softmax in the gradient
         self.scale = self.hit + self.smooth * total if label_smoothing > 0 else self.hit
 
-    def loss_and_gradient(
-        self, factor: Tensor | None, divisor: Tensor | float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Loss (B, 1, H, W) and, given ``factor``, broadcast over it, the gradient (B, C, h, w) of
-        factor * loss / divisor."""
+    def loss_and_gradient(self, factor: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
+        """Loss (B, 1, H, W) and, given ``factor``, broadcast over it, the gradient (B, C, h, w) of factor * loss."""
         loss, grad = torch.zeros_like(self.sum), None
         if factor is not None:
             grad = torch.empty(self.logits.shape, dtype=loss.dtype, device=loss.device)
-            hit, scale = factor * self.hit / divisor, factor * self.scale / divisor
+            hit, scale = factor * self.hit, factor * self.scale
         for first, z in _upsampled(self.logits, self.size):
             log_p = z.sub_(self.peak).sub_(self.log_sum)
             count = log_p.shape[1]
@@ -133,10 +126,15 @@ class _Pixels:
             g = log_p.exp_().mul_(scale)
             g.scatter_(1, place, g.gather(1, place) - torch.where(inside, hit, 0))
             if self.smooth > 0:
-                g -= factor * share / divisor
+                g -= factor * share
             part = self.logits[:, first : first + count]
             grad[:, first : first + count] = upsample_backward(g.masked_fill_(self.ignored, 0), part.shape)
         return loss.masked_fill_(self.ignored, 0), grad
+
+
+def _images(logits: Tensor, target: Tensor, *options) -> Iterator[_Pixels]:
+    for i in range(len(logits)):
+        yield _Pixels(logits[i : i + 1], target[i : i + 1], *options)
 
 
 def cross_entropy_forward(
@@ -151,23 +149,21 @@ def cross_entropy_forward(
     """As :func:`depict_kernels.ops.reference.upsample.cross_entropy_forward`, a few classes at a time."""
     dtype, logits = accumulation_dtype(logits.dtype), logits.contiguous()
     options = (weight, ignore_index, label_smoothing)
-    images = list(zip(logits.split(1), target.split(1)))[: len(logits)]  # of none, split gives one
     if reduction == "none":
-        losses = [_Pixels(*image, *options).loss_and_gradient(None)[0].squeeze(1) for image in images]
-        return torch.cat([logits.new_empty((0, *target.shape[1:]), dtype=dtype), *losses]), None
-    divisor = torch.ones((), dtype=dtype, device=logits.device)
-    if reduction == "mean":
-        class_weight = None if weight is None else weight.to(dtype)
-        shares = [_label_weight(t, t == ignore_index, class_weight, dtype).sum() for _, t in images]
-        total = sum(shares, torch.zeros_like(divisor))
-        divisor = torch.where(total == 0, torch.inf, total)
-    factor = torch.ones_like(divisor) if need_grad else None
-    value, grads = torch.zeros_like(divisor), [logits.new_empty((0, *logits.shape[1:]), dtype=dtype)]
-    for image in images:
-        loss, grad = _Pixels(*image, *options).loss_and_gradient(factor, divisor)
-        value = value + loss.sum()
+        losses = [logits.new_empty((0, *target.shape[1:]), dtype=dtype)]
+        losses += [
+            pixels.loss_and_gradient(None)[0].squeeze(1) for pixels in _images(logits, target, *options)
+        ]
+        return torch.cat(losses), None
+    value, total = torch.zeros((2,), dtype=dtype, device=logits.device)
+    grads = [logits.new_empty((0, *logits.shape[1:]), dtype=dtype)]
+    for pixels in _images(logits, target, *options):
+        loss, grad = pixels.loss_and_gradient(1.0 if need_grad else None)
+        value, total = value + loss.sum(), total + pixels.weight.sum()
         grads.append(grad)
-    return value / divisor, torch.cat(grads) if need_grad else None
+    # The gradient is divided at its end, at low resolution.
+    divisor = torch.where(total == 0, torch.inf, total) if reduction == "mean" else torch.ones_like(total)
+    return value / divisor, torch.cat(grads).div_(divisor) if need_grad else None
 
 
 def cross_entropy_backward(
@@ -182,19 +178,17 @@ def cross_entropy_backward(
     dtype, logits = accumulation_dtype(logits.dtype), logits.contiguous()
     grads = [logits.new_empty((0, *logits.shape[1:]), dtype=dtype)]
     upstream = grad_loss.unsqueeze(1).to(dtype)
-    for i in range(len(logits)):
-        image = (logits[i : i + 1], target[i : i + 1])
-        pixels = _Pixels(*image, weight, ignore_index, label_smoothing)
+    for i, pixels in enumerate(_images(logits, target, weight, ignore_index, label_smoothing)):
         grads.append(pixels.loss_and_gradient(upstream[i : i + 1])[1])
     return torch.cat(grads)
 
 
 def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """(B, C, h, w) -> label map (B, H, W); ties go to the lowest class, NaN before all, as in torch.argmax."""
-    labels, logits = [logits.new_empty((0, *size), dtype=dtype)], logits.contiguous()
-    for image in logits.split(1)[: len(logits)]:
-        labels.append(_labels(image, size, dtype))
-    return torch.cat(labels)
+    labels, logits = torch.empty((len(logits), *size), dtype=dtype, device=logits.device), logits.contiguous()
+    for i in range(len(logits)):
+        labels[i : i + 1] = _labels(logits[i : i + 1], size, dtype)
+    return labels
 
 
 def _labels(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
