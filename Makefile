@@ -1,6 +1,5 @@
 # make demo | test | lint | bench | floor | aot | gpu | asan | clean
-# Every target but gpu and its parts (gpu-build, gpu-test, gpu-sanitize, gpu-bench) makes its own virtual environment
-# (.venv) when there is none.
+# Every target but gpu makes its own virtual environment (.venv) when there is none.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,7 +20,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint bench floor aot gpu gpu-build gpu-test gpu-sanitize gpu-bench asan clean install
+.PHONY: demo test lint bench floor aot gpu asan clean install
 
 install: $(VENV)/.installed
 
@@ -65,38 +64,12 @@ aot: install
 	$(BIN)/python benchmarks/kernel_report.py --targets sm_80 sm_90 sm_100 gfx942 \
 	    --architectures sm_80 sm_90a sm_100 sm_120
 
-# On a GPU machine, offline, with PYTHON as it is (torch, Triton, timm, numpy, pytest, pytest-benchmark): four parts, each
-# within ten minutes, that note how they ended in one record, $(RESULTS)/<device>_<date>.json. A part that fails does not
-# keep the next ones from running. Without a GPU every part runs and skips what needs one.
-HERE = PYTHONPATH=$(CURDIR):$${PYTHONPATH:-}
-PART = $(HERE) $(PYTHON) benchmarks/part.py
-
+# On a GPU machine, offline, with PYTHON as it is (torch, Triton, timm, numpy, pytest, pytest-benchmark), within GPU_SECONDS:
+# build, tests and compute-sanitizer, benchmarks, what auto takes. GPU_PARTS="build check" runs some of it.
+GPU_SECONDS ?= 2400
 gpu:
-	status=0; for part in build test sanitize bench; do $(MAKE) gpu-$$part || status=1; done; exit $$status
-
-gpu-build:
-	$(PART) build --record $(RESULTS) --limit 590 -- $(PYTHON) setup.py build_ext --inplace
-	$(HERE) $(PYTHON) -m depict_kernels
-
-# A process per file, here and in gpu-bench: a kernel that reads where it must not leaves no GPU to the rest of its process.
-# Eight files at a time: Triton's and torch's compilers take most of the time, and the longest file (test_decoder_kernels,
-# about half of the limit) must not wait for others. (pytest's status 5: no test of this file is for a GPU.)
-GPU_TESTS = $(shell grep -lE 'mark\.gpu|def test.*(device|kernels)' tests/test_*.py)
-
-gpu-test:
-	$(PART) test --record $(RESULTS) --limit 580 -- bash -c 'echo $(GPU_TESTS) | xargs -n 1 -P 8 \
-	    bash -c "$(PYTHON) -m pytest \$$0 -m gpu -q -p no:cacheprovider || [ \$$? = 5 ]"'
-
-gpu-sanitize:
-	$(PART) sanitize --record $(RESULTS) --limit 590 -- $(PYTHON) benchmarks/sanitize.py --limit 130
-
-gpu-bench:
-	$(PART) bench --record $(RESULTS) --limit 570 -- bash -c 'failed=; \
-	    for run in upsample:150 attention:130 end_to_end:150 mask_head:60; do \
-	    $(PYTHON) -m pytest benchmarks/bench_$${run%:*}.py -m gpu -q --budget $${run#*:} --record $(RESULTS) \
-	    --benchmark-columns=median,iqr,rounds || failed="$$failed $$run"; done; \
-	    echo "failed: $${failed:-none}"; [ -z "$$failed" ]' || status=$$?; \
-	$(HERE) $(PYTHON) benchmarks/report.py --no-readme $(RESULTS); exit $${status:-0}
+	PYTHONPATH=$(CURDIR):$${PYTHONPATH:-} $(PYTHON) benchmarks/gpu.py --seconds $(GPU_SECONDS) --record $(RESULTS) \
+	    $(if $(GPU_PARTS),--parts $(GPU_PARTS))
 
 # The C++ kernels' tests under AddressSanitizer and UBSan.
 asan: install

@@ -3,8 +3,8 @@
 For every operator, dtype and class of shapes (depict_kernels/shape_classes.py) those of our backends that at no
 registered case of the class, training or inference, are slower than the best stock implementation beyond the spread,
 the fastest first (geometric mean over the cases); ``auto`` takes the first that is built where it runs. Without any it
-stays with stock torch. ``--write`` puts the choice for the record's architecture into depict_kernels/measured.py, which
-is shipped.
+stays with stock torch. ``--write`` puts the choice for the record's architecture, and from which head_dim on the CUDA
+attention takes wgmma (benchmarks/compare_attention_variants.py), into depict_kernels/measured.py, which is shipped.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def architecture(data: dict) -> str:
     return "sm_" + capability.replace(".", "")
 
 
-def text(auto: dict, sources: dict) -> str:
+def text(auto: dict, sources: dict, wgmma: dict) -> str:
     """The source of measured.py."""
     return (
         '"""What ``auto`` takes on a GPU, written by ``benchmarks/choose.py``."""\n\n'
@@ -105,14 +105,16 @@ def text(auto: dict, sources: dict) -> str:
         " says so\n"
         f"AUTO: dict[str, dict[str, dict[str, dict[str, tuple[str, ...]]]]] = {_literal(auto)}\n"
         f"SOURCES: dict[str, str] = {_literal(sources)}\n"
+        "# architecture -> direction of the CUDA attention -> the head_dim from which on its wgmma variant is faster\n"
+        f"WGMMA_FROM_HEAD_DIM: dict[str, dict[str, int]] = {_literal(wgmma)}\n"
     )
 
 
-def _literal(value: dict | tuple | str, indent: str = "") -> str:
+def _literal(value: dict | tuple | str | int, indent: str = "") -> str:
     """Python source, laid out as ruff leaves it: an entry of a dictionary per line."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
-    if isinstance(value, str):
+    if isinstance(value, (str, int)):
         return json.dumps(value)
     inner = indent + "    "
     entries = (f"{inner}{json.dumps(key)}: {_literal(entry, inner)},\n" for key, entry in value.items())
@@ -135,7 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
     chosen, lines = choose(data)
     print("\n".join(lines) or "no operator was timed on a GPU")
     if args.write:
-        TABLE.write_text(text({**measured.AUTO, name: chosen}, {**measured.SOURCES, name: args.record.name}))
+        variants = data.get("attention_variants", {})
+        wgmma = {**measured.WGMMA_FROM_HEAD_DIM, name: variants.get("wgmma_from", {})}
+        TABLE.write_text(
+            text(
+                {**measured.AUTO, name: chosen},
+                {**measured.SOURCES, name: args.record.name},
+                {architecture: table for architecture, table in wgmma.items() if table},
+            )
+        )
         print(f"written to {TABLE}")
     return 0
 

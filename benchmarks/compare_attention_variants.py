@@ -1,11 +1,12 @@
 """Times the variants of the CUDA attention kernels against each other on this GPU, at the models' sizes.
 
-    python benchmarks/compare_attention_variants.py [--repeats 50] [--tiny]
+    python benchmarks/compare_attention_variants.py [--repeats 50] [--record FILE-OR-FOLDER] [--tiny]
 
 Each result is first held to the float64 error budget. Times are medians of CUDA events, the variants interleaved, with
-L2 overwritten before every call. Prints a table, and for every direction the head dimensions at which wgmma was faster:
-``_WGMMA_FROM_HEAD_DIM`` in depict_kernels/ops/cuda_kernels/attention.py takes what holds for all sizes. ``--tiny`` is a
-run in the emulator (DEPICT_KERNELS_EMULATE_CUDA=1), whose times mean nothing.
+L2 overwritten before every call. Prints a table, and for every direction the head_dim from which on wgmma was faster at
+all sizes in both types; ``--record`` notes both. pytest benchmarks with that record goes by it, and choose.py ships it.
+``--tiny`` is a run in the emulator (DEPICT_KERNELS_EMULATE_CUDA=1), whose times mean nothing. Without a GPU of compute
+capability 9.0 there is one variant and nothing to compare: it says so and gives 0.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from depict_kernels import backends, ops
 from depict_kernels.ops.cuda_kernels import attention
 from depict_kernels.testing import assert_within_budget, value_and_gradients
@@ -71,28 +73,45 @@ def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
     return start.elapsed_time(end)
 
 
-def main() -> None:
+def wgmma_from(rows: list[dict]) -> dict[str, int]:
+    """Direction -> the least head_dim at which, and at all larger ones, every row has wgmma as the faster one."""
+    result = {}
+    for direction in {row["direction"] for row in rows}:
+        of_it = [row for row in rows if row["direction"] == direction]
+        lost = [row["sizes"][-1] for row in of_it if row["wgmma"] >= row["mma"]]
+        won = [row["sizes"][-1] for row in of_it if row["sizes"][-1] > max(lost, default=0)]
+        if won:
+            result[direction] = min(won)
+    return result
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=50, metavar="N")
+    parser.add_argument("--record", metavar="PATH")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     device = "cpu" if arguments.tiny else "cuda"
+    if not arguments.tiny and not (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    ):
+        print("skipped: wgmma needs a GPU of compute capability 9.0")
+        return 0
     if reason := backends.why_unavailable("cuda", "subspace_self_attention", device, torch.bfloat16):
         parser.error(f"{reason}; DEPICT_KERNELS_EMULATE_CUDA=1 and --tiny run the emulator")
-    sizes = [(1, 70, 1, 100)] if arguments.tiny else SIZES
     print("emulator" if arguments.tiny else torch.cuda.get_device_name(), "torch", torch.__version__)
     flush = torch.empty(1 if arguments.tiny else 64 << 20, dtype=torch.int32, device=device)
-    faster: dict[str, dict[int, bool]] = {}
+    rows = []
     for dtype in (torch.bfloat16, torch.float16):
-        for size in sizes:
-            batch, length, heads, dim = size
-            w, grad = (torch.randn(size, device=device).to(dtype) for _ in range(2))
-            times: dict[tuple[str, str], list[float]] = {}
+        for sizes in [(1, 70, 1, 100)] if arguments.tiny else SIZES:
+            batch, length, heads, dim = sizes
+            w, grad = (torch.randn(sizes, device=device).to(dtype) for _ in range(2))
             for variant in VARIANTS.values():
                 with attention.force_variant(variant):
                     check(w[:1], grad[:1])
+            times: dict[tuple[str, str], list[float]] = {}
             for repeat in range(arguments.repeats + 3):  # the first ones warm up
                 for name, variant in VARIANTS.items():
                     with attention.force_variant(variant):
@@ -102,20 +121,17 @@ def main() -> None:
                                 times.setdefault((direction, name), []).append(spent)
             for direction, (_, products) in calls(w, grad, dim**-0.5).items():
                 medians = {name: statistics.median(times[direction, name]) for name in VARIANTS}
+                rows.append({"dtype": str(dtype)[6:], "sizes": sizes, "direction": direction, **medians})
                 rate = 2 * products * batch * heads * length**2 * dim / 1e9
-                shown = ", ".join(
-                    f"{name} {ms:.4f} ms ({rate / ms:.0f} TFLOP/s)" for name, ms in medians.items()
-                )
-                print(f"{str(dtype)[6:]} {size} {direction}: {shown}", flush=True)
-                known = faster.setdefault(direction, {})
-                known[dim] = known.get(dim, True) and medians["wgmma"] < medians["mma"]
-    for direction, known in faster.items():
-        print(
-            direction,
-            "- wgmma was faster at head_dim",
-            sorted(d for d, won in known.items() if won) or "none",
-        )
+                shown = ", ".join(f"{n} {ms:.4f} ms ({rate / ms:.0f} TFLOP/s)" for n, ms in medians.items())
+                print(f"{str(dtype)[6:]} {sizes} {direction}: {shown}", flush=True)
+    table = wgmma_from(rows)
+    print("the head_dim from which on wgmma was faster:", table or "none")
+    if arguments.record and not arguments.tiny:
+        written = record.Record(record.where(arguments.record, "cuda"), "cuda", auto=False)
+        written.set("attention_variants", {"rows": rows, "wgmma_from": table})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

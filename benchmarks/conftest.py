@@ -10,8 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as train/ru
 import pytest
 import torch
 
-from benchmarks import cases, end_to_end, gate, implementations, record, tables, timing
+from benchmarks import cases, choose, end_to_end, gate, implementations, record, tables, timing
 from benchmarks.harness import Harness
+from depict_kernels import measured
 
 # A script of its own, which needs torchvision and ADE20K's images.
 collect_ignore = ["bench_loader.py"]
@@ -99,6 +100,9 @@ def harness(request) -> Harness:
             from benchmarks import machine
 
             written.set("machine", machine.abilities(device))
+        if variants := written.data.get("attention_variants"):
+            # The CUDA attention as it will be shipped from this record.
+            measured.WGMMA_FROM_HEAD_DIM[choose.architecture(written.data)] = variants["wgmma_from"]
         print(f"\nrecord: {path}")
     made = Harness(written, rounds=option("rounds"), threads=option("threads"), budget=option("budget"))
     request.config.stash[HARNESS] = made

@@ -1,6 +1,6 @@
 """Every Triton and CUDA kernel once under each of compute-sanitizer's tools, at small odd shapes.
 
-    python benchmarks/sanitize.py [--limit SECONDS-A-TOOL] [--tools memcheck racecheck initcheck synccheck]
+    python benchmarks/sanitize.py [--limit SECONDS] [--tools memcheck racecheck initcheck synccheck]   # all at once
     python benchmarks/sanitize.py --launch [--device cpu]   # what the tools watch: every operator, no checking
 
 Exit status 1 where a tool found something or did not finish. Without a GPU or without compute-sanitizer it says so and
@@ -17,12 +17,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+OUTPUT = threading.Lock()
 FOUND = 99  # the exit status that compute-sanitizer gives for findings
 
 # Odd everywhere: no size is a multiple of a tile, heads and classes are few, grids are not square.
@@ -106,12 +110,13 @@ def launch(device: str, match: str = "") -> int:
     return count
 
 
-def check(tool: str, limit: float) -> tuple[bool, str]:
+def check(tool: str, limit: float | None) -> tuple[bool, str]:
     """(clean, one line about it). The launches end themselves at their limit: a tool that is killed leaves them."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
-    command += [sys.executable, str(Path(__file__).resolve()), "--launch", "--limit", f"{limit:g}"]
+    command += [sys.executable, str(Path(__file__).resolve()), "--launch"]
+    command += ["--limit", f"{limit:g}"] if limit else []
     with tempfile.TemporaryFile("w+") as log:
         try:
             status = subprocess.run(
@@ -121,11 +126,12 @@ def check(tool: str, limit: float) -> tuple[bool, str]:
             status = None
         log.seek(0)
         text = log.read()
-    print(f"--- {tool}\n{text[-6000:]}", flush=True)
+    with OUTPUT:
+        print(f"--- {tool}\n{text[-6000:]}", flush=True)
     return verdict(status, text, limit)
 
 
-def verdict(status: int | None, text: str, limit: float) -> tuple[bool, str]:
+def verdict(status: int | None, text: str, limit: float | None) -> tuple[bool, str]:
     """What a tool's exit status and output mean; clean only with all launches done and no finding."""
     if status is None:
         return False, f"not finished after {limit:g} s"
@@ -144,9 +150,10 @@ def main() -> int:
     parser.add_argument("--launch", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--match", default="", help="with --launch: only operators whose name contains this")
-    parser.add_argument("--limit", type=float, help="seconds of a tool (130), or of --launch (none)")
+    parser.add_argument("--limit", type=float, help="seconds of all of it (none)")
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
     args = parser.parse_args()
+    begin = time.monotonic()
     if args.launch:
         if args.limit:
             signal.setitimer(signal.ITIMER_REAL, args.limit)  # ends the process, wherever it is
@@ -166,7 +173,9 @@ def main() -> int:
         launch("cuda")
     except Exception as error:
         print(f"without a tool: {type(error).__name__}: {error}", flush=True)
-    results = {tool: check(tool, args.limit or 130.0) for tool in args.tools}
+    left = args.limit and max(1.0, args.limit - (time.monotonic() - begin))
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(args.tools, pool.map(lambda tool: check(tool, left), args.tools)))
     print(
         "; ".join(
             f"{tool}: {'clean' if clean else 'FAILED'}, {line}" for tool, (clean, line) in results.items()

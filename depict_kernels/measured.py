@@ -3,3 +3,5 @@
 # architecture -> operator -> dtype -> class of shapes -> backends, the fastest first; and the record that says so
 AUTO: dict[str, dict[str, dict[str, dict[str, tuple[str, ...]]]]] = {}
 SOURCES: dict[str, str] = {}
+# architecture -> direction of the CUDA attention -> the head_dim from which on its wgmma variant is faster
+WGMMA_FROM_HEAD_DIM: dict[str, dict[str, int]] = {}

