@@ -321,7 +321,8 @@ def _largest_head_dim(backend: str, operator: str) -> int | None:
 def followed(*tensors: torch.Tensor) -> bool:
     """Whether torch.func or forward-mode differentiation follows one of these tensors through a call."""
     if torch.compiler.is_compiling():
-        return _traces_transform()
+        # The level is read where the compiler sees it: entering one later then compiles anew.
+        return torch.autograd.forward_ad._current_level >= 0 or _traces_transform()
     return any(_in_transform(t) for t in tensors)
 
 

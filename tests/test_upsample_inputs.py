@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from depict_kernels import UpsampleCrossEntropyLoss, backends, ops
 from depict_kernels.testing import logits_and_target
@@ -142,6 +143,22 @@ def test_transforms_that_kernels_do_not_know_take_torch_or_raise():
             loss(dual, "reference")
     with pytest.raises(backends.BackendUnavailable, match=r"torch\.func\.grad"):
         torch.func.grad(lambda x: loss(x, "reference"))(logits)
+
+
+def test_a_dual_number_that_enters_compiled_code_keeps_its_tangent():
+    """A graph compiled without one holds the kernel, which has no forward mode: torch looks at the code again."""
+    logits, target = torch.randn(2, 5, 4, 4), torch.randint(0, 5, (2, 9, 7))
+    direction, forward_ad = torch.randn_like(logits), torch.autograd.forward_ad
+    torch.compiler.reset()
+    loss = torch.compile(lambda x: ops.upsample_cross_entropy(x, target), backend="aot_eager")
+    value = loss(logits)
+    stock = lambda x: F.cross_entropy(F.interpolate(x, size=(9, 7), mode="bilinear"), target)
+    expected = torch.func.jvp(stock, (logits,), (direction,))[1]
+    with forward_ad.dual_level():
+        primal, tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(logits, direction)))
+    torch.testing.assert_close(primal, value)
+    torch.testing.assert_close(tangent, expected)
+    assert loss(logits).equal(value)  # the first graph again
 
 
 def test_transforms_seen_through_vmap():
