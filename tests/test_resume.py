@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends exactly where an undisturbed one does. Real processes, real SIGKILL."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -81,6 +82,68 @@ def test_killed_and_resumed_run_ends_bit_identical(tmp_path):
     before = (killed / "last.pt").stat()
     assert "is finished" in run_all(arguments, tmp_path)
     assert (killed / "last.pt").stat() == before
+
+
+def test_ctrl_c_saves_the_step_that_it_lets_end(tmp_path):
+    data = make_data(tmp_path / "data")
+    keys = settings(data, tmp_path / "runs", train__steps=30, data__workers=1, model__drop_path_rate=0.3)
+    config = ["--config", str(write_config(tmp_path / "config.yaml", keys)), "--run.name"]
+    run = Started([*config, "stopped"], tmp_path / "first.txt")
+    limit = time.monotonic() + 120
+    while "step 5/30" not in run.text and run.process.is_alive() and time.monotonic() < limit:
+        time.sleep(0.002)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait() == 130, run.text
+    last = tmp_path / "runs" / "stopped" / "last.pt"
+    step = checkpoint.load(last)["step"]
+    assert 5 <= step < 30 and f"stopped; {last} holds step {step}: the same command goes on there" in run.text
+    assert f"resumed     at step {step}" in run_all([*config, "stopped"], tmp_path)
+    run_all([*config, "whole"], tmp_path)
+    one, other = (checkpoint.load(tmp_path / "runs" / name / "last.pt") for name in ("whole", "stopped"))
+    assert [key for key in differing(one, other) if key != ".config.run.name"] == []
+
+
+@pytest.mark.parametrize("where", ["step", "fetch", "evaluation", "first step"])
+def test_an_interrupted_run_says_what_is_kept(where, tmp_path, monkeypatch):
+    config = configuration(make_data(tmp_path / "data"), tmp_path, train__eval_every=2)
+    (tmp_path / "tiny").mkdir()
+    trainer = Trainer(config, CPU, tmp_path / "tiny")
+    press = lambda: os.kill(os.getpid(), signal.SIGINT)
+
+    def around(name: str, step: int):
+        method = getattr(trainer, name)
+
+        def pressed(*arguments):
+            if trainer.step == step:
+                press()
+            return method(*arguments)
+
+        monkeypatch.setattr(trainer, name, pressed)
+
+    if where in ("step", "first step"):
+        around("_update", 2 if where == "step" else 0)
+    elif where == "fetch":
+        around("_evaluation_due", 1)  # after a step: as in the fetch, nothing holds the interrupt back
+    else:
+        around("evaluate_now", 2)
+    with pytest.raises(KeyboardInterrupt, match="goes on there"):
+        trainer.train()
+    expected = {"step": 3, "fetch": 1, "evaluation": 2, "first step": 1}[where]
+    state = checkpoint.load(tmp_path / "tiny" / "last.pt")
+    assert (state["step"], state["evaluated_step"]) == (expected, 2 if where == "step" else -1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupted_before_any_step(tmp_path, monkeypatch):
+    config = configuration(make_data(tmp_path / "data"), tmp_path)
+    (tmp_path / "tiny").mkdir()
+    trainer = Trainer(config, CPU, tmp_path / "tiny")
+    monkeypatch.setattr(
+        "train.engine.train_loader", lambda *_, **__: iter(lambda: os.kill(os.getpid(), 2), 0)
+    )
+    with pytest.raises(KeyboardInterrupt, match="starts from the beginning"):
+        trainer.train()
+    assert not (tmp_path / "tiny" / "last.pt").exists()
 
 
 CPU = World(torch.device("cpu"))

@@ -13,7 +13,10 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,7 @@ class Trainer:
         self.eval_every = config.train.eval_every or max(1, round(self.steps_per_epoch))
 
         self.step = 0
+        self.saved_step: int | None = None  # what last.pt holds
         self.evaluated_step = -1
         self.best_miou, self.best_step = -1.0, -1
         self.untrained_miou: float | None = None
@@ -135,7 +139,11 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Runs from the current step to the last one."""
+        """Runs from the current step to the last one.
+
+        Ctrl-C lets the step end and saves it (one process; of several the last checkpoint stays as it is), and is
+        raised as a KeyboardInterrupt that says where the run goes on.
+        """
         self.log.start(self.step, self.evaluated_step)
         try:
             if self.step == 0 and self.evaluated_step < 0 and self.config.train.score_untrained:
@@ -143,6 +151,8 @@ class Trainer:
             if self._evaluation_due():  # interrupted between a step and its evaluation
                 self._evaluate()
             self._loop()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._where_it_goes_on()) from None
         finally:
             self.log.stop()
 
@@ -162,17 +172,31 @@ class Trainer:
         self.forward.train()
         self._clock = time.perf_counter()
         self._clock_step = self.step
-        while self.step < self.total_steps:
-            self._update([next(batches) for _ in range(settings.accumulate)])
-            self.step += 1
-            self.log.advance(self.step)
-            due = self._evaluation_due()
-            if self.step % settings.log_every == 0 or self.step == self.total_steps:
-                self._report()
-            if due or self.step % settings.save_every == 0:
+        try:
+            while self.step < self.total_steps:
+                micro_batches = [next(batches) for _ in range(settings.accumulate)]
+                with _undivided() if self.world.size == 1 else contextlib.nullcontext():
+                    self._update(micro_batches)
+                    self.step += 1
+                self.log.advance(self.step)
+                due = self._evaluation_due()
+                if self.step % settings.log_every == 0 or self.step == self.total_steps:
+                    self._report()
+                if due or self.step % settings.save_every == 0:
+                    self.save()
+                if due:
+                    self._evaluate()
+        except KeyboardInterrupt:
+            # Of several processes each is at another place.
+            if self.world.size == 1 and self.saved_step != self.step > 0:
                 self.save()
-            if due:
-                self._evaluate()
+            raise
+
+    def _where_it_goes_on(self) -> str:
+        if self.saved_step is None:
+            return "stopped before the first checkpoint: the same command starts from the beginning"
+        again = "the same command without run.overwrite" if self.config.run.overwrite else "the same command"
+        return f"stopped; {self.folder / 'last.pt'} holds step {self.saved_step}: {again} goes on there"
 
     def _update(self, batches: list[dict[str, Any]]) -> None:
         settings = self.config.optim
@@ -344,6 +368,7 @@ class Trainer:
         rows = self._check()
         rng = gather(self.world, checkpoint.rng_state(self.device))
         on_main(self.world, lambda: checkpoint.save(self.folder / "last.pt", self.state(rows, rng)))
+        self.saved_step = self.step
 
     def state(self, window: list[list[float]], rng: list[dict[str, Any]]) -> dict[str, Any]:
         """All that ``_restore`` needs; ``rng`` has one entry per process."""
@@ -374,6 +399,8 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
+        if path.resolve() == (self.folder / "last.pt").resolve():
+            self.saved_step = self.step
         self.best_miou, self.best_step = state["best_miou"], state["best_step"]
         self.untrained_miou = state["untrained_miou"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
@@ -406,6 +433,29 @@ class Trainer:
             raise refusal from None
         for group, settings in zip(self.optimizer.param_groups, own):
             group.update(settings)
+
+
+@contextlib.contextmanager
+def _undivided() -> Iterator[None]:
+    """Ctrl-C within the context is raised at its end; a second one at once."""
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield
+        return
+    pressed = False
+
+    def wait(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _seed(seed: int) -> None:

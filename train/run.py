@@ -64,8 +64,8 @@ def main(arguments: list[str]) -> int:
     except BackendUnavailable as error:
         print(f"error: model.backend: {first_line(error)}", file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno is None:  # not the operating system's word about a file
