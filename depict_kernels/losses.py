@@ -17,7 +17,8 @@ class UpsampleCrossEntropyLoss(nn.Module):
     as in :func:`depict_kernels.ops.upsample_cross_entropy`; ``weight`` (C,), a tensor or numbers, moves with the
     module.
 
-    Raises TypeError where weight is neither a tensor nor numbers.
+    Raises TypeError where weight is neither a tensor nor numbers, ValueError for an unknown reduction or a smoothing
+    outside of [0, 1].
     """
 
     def __init__(
@@ -35,8 +36,8 @@ class UpsampleCrossEntropyLoss(nn.Module):
                 weight = torch.as_tensor(weight)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(f"weight must be a tensor (C,) or C numbers, got {weight!r}") from error
-        # Not saved: as in nn.CrossEntropyLoss's users' checkpoints, class weights are configuration.
-        self.register_buffer("weight", weight, persistent=False)
+        ops.upsample.check_options(reduction, label_smoothing)
+        self.register_buffer("weight", weight)  # saved, as nn.CrossEntropyLoss has it
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction

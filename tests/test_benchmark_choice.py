@@ -169,7 +169,10 @@ def test_written_table_is_formatted(tmp_path):
     shapes = {MANY: ("triton", "cuda"), FEW: ("cuda",)}
     auto = {"sm_90": {"upsample_cross_entropy": {"bfloat16": shapes}, "mask_logits": {}}}
     path = tmp_path / "measured.py"
-    for content in (choose.text(auto, {"sm_90": "x.json"}, {"sm_90": {"forward": 64}}), choose.text({}, {}, {})):
+    for content in (
+        choose.text(auto, {"sm_90": "x.json"}, {"sm_90": {"forward": 64}}),
+        choose.text({}, {}, {}),
+    ):
         path.write_text(content)
         command = [
             ruff if ruff.exists() else "ruff",

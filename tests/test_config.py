@@ -43,6 +43,9 @@ def refused(*arguments: str) -> str:
         pytest.param(["--model.pretrained", "maybe"], ["model.pretrained", "true or false"], id="bool"),
         pytest.param(["--optim.name", "adam"], ["optim.name", "sgd, adamw", "'adam'"], id="choice"),
         pytest.param(["--data.crop_size", "[1,2,3]"], ["data.crop_size", "2 values"], id="tuple"),
+        pytest.param(
+            ["--data.crop_size", "64"], ["data.crop_size", "write '[64, 64]' for two of it"], id="one of two"
+        ),
         pytest.param(["--eval.scales", "[1,x]"], ["eval.scales", "a list of"], id="list"),
         pytest.param(["--optim", "3"], ["optim", "optim.name"], id="section"),
         pytest.param(["--optim.lr", "0"], ["optim.lr", "above 0"], id="lr 0"),

@@ -1,6 +1,7 @@
 """Decoders and models: the paper's counts, its exact invariance, upstream weights, any ViT, any size."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -157,8 +158,29 @@ def test_upstream_loading_is_strict_and_loads_nothing_on_failure():
     ):
         assert words in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in decoder.state_dict().items())
-    with pytest.raises(ValueError, match="unexpected snet"):
+    with pytest.raises(ValueError, match="unexpected snet") as error:
         load_upstream_decoder(decoder, upstream_state_dict("ca"))
+    assert "missing layers.0.proj; " in str(error.value) and " more; unexpected" in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+def test_a_checkpoint_of_ours_is_told_from_upstreams():
+    model = tiny(upstream_backbone=True)
+    with pytest.raises(ValueError, match=r"own weights go through model\.load_state_dict"):
+        load_upstream_checkpoint(model, model.state_dict())
+    with pytest.raises(ValueError, match=r"checkpoint\['model'\] has them"):
+        load_upstream_checkpoint(model, {"model": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("make", [lambda c: DepictDecoder(c, 16), lambda c: SegmenterDecoder(c, 64)])
+def test_masks_normalised_over_one_or_two_classes_are_warned_of(make):
+    for classes, words in ((1, "constant"), (2, "plus and minus one")):
+        with pytest.warns(UserWarning, match=f"num_classes={classes}.*{words}.*segmenter_linear"):
+            make(classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(3)
+        LinearDecoder(2, 16)
 
 
 def test_whole_upstream_checkpoint_reproduces_upstreams_vit():

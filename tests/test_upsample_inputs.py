@@ -69,6 +69,8 @@ from depict_kernels.testing import logits_and_target
             TypeError,
             "weight must be real, got torch.complex64",
         ),
+        (lambda x, t: UpsampleCrossEntropyLoss(reduction="avg"), ValueError, "mean, sum, none, got 'avg'"),
+        (lambda x, t: UpsampleCrossEntropyLoss(label_smoothing=1.5), ValueError, r"in \[0, 1\], got 1.5"),
         (
             lambda x, t: UpsampleCrossEntropyLoss({0: 1.0}),
             TypeError,

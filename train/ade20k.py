@@ -400,11 +400,11 @@ def list_pairs(root: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]
         for stem, path in images.items()
         if stem not in annotations
     ]
-    problems += [
-        (path, f"has no image, expected {root / 'images' / split / (stem + '.jpg')}")
-        for stem, path in annotations.items()
-        if stem not in images
-    ]
+    without = {stem: path for stem, path in annotations.items() if stem not in images}
+    others = {path.stem: path.name for path in (root / "images" / split).iterdir()} if without else {}
+    for stem, path in without.items():
+        unread = f"; {others[stem]} is neither JPEG nor PNG" if stem in others else ""
+        problems.append((path, f"has no image, expected {root / 'images' / split / (stem + '.jpg')}{unread}"))
     return images, annotations, problems
 
 

@@ -102,7 +102,8 @@ def model(config: Config, num_classes: int, weights: bool = True) -> Segmentatio
             decoder_kwargs=wanted.decoder_kwargs,
         )
     except PretrainedWeightsError as error:
-        raise UserError(f"model.pretrained: {first_line(error)}") from None
+        key = "pretrained" if wanted.checkpoint_path is None else "checkpoint_path"
+        raise UserError(f"model.{key}: {first_line(error)}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
         # Not the library's own words for a wrong value, so they may lack what was wrong.
         given = {f"model.{key}": getattr(wanted, key) for key in ("backbone_kwargs", "decoder_kwargs")}

@@ -54,7 +54,7 @@ class DataReport:
             )
             if s.pixels.sum() + s.ignored:
                 (h, w), (lh, lw) = s.smallest, s.largest
-                lines.append(f"  sizes (width x height): {w} x {h} to {lw} x {lh}")
+                lines.append(f"  smallest {w} x {h}, largest {lw} x {lh} pixels (width x height)")
                 share = s.ignored / (s.ignored + s.pixels.sum())
                 lines.append(f"  unlabelled pixels: {share:.2%}")
         names = self.classes.names

@@ -61,7 +61,9 @@ def parse_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         word = rest.pop(0)
         key, equals, value = word.partition("=")
         if not key.startswith("--") or len(key) == 2:
-            raise UserError(f"unexpected argument {word!r}; options look like --section.key value")
+            raise UserError(
+                f"unexpected argument {word!r}; options look like --section.key value, several values '[64, 64]'"
+            )
         if not equals:
             # A missing value is told from a negative number by what follows the dashes.
             if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
@@ -313,7 +315,10 @@ def _parse(merged: dict[str, Any]) -> dict[str, Any]:
         for dotted, hint in known.items():
             if f'key "{dotted}"' in text:
                 value = flatten(merged).get(dotted)
-                raise UserError(f"{dotted}: expected {_readable(hint)}, got {value!r}") from None
+                pair = typing.get_origin(hint) is tuple and len(typing.get_args(hint)) == 2
+                alone = pair and value and not isinstance(value, (list, tuple, dict))
+                example = f"; write '[{value}, {value}]' for two of it" if alone else ""
+                raise UserError(f"{dotted}: expected {_readable(hint)}, got {value!r}{example}") from None
         raise UserError(" ".join(text.split())) from None
 
 

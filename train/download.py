@@ -105,7 +105,12 @@ def fetch(url: str, target: Path, advance: Advance | None = None, tries: int = 5
         after = part.stat().st_size if part.is_file() else 0
         failures = failures + 1 if after <= before else 1
         if failures >= tries:
-            raise UserError(f"{url}: {reason}; {after} bytes are kept in {part}, run it again to go on")
+            kept = (
+                f"{after} bytes are kept in {part}, run it again to go on"
+                if after
+                else "nothing arrived, run it again"
+            )
+            raise UserError(f"{url}: {reason}; {kept}")
         time.sleep(pause * 2 ** (failures - 1))
     size = part.stat().st_size
     if total is not None and size != total:

@@ -417,7 +417,8 @@ def evaluate(
         dataset: ``read(i)`` gives image (3, H, W) uint8 and target (H, W) uint8 or int32; has ``classes``.
         cfg: the ``eval`` section; the first ``cfg.max_images`` images, or all.
         amp_dtype: dtype of autocast around the model, None for none.
-        progress: called after every image of this process; :func:`print_progress` makes one.
+        progress: called after every image of this process with about what all of them did; :func:`print_progress`
+            makes one.
         comparison: counts the pixels whose label differs from the stock path's (slow: full canvases).
 
     Returns:
@@ -444,7 +445,8 @@ def evaluate(
                 comparison.add(views, size, labels)
                 metrics.update_labels(labels, target)
             if progress is not None:
-                progress(done, len(mine), done / max(time.monotonic() - start, 1e-9))
+                all_done = min(done * world_size, total)  # the other processes are about as far
+                progress(all_done, total, all_done / max(time.monotonic() - start, 1e-9))
     finally:
         model.train(training)
     metrics.reduce()

@@ -1,4 +1,4 @@
-"""Any timm ViT as a backbone: images to a grid of patch embeddings."""
+"""Any plain timm ViT as a backbone: images to a grid of patch embeddings."""
 
 from __future__ import annotations
 
@@ -157,6 +157,8 @@ def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: d
         # Every failure of a download or of reading a file means the same to the caller; the cause is chained.
         source = f"from {checkpoint_path}" if checkpoint_path is not None else "from the hub"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error):  # advice that must not be followed
+            reason = "not a file of weights: it is damaged, or holds more than tensors and plain values"
         raise PretrainedWeightsError(
             f"could not load pretrained weights of {name!r} {source} ({reason}): {go_on}"
         ) from error

@@ -6,6 +6,7 @@ mask head projects the image embeddings on those bases. No MLP, no dropout, one 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,25 @@ def check_count(name: str, value: int, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_mask_classes(num_classes: int) -> None:
+    """:func:`check_count` for a mask head that normalises over the classes, which needs a few of them to say much.
+
+    Warns of one class, whose masks are constant, and of two, whose masks are plus and minus one.
+    """
+    check_count("num_classes", num_classes, 1)
+    if num_classes < 3:
+        masks = (
+            "constant, so that nothing is learnt"
+            if num_classes == 1
+            else "plus and minus one, which train badly"
+        )
+        warnings.warn(
+            f"num_classes={num_classes}: the mask head normalises over the classes, and its masks of so few are "
+            f"{masks}; segmenter_linear_* (LinearDecoder) has no such head",
+            stacklevel=3,
+        )
 
 
 class _SubspaceAttention(nn.Module):
@@ -96,7 +116,7 @@ class DepictDecoder(nn.Module):
     ``cross_depth`` MSCA layers with the class embeddings as queries, LayerNorm.
 
     Args:
-        num_classes: C, at least 1.
+        num_classes: C; of one or two the masks say little, which a warning tells.
         embed_dim: D of the backbone.
         mode: "sa" or "ca".
         depth, num_heads, head_dim: of the MSSA layers.
@@ -124,7 +144,7 @@ class DepictDecoder(nn.Module):
         super().__init__()
         if mode not in ("sa", "ca"):
             raise ValueError(f"mode must be 'sa' or 'ca', got {mode!r}")
-        check_count("num_classes", num_classes, 1)
+        check_mask_classes(num_classes)
         sizes = {"num_heads": num_heads, "head_dim": head_dim, "cross_head_dim": cross_head_dim}
         for name, size in sizes.items():
             check_count(name, size, 1)

@@ -75,6 +75,10 @@ class SegmentationModel(nn.Module):
 
         Raises TypeError or ValueError for anything but float (B, 3, H, W).
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images must be a tensor (B, 3, H, W), got {type(images).__name__}; torch.as_tensor makes one"
+            )
         if not images.is_floating_point():
             raise TypeError(
                 f"images must be floating point, normalised as (pixels / 255 - mean) / std, got {images.dtype}"
@@ -140,9 +144,10 @@ class SegmentationModel(nn.Module):
         """
         if cuda_graph and not torch.compiler.is_compiling():
             return graphs.predict(self, images, dtype)
+        masks = self(images)
         height, width = images.shape[-2:]
         padded = self.padded_size(height, width)
-        labels = ops.upsample_argmax(self(images), padded, dtype, backend=self.backend)
+        labels = ops.upsample_argmax(masks, padded, dtype, backend=self.backend)
         return labels[:, :height, :width]
 
     def release_cuda_graphs(self) -> None:

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from depict_kernels import ops
-from depict_kernels.models.depict import check_count
+from depict_kernels.models.depict import check_count, check_mask_classes
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -43,7 +43,7 @@ class SegmenterDecoder(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_count("num_classes", num_classes, 1)
+        check_mask_classes(num_classes)
         check_count("depth", depth, 0)
         if num_heads is not None:
             check_count("num_heads", num_heads, 1)

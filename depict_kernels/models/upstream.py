@@ -52,7 +52,7 @@ def load_upstream_decoder(decoder: nn.Module, state_dict: Mapping[str, Tensor]) 
             state dict ("encoder.*") are left alone.
 
     Raises:
-        ValueError: naming every missing and unexpected key and every shape that differs. Nothing is loaded then.
+        ValueError: naming missing and unexpected keys and shapes that differ, some of each. Nothing is loaded then.
     """
     if any(key.startswith("decoder.") for key in state_dict):
         prefix = "decoder."
@@ -83,12 +83,20 @@ def load_upstream_checkpoint(model: SegmentationModel, state_dict: Mapping[str, 
         state_dict: upstream's ``checkpoint["model"]``. The encoder's ImageNet classifier is dropped.
 
     Raises:
-        ValueError: the model is not in upstream's style, or keys or shapes differ (all are named).
+        ValueError: the model is not in upstream's style, or keys or shapes differ (some are named).
     """
     if not model.backbone.upstream_style:
         raise ValueError(
             "build the model with create_model(..., upstream_backbone=True) to load upstream weights"
         )
+    if not any(key.startswith("encoder.") for key in state_dict):
+        own = any(key.startswith("backbone.") for key in state_dict)
+        hint = (
+            "this library's own weights go through model.load_state_dict"
+            if own
+            else "checkpoint['model'] has them"
+        )
+        raise ValueError(f"no key begins with 'encoder.', as the official code's do: {hint}")
     encoder = {
         k.removeprefix("encoder."): v
         for k, v in state_dict.items()
@@ -103,12 +111,17 @@ def load_upstream_checkpoint(model: SegmentationModel, state_dict: Mapping[str, 
 def _check(
     own: Mapping[str, Tensor], new: Mapping[str, Tensor], origin: Mapping[str, str], what: str
 ) -> None:
-    problems = [f"missing {key}" for key in own if key not in new]
-    problems += [f"unexpected {origin[key]}" for key in new if key not in own]
-    problems += [
+    missing = [f"missing {key}" for key in own if key not in new]
+    unexpected = [f"unexpected {origin[key]}" for key in new if key not in own]
+    shapes = [
         f"{origin[key]} has shape {tuple(new[key].shape)}, the model {tuple(own[key].shape)}"
         for key in own
         if key in new and own[key].shape != new[key].shape
     ]
-    if problems:
-        raise ValueError(f"these weights do not fit {what}: " + "; ".join(problems))
+    if problems := [*_some(missing), *_some(unexpected), *_some(shapes)]:
+        raise ValueError(f"these weights do not fit {what}: {'; '.join(problems)}")
+
+
+def _some(problems: list[str], most: int = 5) -> list[str]:
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return problems[:most] + more

@@ -65,10 +65,7 @@ def upsample_cross_entropy(
         BackendUnavailable: a backend named explicitly cannot run here.
     """
     ignore_index = _check_logits(logits, target, ignore_index)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_options(reduction, label_smoothing)
     if weight is not None:
         _check_weight(weight, logits)
     raise_now = _raises_at_once(logits) if check_targets is None else check_targets
@@ -179,6 +176,14 @@ def _stores(requested: str, logits: Tensor, inputs: tuple[Tensor, ...], size: tu
     if torch.compiler.is_compiling():
         return False  # the graph shall not depend on how large an image is
     return logits.shape[1] * stock.class_bytes(logits, size) <= stock.chunk_bytes(logits)
+
+
+def check_options(reduction: str, label_smoothing: float) -> None:
+    """Raises ValueError for an unknown reduction or a smoothing outside of [0, 1]."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
 def _check_map(logits: Tensor) -> None:
