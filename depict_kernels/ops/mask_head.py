@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from depict_kernels import backends
 from depict_kernels.ops import _library
+from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.stock import mask_head as stock
 
 _STEM = "mask_head"
@@ -83,10 +84,8 @@ def _check(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, grid:
 def _fake(patches, classes, weight, bias, grid, eps, backend):
     batch, n, _ = patches.shape
     c = classes.shape[1]
-    dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
-    stat = [
-        patches.new_empty(shape, dtype=dtype) for shape in ((batch, n), (batch, c), (batch, n), (batch, n))
-    ]
+    dtype = accumulation_dtype(patches.dtype)
+    stat = [patches.new_empty((batch, rows), dtype=dtype) for rows in (n, c, n, n)]
     return weight.new_empty((batch, c, *grid)), *stat
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from depict_kernels import backends
 from depict_kernels.ops import _library
+from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.stock import upsample as stock
 from depict_kernels.ops.targets import (
     check_target_tensor,
@@ -221,10 +222,6 @@ def _sizes(logits: Tensor, size: tuple[int, int]) -> dict:
 # --- registration ---
 
 
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _raises_at_once(logits: Tensor) -> bool:
     """Whether a bad label raises where it is met: on a GPU that would cost a host sync."""
     return logits.device.type == "cpu"
@@ -256,7 +253,7 @@ def _run_cross_entropy(
 def _fake_cross_entropy(
     logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, raise_now, backend
 ):
-    dtype = _loss_dtype(logits)
+    dtype = accumulation_dtype(logits.dtype)
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     stored = need_grad and reduction != "none"
     grad = logits.new_empty(logits.shape if stored else (0,), dtype=dtype)
@@ -285,7 +282,7 @@ _library.define(
     " float label_smoothing, str backend) -> Tensor",
     stem=_STEM,
     fake=lambda grad_loss, logits, target, weight, ignore_index, label_smoothing, backend: logits.new_empty(
-        logits.shape, dtype=_loss_dtype(logits)
+        logits.shape, dtype=accumulation_dtype(logits.dtype)
     ),
     run=_run_cross_entropy_backward,
 )
