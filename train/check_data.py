@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.ade20k import ClassList, each_sample, exif_orientation, ignore_index, list_pairs, read_pair
+from depict_kernels.ops import default_ignore_index
+from train.ade20k import ClassList, each_sample, exif_orientation, list_pairs, read_pair
 from train.errors import UserError
 from train.predict import short_name
 
@@ -112,7 +113,7 @@ class _Checked(torch.utils.data.Dataset):
         except UserError as error:
             return None, (0, 0), str(error), None
         num_classes = self.classes.num_classes
-        ignored = ignore_index(num_classes)
+        ignored = default_ignore_index(num_classes)
         if ignored < 0:
             target, ignored = np.where(target == ignored, num_classes, target), num_classes
         counts = np.bincount(target.ravel(), minlength=max(256, num_classes + 1))

@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from depict_kernels import ops
 from train import build, checkpoint, optim
-from train.ade20k import ignore_index
 from train.config import to_dict
 from train.distributed import World, gather, on_main, sum_over
 from train.errors import UserError
@@ -46,7 +45,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model = model
-        self.ignore_index = ignore_index(model.num_classes)
+        self.ignore_index = ops.default_ignore_index(model.num_classes)
         self.label_smoothing = loss.label_smoothing
         weights = loss.class_weights
         if weights is not None and len(weights) != model.num_classes:
