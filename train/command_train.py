@@ -76,9 +76,7 @@ def describe(trainer: Any) -> None:
 
 def finish(trainer: Any) -> None:
     """Scores the best checkpoint and writes results.json and the plots."""
-    import torch
-
-    from train import build, checkpoint, distributed
+    from train import checkpoint, distributed
     from train.plots import collect_samples, plot_run
 
     folder, world = trainer.folder, trainer.world
@@ -99,7 +97,6 @@ def finish(trainer: Any) -> None:
         extra["pixel_baseline_miou"] = pixel_baseline(trainer.train_set.root)
         baselines["per-pixel classifier of colour and position"] = extra["pixel_baseline_miou"]
     write_results(folder / "results.json", metrics, extra)
-    dtype = build.autocast_dtype(trainer.config)
-    with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype is not None):
+    with trainer.autocast():
         samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
     plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes, baselines=baselines)

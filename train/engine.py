@@ -190,7 +190,7 @@ class Trainer:
             last = i == len(batches) - 1
             accumulating = self.world.size > 1 and not last
             with self.forward.no_sync() if accumulating else contextlib.nullcontext():
-                with self._autocast():
+                with self.autocast():
                     loss = self.forward(images, target) * scale
                 self.scaler.scale(loss).backward()
             row[0] += loss.detach() / self.world.size
@@ -211,7 +211,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, self.step + 1)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Around the model, as ``train.precision`` has it."""
         dtype = build.autocast_dtype(self.config)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -302,9 +303,7 @@ class Trainer:
 
     def measure(self, model: nn.Module) -> SegmentationMetrics:
         """The confusion matrix of ``model`` over the validation split, every process doing its share."""
-        training = model.training
-        model.eval()
-        metrics = evaluate(
+        return evaluate(
             model,
             self.val_set,
             self.config.eval,
@@ -314,8 +313,6 @@ class Trainer:
             amp_dtype=build.autocast_dtype(self.config),
             progress=self.log.evaluating,
         )
-        model.train(training)
-        return metrics
 
     def _evaluate(self) -> None:
         results = self.evaluate_now(self.averaged)
