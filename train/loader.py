@@ -62,11 +62,6 @@ class SampleOrder:
         return [self[position] for position in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def steps_per_epoch(size: int, batch_size: int) -> float:
-    """Global batches per pass over `size` samples; not a whole number, since batches run on across epochs."""
-    return size / batch_size
-
-
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of everything random about one sample in one epoch."""
     return np.random.default_rng([seed, epoch, index, 1])  # the 1 keeps it apart from the permutations

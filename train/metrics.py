@@ -132,12 +132,3 @@ class SegmentationMetrics:
             "mean_accuracy": _value(_ratio(hits, targets).nanmean()),
             "iou_per_class": {name: _value(value) for name, value in zip(self.class_names, iou)},
         }
-
-    def summary(self) -> str:
-        """One line for a log: the three scores in per cent."""
-        scores = self.results()
-        keys = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy", "mean accuracy": "mean_accuracy"}
-        percent = {name: scores[key] for name, key in keys.items()}
-        return ", ".join(
-            f"{name} {'n/a' if x is None else f'{100 * x:.2f} %'}" for name, x in percent.items()
-        )
