@@ -379,7 +379,6 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     amp_dtype: torch.dtype | None = None,
-    workers: int = 4,
     progress: Progress | None = None,
     comparison: Comparison | None = None,
 ) -> SegmentationMetrics:
@@ -408,7 +407,7 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        for done, (_, get) in enumerate(prefetch(dataset.read, mine, workers), 1):
+        for done, (_, get) in enumerate(prefetch(dataset.read, mine), 1):
             image, target = get()
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 views = window_masks(model, image, cfg, multiscale=multiscale, device=device)

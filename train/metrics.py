@@ -47,7 +47,6 @@ class SegmentationMetrics:
     Args:
         num_classes: C.
         class_names: C names, the keys of ``iou_per_class``.
-        ignore_index: target value that is left out; None means 255 where C <= 255, -100 above.
         device: where the matrix lives (NCCL reduces only tensors on the GPU).
     """
 
@@ -55,7 +54,6 @@ class SegmentationMetrics:
         self,
         num_classes: int,
         class_names: Sequence[str] | None = None,
-        ignore_index: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         class_names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
@@ -63,7 +61,7 @@ class SegmentationMetrics:
             raise ValueError(f"{len(class_names)} class names for {num_classes} classes")
         self.num_classes = num_classes
         self.class_names = unique_names(class_names)
-        self.ignore_index = default_ignore_index(num_classes) if ignore_index is None else ignore_index
+        self.ignore_index = default_ignore_index(num_classes)
         # validate_args sorts all pixels to find foreign values (update_labels looks cheaper), and a sync
         # inside compute() would hang as soon as one process alone asks for the results.
         self._matrix = MulticlassConfusionMatrix(
