@@ -409,16 +409,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, progress: bool):
+def each_sample(dataset: torch.utils.data.Dataset, workers: int | None, title: str, progress: bool):
     """Yields dataset[0], dataset[1], ... computed by `workers` processes (0: here), with a progress bar.
 
-    No more processes than this one may use cores: they only decode, and torch warns of more.
+    No more processes than this one may use cores, None for as many: they only decode, and torch warns of more.
     """
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
-        num_workers=min(workers, usable_cores()),
-        collate_fn=_identity,
+        num_workers=usable_cores() if workers is None else min(workers, usable_cores()),
+        collate_fn=as_it_is,
         generator=torch.Generator(),
     )
     if not progress:
@@ -433,5 +433,6 @@ def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, pro
             bar.advance(task)
 
 
-def _identity(sample):
+def as_it_is(sample):
+    """A collate_fn, where torch would else turn arrays into tensors."""
     return sample

@@ -420,9 +420,7 @@ def generate(
             images.mkdir(parents=True)
             annotations.mkdir(parents=True)
             job = _Painting(images, annotations, wanted[split], (seed, number), size, quality)
-            for _ in each_sample(
-                job, os.cpu_count() if workers is None else workers, f"painting {split}", progress
-            ):
+            for _ in each_sample(job, workers, f"painting {split}", progress):
                 pass
         rows = [f"{i},{name},{r},{g},{b}" for i, (name, (r, g, b)) in enumerate(CLASSES)]
         (making / "classes.csv").write_text("\n".join(["index,name,r,g,b", *rows]) + "\n")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.ade20k import SegmentationFolder, usable_cores
+from train.ade20k import SegmentationFolder, as_it_is, usable_cores
 from train.distributed import processes_here
 from train.errors import UserError, first_line
 from train.transforms import TrainTransform
@@ -154,7 +154,7 @@ def train_loader(
         TrainBatches(folder, transform, seed),
         sampler=_Steps(SampleOrder(len(folder), seed), data.batch_size, rank, world_size, start_step),
         batch_size=None,  # a key is a batch already
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=workers,
         # Forked workers start at once, and notice when a kill takes their parent: a server's would live on.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -184,10 +184,6 @@ def _raise_errors(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, Any
             f"a data worker died ({first_line(error)}); it may have run out of memory: lower --data.workers "
             "(0 loads in the training process) or enlarge /dev/shm"
         ) from error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
