@@ -120,10 +120,7 @@ def _memory(record: dict, plt):
     series: dict[str, list[tuple[int, float]]] = {}
     for row in record.get("operators", []):
         if row.get("growth") and row.get("peak_bytes"):
-            point = (
-                row["sizes"]["H"],
-                max(1.0, row["peak_bytes"] / 2**20),
-            )  # below that it is the measurement
+            point = (row["sizes"]["H"], max(1.0, row["peak_bytes"] / 2**20))  # below, it is the measurement
             series.setdefault(row["implementation"], []).append(point)
     series = {name: sorted(points) for name, points in series.items() if len(points) > 1}
     if not series:

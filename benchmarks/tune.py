@@ -127,9 +127,8 @@ def clock(run: Callable[[], object], device: str, flush: Tensor) -> float:
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
-    torch.cuda._sleep(
-        4_000_000
-    )  # about 2 ms in which the host queues the whole call: no gaps between its kernels
+    # About 2 ms in which the host queues the whole call: no gaps between its kernels.
+    torch.cuda._sleep(4_000_000)
     start.record()
     run()
     end.record()

@@ -143,8 +143,8 @@ def check_data(
 
     Returns a report with counts, the label histogram and one line for every file that is missing, unreadable,
     of another size than its annotation, or holds a label out of range, and a warning for every image with an EXIF
-    orientation. Nothing is printed except, on request,
-    a progress bar. Raises UserError where a folder is missing or empty.
+    orientation. Nothing is printed except, on request, a progress bar. Raises UserError where a folder is missing
+    or empty.
     """
     reports = []
     for split in splits:

@@ -20,9 +20,8 @@ from train.distributed import processes_here
 from train.errors import UserError, first_line
 from train.transforms import TrainTransform
 
-MOST_WORKERS = (
-    8  # that are started unasked: some 2,500 crops of 512 x 512 a second (benchmarks/bench_loader.py)
-)
+# That are started unasked: some 2,500 crops of 512 x 512 a second (benchmarks/bench_loader.py).
+MOST_WORKERS = 8
 
 
 def worker_count(workers: int | None) -> int:

@@ -93,10 +93,8 @@ class SegmentationMetrics:
                 f"label map {tuple(labels.shape)} and target {tuple(target.shape)} differ in size"
             )
         device = self.confusion.device
-        labels, target = (
-            labels.to(device),
-            target.to(device, torch.int64),
-        )  # uint8 has no room for -100 or 300
+        # uint8 has no room for -100 or 300.
+        labels, target = labels.to(device), target.to(device, torch.int64)
         foreign = (target != self.ignore_index) & ((target < 0) | (target >= self.num_classes))
         if foreign.any():
             value = target[foreign][0].item()
