@@ -227,25 +227,27 @@ def _raises_at_once(logits: Tensor) -> bool:
     return logits.device.type == "cpu"
 
 
-def _scan(target, num_classes, ignore_index, raise_now):
+def _scanned(kernels, target, num_classes, ignore_index, raise_now):
+    """Target and report for kernels that give no report.
+
+    Kernels that check the labels as they read them say so: they raise, or they return a report as their last value and
+    treat bad labels as ignored. The others get clean labels.
+    """
+    if raise_now and getattr(kernels, "RAISES_ON_BAD_TARGET", False):
+        return target, torch.zeros(5, dtype=torch.int64, device=target.device)
     return torch.ops.depict_kernels.scan_target(target, num_classes, ignore_index, raise_now)
 
 
 def _run_cross_entropy(
     kernels, logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, raise_now
 ):
-    # Kernels that check the labels as they read them say so: they raise, or they return a report as a third
-    # value and treat bad labels as ignored. The others get clean labels.
     options = (weight, ignore_index, label_smoothing, reduction, need_grad)
     if getattr(kernels, "REPORTS_BAD_TARGET", False):
         loss, grad, report = kernels.cross_entropy_forward(logits, target, *options)
         if raise_now:
             raise_if_bad(report, logits.shape[1], ignore_index)
     else:
-        if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
-            report = torch.zeros(5, dtype=torch.int64, device=target.device)
-        else:
-            target, report = _scan(target, logits.shape[1], ignore_index, raise_now)
+        target, report = _scanned(kernels, target, logits.shape[1], ignore_index, raise_now)
         loss, grad = kernels.cross_entropy_forward(logits, target, *options)
     return loss, loss.new_empty(0) if grad is None else grad, report
 
@@ -272,7 +274,7 @@ _library.define(
 
 def _run_cross_entropy_backward(kernels, grad_loss, logits, target, weight, ignore_index, label_smoothing):
     if not getattr(kernels, "RAISES_ON_BAD_TARGET", getattr(kernels, "REPORTS_BAD_TARGET", False)):
-        target, _ = _scan(target, logits.shape[1], ignore_index, False)
+        target, _ = _scanned(kernels, target, logits.shape[1], ignore_index, False)
     return kernels.cross_entropy_backward(grad_loss, logits, target, weight, ignore_index, label_smoothing)
 
 
@@ -349,10 +351,7 @@ def _run_confusion(kernels, logits, target, ignore_index, out):
     raise_now = _raises_at_once(logits)
     if getattr(kernels, "REPORTS_BAD_TARGET", False) and not raise_now:
         return kernels.confusion(logits, target, ignore_index, out)
-    if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
-        report = torch.zeros(5, dtype=torch.int64, device=target.device)
-    else:
-        target, report = _scan(target, logits.shape[1], ignore_index, raise_now)
+    target, report = _scanned(kernels, target, logits.shape[1], ignore_index, raise_now)
     kernels.confusion(logits, target, ignore_index, out)
     return report
 
