@@ -90,10 +90,7 @@ def named(requested: str) -> str:
 
 @functools.cache  # every call asks, and a module that is not imported is looked for on the disk
 def _has_stem(backend: str, stem: str) -> bool:
-    try:
-        return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None
-    except ModuleNotFoundError:
-        return False
+    return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None
 
 
 def why_unavailable(
