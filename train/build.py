@@ -75,9 +75,7 @@ def class_list(config: Config, root: Path) -> ClassList:
 
 
 def split(config: Config, root: Path, name: str, classes: ClassList) -> SegmentationFolder:
-    data = config.data
-    cache = Path(data.cache) if data.cache is not None else None
-    return SegmentationFolder(root, name, classes, data.reduce_zero_label, cache)
+    return SegmentationFolder(root, name, classes, config.data.reduce_zero_label, config.data.cache)
 
 
 def model(config: Config, num_classes: int, weights: bool = True) -> SegmentationModel:
