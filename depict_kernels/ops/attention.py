@@ -84,9 +84,7 @@ def subspace_cross_attention(
 
 def _check(**tensors: Tensor) -> None:
     for name, t in tensors.items():
-        _library.check_tensor(name, t)
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {t.dtype}")
+        _library.check_tensor(name, t, floating=True)
         if t.ndim != 4:
             raise ValueError(f"{name} must have shape (batch, tokens, heads, head_dim), got {tuple(t.shape)}")
         if t.shape[-1] == 0:

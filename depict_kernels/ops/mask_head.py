@@ -60,9 +60,7 @@ def mask_logits(
 
 def _check(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> None:
     for name, t in {"patches": patches, "classes": classes, "weight": weight, "bias": bias}.items():
-        _library.check_tensor(name, t)
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {t.dtype}")
+        _library.check_tensor(name, t, floating=True)
         if t.device != patches.device:
             raise ValueError(f"patches are on {patches.device} and {name} on {t.device}; move one of them")
     if patches.ndim != 3 or classes.ndim != 3 or patches.shape[0] != classes.shape[0]:

@@ -183,9 +183,7 @@ def _stores(requested: str, logits: Tensor, inputs: tuple[Tensor, ...], size: tu
 
 
 def _check_map(logits: Tensor) -> None:
-    _library.check_tensor("logits", logits)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be a floating point tensor, got {logits.dtype}")
+    _library.check_tensor("logits", logits, floating=True)
     if logits.ndim != 4 or 0 in logits.shape[1:]:
         raise ValueError(
             f"logits must be (B, C, h, w) with at least one class and one pixel, got {tuple(logits.shape)}"
