@@ -19,10 +19,10 @@ class SplitReport:
     """What ``check_data`` found in one split."""
 
     split: str
-    images: int = 0
-    annotations: int = 0
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) pixels per class
-    images_with: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) images that show it
+    images: int
+    annotations: int
+    pixels: np.ndarray  # (C,) int64 pixels per class
+    images_with: np.ndarray  # (C,) int64 images that show it
     ignored: int = 0  # unlabelled pixels
     smallest: tuple[int, int] = (0, 0)  # (H, W) by area
     largest: tuple[int, int] = (0, 0)
@@ -149,11 +149,10 @@ def check_data(
     reports = []
     for split in splits:
         images, annotations, missing = list_pairs(Path(root), split)
-        report = SplitReport(split, len(images), len(annotations))
+        counts = (np.zeros(classes.num_classes, np.int64) for _ in range(2))
+        report = SplitReport(split, len(images), len(annotations), *counts)
         report.problems = [f"{path}: {message}" for path, message in missing]
         pairs = [(images[stem], annotations[stem]) for stem in images if stem in annotations]
-        report.pixels = np.zeros(classes.num_classes, np.int64)
-        report.images_with = np.zeros(classes.num_classes, np.int64)
         for counts, size, problem, warning in each_sample(
             _Checked(pairs, classes, reduce_zero_label), workers, f"checking {split}", progress
         ):
