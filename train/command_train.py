@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from train.command_line import CONFIG, Command
+from train.command_line import Command
 from train.run_folder import open_folder, prepare_folder, report, write_results
 
 
@@ -48,7 +48,6 @@ TRAIN = Command(
     "Train a model, score it, draw its curves",
     text="The word `train` may be left out; without any argument it is the demo. A run folder that holds a checkpoint "
     "goes on from it. Under torchrun the processes share the work.",
-    options=(CONFIG,),
     keys=(
         "run.name", "run.root", "run.overwrite", "data.root", "data.classes", "data.batch_size", "model.name",
         "model.pretrained", "model.checkpoint_path", "optim.lr", "train.epochs", "train.steps", "train.precision",
