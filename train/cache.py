@@ -159,7 +159,7 @@ def _sources(folder: SegmentationFolder) -> np.ndarray:
 
 
 def _ends(index: np.ndarray, target_type: np.dtype) -> np.ndarray:
-    """(N,) end of each sample in data.bin; starts are rounded up so that every target lies aligned."""
+    """(N,) end of each sample in data.bin."""
     sizes = index["height"].astype(np.int64) * index["width"] * (3 + target_type.itemsize)
     return index["offset"] + sizes
 
