@@ -35,7 +35,6 @@ FAMILIES = {
 NOT_DIFFERENTIABLE = ("upsample_argmax", "upsample_confusion")
 WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
 HEADS, SELF_DIM, CROSS_DIM, DEPTH = 3, 100, 50, 3  # the paper's decoders
-IGNORE = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +112,8 @@ class Case:
     def bytes_moved(self) -> int:
         """Every input read once, the output written once; with backward its gradient read and the inputs' written."""
         inputs = [t.nbytes for t in self.inputs(device="meta")]
-        integer = self.operator in NOT_DIFFERENTIABLE
-        size = (
-            8
-            if integer
-            else 4
-            if self.family in ("mask_head", "upsample", "decoder")
-            else self.dtype.itemsize
-        )
-        output = self.output_elements() * size
+        size = self.dtype.itemsize if self.family == "attention" else 4
+        output = self.output_elements() * (8 if self.operator in NOT_DIFFERENTIABLE else size)
         if not self.backward:
             return sum(inputs) + output
         return sum(inputs) + 2 * output + sum(inputs[i] for i in self.differentiable)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
+from benchmarks.timing import clock, timed
 from depict_kernels import backends, ops
 from depict_kernels.ops.cuda_kernels import attention
 from depict_kernels.testing import assert_within_budget, value_and_gradients
@@ -57,20 +57,6 @@ def check(w: Tensor, grad: Tensor) -> None:
     assert_within_budget(actual[0], peer[0], truth[0], what="output")
     largest = grad.abs().max().item()
     assert_within_budget(actual[1][0], peer[1][0], truth[1][0], scale=largest, what="gradient")
-
-
-def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
-    flush.zero_()
-    if flush.device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def wgmma_from(rows: list[dict]) -> dict[str, int]:
@@ -116,7 +102,8 @@ def main() -> int:
                 for name, variant in VARIANTS.items():
                     with attention.force_variant(variant):
                         for direction, (call, _) in calls(w, grad, dim**-0.5).items():
-                            spent = milliseconds(call, flush)
+                            flush.zero_()
+                            spent = 1e3 * timed(call, clock(device))
                             if repeat >= 3:
                                 times.setdefault((direction, name), []).append(spent)
             for direction, (_, products) in calls(w, grad, dim**-0.5).items():

@@ -109,9 +109,9 @@ def spilled(rows: list[dict]) -> list[str]:
     return [f"{row['name']} {row['target']}" for row in rows if row["spills"] and not row["may_spill"]]
 
 
-def wgmma_inputs(library: Path = LIBRARY) -> tuple[int, list[str]]:
+def wgmma_inputs() -> tuple[int, list[str]]:
     """What :func:`benchmarks.wgmma_inputs.overwritten` finds in the library."""
-    command = [tool("cuobjdump"), "-sass", str(library)]
+    command = [tool("cuobjdump"), "-sass", str(LIBRARY)]
     return overwritten(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import IGNORE, Case, decoder_parameters, make_decoder
+from benchmarks.cases import Case, decoder_parameters, make_decoder
 from depict_kernels import backends, ops
 
 OURS = ("cpp", "triton", "cuda")
@@ -83,7 +83,7 @@ def _upsample(logits: Tensor, size) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _loss(logits: Tensor, target: Tensor, ignore_index: int = IGNORE) -> Tensor:
+def _loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return F.cross_entropy(_upsample(logits, target.shape[1:]), target, ignore_index=ignore_index)
 
 
@@ -91,7 +91,7 @@ def _labels(logits: Tensor, size) -> Tensor:
     return _upsample(logits, size).argmax(1)
 
 
-def _confusion(logits: Tensor, target: Tensor, ignore_index: int = IGNORE) -> Tensor:
+def _confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     # Ignored pixels go to a bin of their own, so that nothing is gathered and nothing waits for the device.
     classes = logits.shape[1]
     pairs = torch.where(
@@ -108,7 +108,7 @@ def eager_operators() -> Iterator[None]:
     plain = {
         "subspace_self_attention": lambda w, *_, **__: _attention(w, w),
         "subspace_cross_attention": lambda q, w, *_, **__: _attention(q, w),
-        "mask_logits": _plain_mask_logits,
+        "mask_logits": lambda *inputs, **_: _mask_logits(*inputs),
         "upsample_cross_entropy": lambda x, target, *_, **__: _loss(
             x, target, ops.default_ignore_index(x.shape[1])
         ),
@@ -122,10 +122,6 @@ def eager_operators() -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(ops, name, function)
-
-
-def _plain_mask_logits(patches, classes, weight, bias, grid, eps=1e-5, **_) -> Tensor:
-    return _mask_logits(patches, classes, weight, bias, grid, eps)
 
 
 @contextlib.contextmanager
@@ -150,21 +146,23 @@ def _eager(case: Case) -> Callable[..., Tensor]:
 
 
 def _ignored(case: Case) -> int:
-    return ops.default_ignore_index(case.C) if case.family == "upsample" else IGNORE
+    return ops.default_ignore_index(case.C)
 
 
 # --- ours: one of the package's backends ---
 
 
-def _backend(case: Case, name: str) -> Callable[..., Tensor]:
+def _require(case: Case, name: str, operators: tuple[str, ...]) -> None:
     if name == "triton" and case.device == "cpu":
         raise Unavailable("Triton's interpreter on the CPU is for tests; its time means nothing")
-    reason = (
-        None if name == "auto" else backends.why_unavailable(name, case.operator, case.device, case.dtype)
-    )
-    if reason is not None:
-        raise Unavailable(reason)
-    function, ignored = getattr(ops, case.operator), _ignored(case)
+    for operator in operators if name in OURS else ():
+        if reason := backends.why_unavailable(name, operator, case.device, case.dtype):
+            raise Unavailable(reason)
+
+
+def _backend(case: Case, name: str) -> Callable[..., Tensor]:
+    _require(case, name, (case.operator,))
+    function = getattr(ops, case.operator)
     if case.operator == "mask_logits":
         grid = (case.h, case.w)
         return lambda *tensors: function(*tensors, grid, backend=name)
@@ -172,6 +170,7 @@ def _backend(case: Case, name: str) -> Callable[..., Tensor]:
         size = (case.H, case.W)
         return lambda logits: function(logits, size, backend=name)
     if case.operator in ("upsample_cross_entropy", "upsample_confusion"):
+        ignored = _ignored(case)
         return lambda logits, target: function(logits, target, ignored, backend=name)
     return lambda *tensors: function(*tensors, backend=name)
 
@@ -187,13 +186,7 @@ def _decoder(case: Case, name: str, wrap: Callable = lambda function: function) 
 
     ``wrap`` is torch.compile or nothing: the choice of the implementation stays outside of what is compiled.
     """
-    if name in OURS:
-        if name == "triton" and case.device == "cpu":
-            raise Unavailable("Triton's interpreter on the CPU is for tests; its time means nothing")
-        for operator in _CORES[case.operator]:
-            reason = backends.why_unavailable(name, operator, case.device, case.dtype)
-            if reason is not None:
-                raise Unavailable(reason)
+    _require(case, name, _CORES[case.operator])
     decoder, names, grid = (
         make_decoder(case).to(case.device),
         tuple(decoder_parameters(case)),

@@ -13,10 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-KEEP = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 35),
-}  # glibc reads them at its start
+# glibc reads them at its start.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 35)}
 ROUNDS = 5
 
 

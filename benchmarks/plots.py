@@ -45,11 +45,11 @@ def speedups(record: dict) -> list[tuple[str, float, float | None]]:
         if eager is None or (ours is None and stock is eager):
             continue
         ratio = lambda row, base=eager: row.get("ratio") or base["median_ms"] / row["median_ms"]
-        result.append((_short(rows[0]), ratio(stock), None if ours is None else ratio(ours)))
+        result.append((short(rows[0]), ratio(stock), None if ours is None else ratio(ours)))
     return result
 
 
-def _short(row: dict) -> str:
+def short(row: dict) -> str:
     """A case in few words: operator, sizes, and what is unusual about it."""
     name = row["operator"].removeprefix("subspace_").removeprefix("upsample_")
     sizes = "x".join(str(size) for size in row["sizes"].values())
@@ -120,10 +120,7 @@ def _memory(record: dict, plt):
     series: dict[str, list[tuple[int, float]]] = {}
     for row in record.get("operators", []):
         if row.get("growth") and row.get("peak_bytes"):
-            point = (
-                row["sizes"]["H"],
-                max(1.0, row["peak_bytes"] / 2**20),
-            )  # below that it is the measurement
+            point = (row["sizes"]["H"], max(1.0, row["peak_bytes"] / 2**20))  # below, it is the measurement
             series.setdefault(row["implementation"], []).append(point)
     series = {name: sorted(points) for name, points in series.items() if len(points) > 1}
     if not series:

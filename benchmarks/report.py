@@ -20,10 +20,7 @@ from benchmarks import compare, record, tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LOADER = "loader_cpu.json"  # of bench_loader.py, which has a format of its own
-OTHER = (
-    "tuning_",
-    "counts_",
-)  # begin the names of tune.py's and count_instructions.py's files, which have others
+OTHER = ("tuning_", "counts_")  # begin the names of tune.py's and count_instructions.py's, which have others
 BEGIN, END = "<!-- speed: begin (benchmarks/report.py) -->", "<!-- speed: end -->"
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from benchmarks import goals
-from benchmarks.end_to_end import GRAPH
+from benchmarks.end_to_end import EVALUATION, GRAPH, TRAINING
 from benchmarks.implementations import OURS, STOCK
-from benchmarks.plots import _short as short
+from benchmarks.plots import short
 
-PARTS = {
-    "training": ("backbone", "decoder", "loss", "optimizer"),
-    "evaluation": ("backbone", "decoder", "labels"),
-}
+PARTS = {"training": TRAINING, "evaluation": EVALUATION}
 ORDER = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
 KINDS = {"depict_sa": "DEPICT-SA", "depict_ca": "DEPICT-CA", "segmenter_mask": "Segmenter"}
 

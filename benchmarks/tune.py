@@ -32,6 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks import timing
 from depict_kernels import ops
 from depict_kernels.ops.triton_kernels import launch, tuning
 from depict_kernels.ops.triton_kernels.tuning import Config
@@ -121,20 +122,11 @@ def candidates(key: str, default: Config) -> list[Config]:
 
 def clock(run: Callable[[], object], device: str, flush: Tensor) -> float:
     """Seconds of one run on the device, with nothing of it left in the L2 cache."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    torch.cuda._sleep(
-        4_000_000
-    )  # about 2 ms in which the host queues the whole call: no gaps between its kernels
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    if device == "cuda":
+        flush.zero_()
+        # About 2 ms in which the host queues the whole call: no gaps between its kernels.
+        torch.cuda._sleep(4_000_000)
+    return timing.timed(run, timing.clock(device))
 
 
 class Bench:

@@ -68,7 +68,7 @@ def use_backend(name: str) -> Iterator[None]:
     ValueError for an unknown name.
     """
     global _override
-    _check_name(name)
+    check_name(name)
     before, _override = _override, None if name == "auto" else name
     try:
         yield
@@ -76,23 +76,21 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that is no backend's."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from auto, {', '.join(BACKENDS)}")
 
 
 def named(requested: str) -> str:
     """The backend that a call names: its argument, else the surrounding :func:`use_backend`, else "auto"."""
-    _check_name(requested)
+    check_name(requested)
     return _override or "auto" if requested == "auto" else requested
 
 
 @functools.cache  # every call asks, and a module that is not imported is looked for on the disk
 def _has_stem(backend: str, stem: str) -> bool:
-    try:
-        return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None
-    except ModuleNotFoundError:
-        return False
+    return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None
 
 
 def why_unavailable(
@@ -251,7 +249,7 @@ def _resolve(
 
 def require(requested: str, operators: Iterable[str], device: str | torch.device, dtype: torch.dtype) -> None:
     """Raises what the first call would: ValueError or :class:`BackendUnavailable` unless all operators run here."""
-    _check_name(requested)
+    check_name(requested)
     for operator in operators:
         _resolve(requested, operator, device, dtype)
 

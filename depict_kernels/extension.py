@@ -107,18 +107,16 @@ def emulated() -> bool:
 
 def status() -> dict[str, str]:
     """The compiled parts in a few lines of text: state of each module, then the build record."""
-    reason = load("cpu")
-    if reason is None:
-        ops = torch.ops.depict_kernels_cpu
-        cpu = f"loaded, uses {ops.use_instruction_set('')} of {ops.instruction_sets().replace(' ', ', ')}"
-    else:
-        cpu = f"not available: {reason}"
     record = build_record()
-    reason = load("cuda")
-    cuda = record.get("cuda", {})
-    if reason is None:
-        built = f"CUDA {cuda.get('nvcc', 'unknown')} for {', '.join(cuda.get('architectures', ['?']))}"
-    lines = {"cpu": cpu, "cuda": f"loaded, {built}" if reason is None else f"not available: {reason}"}
+    lines = {part: f"not available: {load(part)}" for part in ("cpu", "cuda")}
+    if load("cpu") is None:
+        ops = torch.ops.depict_kernels_cpu
+        sets = ops.instruction_sets().replace(" ", ", ")
+        lines["cpu"] = f"loaded, uses {ops.use_instruction_set('')} of {sets}"
+    if load("cuda") is None:
+        cuda = record.get("cuda", {})
+        built = ", ".join(cuda.get("architectures", ["?"]))
+        lines["cuda"] = f"loaded, CUDA {cuda.get('nvcc', 'unknown')} for {built}"
     if emulated():
         lines["cuda emulator"] = load("cuda_emulated") or "loaded"
     for key in ("error", "date", "commit", "compiler", "torch", "torch_target", "python", "machine"):

@@ -161,8 +161,10 @@ def _loss_with(backend, device, dtype, classes, factor, weighted: bool) -> str |
 
 
 def _labels(backend: str, device: torch.device, dtype: torch.dtype, classes: int, factor: int) -> str | None:
+    from depict_kernels.ops.reference.upsample import upsample
+
     logits, _, _, size = _example(dtype, classes, factor)
-    z, inputs = _upsampled(logits, size), logits.to(device)
+    z, inputs = upsample(logits.double(), size), logits.to(device)
     run = lambda: torch.ops.depict_kernels.upsample_argmax(inputs, size, torch.int64, backend).cpu()
     ours = run()
     if ours.min() < 0 or ours.max() >= classes:
@@ -174,7 +176,7 @@ def _labels(backend: str, device: torch.device, dtype: torch.dtype, classes: int
 
 
 def _counts(backend: str, device: torch.device, dtype: torch.dtype, classes: int, factor: int) -> str | None:
-    from depict_kernels.ops.reference.upsample import count
+    from depict_kernels.ops.reference.upsample import count, upsample
 
     logits, target, ignored, size = _example(dtype, classes, factor)
     inputs = logits.to(device), target.to(device)
@@ -185,7 +187,7 @@ def _counts(backend: str, device: torch.device, dtype: torch.dtype, classes: int
         return out.cpu(), report.cpu()
 
     (ours, report), expected = run(), torch.zeros((classes, classes), dtype=torch.int64)
-    z = _upsampled(logits, size)
+    z = upsample(logits.double(), size)
     count(z.argmax(1), target, ignored, expected)
     if ours.sum() != expected.sum():
         return f"it counted {ours.sum().item()} pixels of {expected.sum().item()}"
@@ -198,10 +200,6 @@ def _counts(backend: str, device: torch.device, dtype: torch.dtype, classes: int
     if report[0] != 0:
         return "it took a class for a bad label"
     return None if torch.equal(ours, run()[0]) else "its counts differed between two runs"
-
-
-def _upsampled(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return torch.nn.functional.interpolate(logits.double(), size, mode="bilinear", align_corners=False)
 
 
 _CHECKS = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from depict_kernels.ops import default_ignore_index
 from train.ade20k import (
     SegmentationFolder,
     exif_orientation,
-    ignore_index,
     load_classes,
     make_palette,
     read_image,
@@ -129,7 +129,7 @@ def test_targets_of_8_bit_annotations(stored, num_classes, reduce, expected):
 def test_targets_of_16_bit_annotations():
     stored = np.array([[0, 1, 256, 1000, 65535]], np.uint16)
     assert to_target(stored, 1000).tolist() == [[-100, 0, 255, 999, -100]]
-    assert ignore_index(1000) == -100 and ignore_index(255) == 255
+    assert default_ignore_index(1000) == -100 and default_ignore_index(255) == 255
     few = to_target(np.array([[0, 3, 65535]], np.uint16), 3)
     assert few.tolist() == [[255, 2, 255]] and few.dtype == np.uint8
 

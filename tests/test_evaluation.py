@@ -11,11 +11,9 @@ from train.ade20k import ClassList
 from train.errors import UserError
 from train.inference import (
     Comparison,
-    compare_with_stock,
     evaluate,
     predict_labels,
     prefetch,
-    stock_predict_labels,
     stock_scores,
 )
 from train.windows import window_masks
@@ -67,7 +65,8 @@ def test_an_image_of_one_window_is_counted_without_a_label_map(monkeypatch, patc
     dataset.sizes = [(500, 520)] * 2
     expected = torch.zeros(25, dtype=torch.int64)
     for image, target in map(dataset.read, range(2)):
-        labels, valid = stock_predict_labels(model, image, cfg), target != 255
+        scores = stock_scores(window_masks(model, image, cfg), tuple(target.shape))
+        labels, valid = scores.argmax(0), target != 255
         expected += torch.bincount(target[valid].long() * 5 + labels[valid], minlength=25)
     monkeypatch.setattr(inference, "_fused", lambda *_: True)  # whichever kernel there is, take the operator
     monkeypatch.setattr(inference, "labels_from_views", None)
@@ -105,7 +104,8 @@ def test_prefetch_keeps_the_order_and_reads_ahead():
 @pytest.mark.parametrize("multiscale", [False, True], ids=["single", "multi-scale and flip"])
 def test_comparison_with_the_stock_path_finds_ties_only(multiscale):
     dataset = Pictures(3)
-    comparison = compare_with_stock(TinyModel(), dataset, settings(), multiscale=multiscale)
+    comparison = Comparison()
+    evaluate(TinyModel(), dataset, settings(), multiscale=multiscale, comparison=comparison)
     assert comparison.pixels == sum(h * w for h, w in dataset.sizes)
     assert comparison.not_ties == 0 and comparison.differing < 20
     assert f"of {comparison.pixels} pixels differ" in str(comparison)

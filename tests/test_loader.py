@@ -13,7 +13,6 @@ from train.errors import UserError
 from train.loader import (
     MOST_WORKERS,
     SampleOrder,
-    steps_per_epoch,
     to_device,
     too_many_workers,
     train_loader,
@@ -88,7 +87,6 @@ def test_batch_larger_than_the_data_set_goes_through_epochs():
     order = SampleOrder(3, seed=0)
     batch = order.batch(1, 8)  # positions 8..15: the end of epoch 2, epochs 3 and 4, the start of epoch 5
     assert [epoch for epoch, _ in batch] == [2, 3, 3, 3, 4, 4, 4, 5]
-    assert steps_per_epoch(3, 8) == 0.375
 
 
 def test_batch_equals_the_transform_of_its_samples(folder):

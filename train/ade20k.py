@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from depict_kernels.ops import default_ignore_index
 from train.errors import UserError, first_line
 
 try:  # three times as fast as PIL, with the same pixels; torchvision means to drop it one day
@@ -43,11 +44,6 @@ UNREADABLE = (
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BUILT_IN_CLASSES = {"ade20k": Path(__file__).parent / "data" / "ade20k_classes.csv"}
-
-
-def ignore_index(num_classes: int) -> int:
-    """The label that no loss or metric counts: 255 up to 255 classes, -100 above."""
-    return 255 if num_classes <= 255 else -100
 
 
 # ---------------------------------------------------------------------------------------------- classes
@@ -255,7 +251,7 @@ def to_target(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = Tr
         ValueError: a value out of range; the message names it and how many pixels hold it.
     """
     highest = num_classes if reduce_zero_label else num_classes - 1
-    ignored = ignore_index(num_classes)
+    ignored = default_ignore_index(num_classes)
     wide = num_classes > 255
     if not wide and labels.dtype == np.uint8 and labels.max(initial=0) <= highest:
         return labels - np.uint8(1) if reduce_zero_label else labels  # 0 wraps to 255, which is ignored
@@ -347,7 +343,7 @@ class SegmentationFolder:
 
     @property
     def ignore_index(self) -> int:
-        return ignore_index(self.num_classes)
+        return default_ignore_index(self.num_classes)
 
     def image_path(self, i: int) -> Path:
         return self._images[i]
@@ -413,16 +409,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, progress: bool):
+def each_sample(dataset: torch.utils.data.Dataset, workers: int | None, title: str, progress: bool):
     """Yields dataset[0], dataset[1], ... computed by `workers` processes (0: here), with a progress bar.
 
-    No more processes than this one may use cores: they only decode, and torch warns of more.
+    No more processes than this one may use cores, None for as many: they only decode, and torch warns of more.
     """
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
-        num_workers=min(workers, usable_cores()),
-        collate_fn=_identity,
+        num_workers=usable_cores() if workers is None else min(workers, usable_cores()),
+        collate_fn=as_it_is,
         generator=torch.Generator(),
     )
     if not progress:
@@ -437,5 +433,6 @@ def each_sample(dataset: torch.utils.data.Dataset, workers: int, title: str, pro
             bar.advance(task)
 
 
-def _identity(sample):
+def as_it_is(sample):
+    """A collate_fn, where torch would else turn arrays into tensors."""
     return sample

@@ -46,10 +46,10 @@ def check_backend(config: Config, device: torch.device, *, training: bool) -> No
     operators (and, in training, its loss) here.
     """
     wanted = config.model
-    if wanted.backend != "auto" and wanted.backend not in backends.BACKENDS:
-        raise UserError(
-            f"model.backend: unknown backend {wanted.backend!r}; choose from auto, {', '.join(backends.BACKENDS)}"
-        )
+    try:
+        backends.check_name(wanted.backend)
+    except ValueError as error:
+        raise UserError(f"model.backend: {error}") from None
     decoder = wanted.name.partition("_vit_")[0]
     dtype = autocast_dtype(config) or torch.float32
     backends.require(wanted.backend, _OPERATORS.get(decoder, ()), device, dtype)
@@ -75,9 +75,7 @@ def class_list(config: Config, root: Path) -> ClassList:
 
 
 def split(config: Config, root: Path, name: str, classes: ClassList) -> SegmentationFolder:
-    data = config.data
-    cache = Path(data.cache) if data.cache is not None else None
-    return SegmentationFolder(root, name, classes, data.reduce_zero_label, cache)
+    return SegmentationFolder(root, name, classes, config.data.reduce_zero_label, config.data.cache)
 
 
 def model(config: Config, num_classes: int, weights: bool = True) -> SegmentationModel:

@@ -21,16 +21,13 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
+from train.ade20k import UNREADABLE, SegmentationFolder, each_sample
 from train.errors import UserError
-
-if TYPE_CHECKING:
-    from train.ade20k import SegmentationFolder
 
 VERSION = 2  # 16-bit grey images are scaled to 8 bits since
 ROW = np.dtype(
@@ -81,7 +78,7 @@ class DecodedCache:
             with _lock(path.with_name(path.name + ".lock")):
                 cache = cls._open(path, folder, sources)
                 if cache is None:
-                    _build(path, folder, sources, os.cpu_count() if workers is None else workers, progress)
+                    _build(path, folder, sources, workers, progress)
                     cache = cls._open(path, folder, sources)
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -162,7 +159,7 @@ def _sources(folder: SegmentationFolder) -> np.ndarray:
 
 
 def _ends(index: np.ndarray, target_type: np.dtype) -> np.ndarray:
-    """(N,) end of each sample in data.bin; starts are rounded up so that every target lies aligned."""
+    """(N,) end of each sample in data.bin."""
     sizes = index["height"].astype(np.int64) * index["width"] * (3 + target_type.itemsize)
     return index["offset"] + sizes
 
@@ -196,9 +193,9 @@ class _Written(torch.utils.data.Dataset):
             return UserError(f"data.cache {self.file}: {(error.strerror or str(error)).lower()}")
 
 
-def _build(path: Path, folder: SegmentationFolder, sources: np.ndarray, workers: int, progress: bool) -> None:
-    from train.ade20k import UNREADABLE, each_sample
-
+def _build(
+    path: Path, folder: SegmentationFolder, sources: np.ndarray, workers: int | None, progress: bool
+) -> None:
     target_type = np.dtype(np.int32 if folder.num_classes > 255 else np.uint8)
     index = np.zeros(len(folder), dtype=ROW)
     for name in SOURCE:

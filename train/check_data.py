@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.ade20k import ClassList, each_sample, exif_orientation, ignore_index, list_pairs, read_pair
+from depict_kernels.ops import default_ignore_index
+from train.ade20k import ClassList, each_sample, exif_orientation, list_pairs, read_pair
 from train.errors import UserError
 from train.predict import short_name
 
@@ -18,10 +19,10 @@ class SplitReport:
     """What ``check_data`` found in one split."""
 
     split: str
-    images: int = 0
-    annotations: int = 0
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) pixels per class
-    images_with: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (C,) images that show it
+    images: int
+    annotations: int
+    pixels: np.ndarray  # (C,) int64 pixels per class
+    images_with: np.ndarray  # (C,) int64 images that show it
     ignored: int = 0  # unlabelled pixels
     smallest: tuple[int, int] = (0, 0)  # (H, W) by area
     largest: tuple[int, int] = (0, 0)
@@ -112,7 +113,7 @@ class _Checked(torch.utils.data.Dataset):
         except UserError as error:
             return None, (0, 0), str(error), None
         num_classes = self.classes.num_classes
-        ignored = ignore_index(num_classes)
+        ignored = default_ignore_index(num_classes)
         if ignored < 0:
             target, ignored = np.where(target == ignored, num_classes, target), num_classes
         counts = np.bincount(target.ravel(), minlength=max(256, num_classes + 1))
@@ -142,17 +143,16 @@ def check_data(
 
     Returns a report with counts, the label histogram and one line for every file that is missing, unreadable,
     of another size than its annotation, or holds a label out of range, and a warning for every image with an EXIF
-    orientation. Nothing is printed except, on request,
-    a progress bar. Raises UserError where a folder is missing or empty.
+    orientation. Nothing is printed except, on request, a progress bar. Raises UserError where a folder is missing
+    or empty.
     """
     reports = []
     for split in splits:
         images, annotations, missing = list_pairs(Path(root), split)
-        report = SplitReport(split, len(images), len(annotations))
+        counts = (np.zeros(classes.num_classes, np.int64) for _ in range(2))
+        report = SplitReport(split, len(images), len(annotations), *counts)
         report.problems = [f"{path}: {message}" for path, message in missing]
         pairs = [(images[stem], annotations[stem]) for stem in images if stem in annotations]
-        report.pixels = np.zeros(classes.num_classes, np.int64)
-        report.images_with = np.zeros(classes.num_classes, np.int64)
         for counts, size, problem, warning in each_sample(
             _Checked(pairs, classes, reduce_zero_label), workers, f"checking {split}", progress
         ):

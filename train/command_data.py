@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.command_line import CONFIG, Command
+from train.command_line import Command
 from train.errors import UserError
 
 
@@ -85,7 +85,6 @@ CHECK_DATA = Command(
     check_data,
     "Read every file of a data set and name each bad one",
     text=f"The exit status is 1 where there is one. {WITHOUT_CONFIG}",
-    options=(CONFIG,),
     keys=(*LAYOUT, "data.workers"),
 )
 GENERATE_DATA = Command(
@@ -93,7 +92,6 @@ GENERATE_DATA = Command(
     generate_data,
     "Make the data set that training without data.root uses",
     text="Without an argument it is the demo's.",
-    options=(CONFIG,),
     keys=("data.generate",),
 )
 DOWNLOAD_DATA = Command(
@@ -101,7 +99,6 @@ DOWNLOAD_DATA = Command(
     download_data,
     "Download ADE20K into the folder above data.root",
     text=WITHOUT_CONFIG,
-    options=(CONFIG,),
     keys=("data.root",),
 )
 CACHE_DATA = Command(
@@ -109,6 +106,5 @@ CACHE_DATA = Command(
     cache_data,
     "Decode a data set's images once, into a memory-mapped cache",
     text=f"Training with the same data.cache builds it too, if it is missing. {WITHOUT_CONFIG}",
-    options=(CONFIG,),
     keys=("data.cache", *LAYOUT),
 )

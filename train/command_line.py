@@ -38,7 +38,7 @@ class Command:
     summary: str
     words: str = ""  # as the usage line shows them
     text: str = ""
-    options: tuple[Option, ...] = ()
+    options: tuple[Option, ...] = (CONFIG,)
     keys: tuple[str, ...] = ()  # those of the configuration that one gives with this command most often
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from train.command_line import CONFIG, Command
+from train.command_line import Command
 from train.run_folder import open_folder, prepare_folder, report, write_results
 
 
@@ -48,7 +48,6 @@ TRAIN = Command(
     "Train a model, score it, draw its curves",
     text="The word `train` may be left out; without any argument it is the demo. A run folder that holds a checkpoint "
     "goes on from it. Under torchrun the processes share the work.",
-    options=(CONFIG,),
     keys=(
         "run.name", "run.root", "run.overwrite", "data.root", "data.classes", "data.batch_size", "model.name",
         "model.pretrained", "model.checkpoint_path", "optim.lr", "train.epochs", "train.steps", "train.precision",
@@ -76,9 +75,7 @@ def describe(trainer: Any) -> None:
 
 def finish(trainer: Any) -> None:
     """Scores the best checkpoint and writes results.json and the plots."""
-    import torch
-
-    from train import build, checkpoint, distributed
+    from train import checkpoint, distributed
     from train.plots import collect_samples, plot_run
 
     folder, world = trainer.folder, trainer.world
@@ -99,7 +96,6 @@ def finish(trainer: Any) -> None:
         extra["pixel_baseline_miou"] = pixel_baseline(trainer.train_set.root)
         baselines["per-pixel classifier of colour and position"] = extra["pixel_baseline_miou"]
     write_results(folder / "results.json", metrics, extra)
-    dtype = build.autocast_dtype(trainer.config)
-    with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype is not None):
+    with trainer.autocast():
         samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
     plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes, baselines=baselines)

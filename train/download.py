@@ -34,7 +34,6 @@ def download(
     url: str = ADE20K_URL,
     folder: str = ADE20K_FOLDER,
     sha256: str | None = None,
-    keep_archive: bool = False,
     progress: bool = True,
 ) -> Path:
     """Downloads and extracts a data set of ADE20K's layout.
@@ -44,7 +43,6 @@ def download(
         url: the zip archive.
         folder: the folder inside the archive that is the data set.
         sha256: the archive's checksum in hexadecimal, if it is known.
-        keep_archive: whether to keep the archive after extraction.
         progress: whether to show a progress bar.
 
     Returns:
@@ -73,8 +71,7 @@ def download(
             extract(archive, root, folder, advance)
     except OSError as error:
         raise UserError(f"{error.filename or root}: {(error.strerror or str(error)).lower()}") from None
-    if not keep_archive:
-        archive.unlink()
+    archive.unlink()
     return root / folder
 
 

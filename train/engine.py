@@ -28,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from depict_kernels import ops
 from train import build, checkpoint, optim
-from train.ade20k import ignore_index
 from train.config import to_dict
 from train.distributed import World, gather, on_main, sum_over
 from train.errors import UserError
@@ -49,7 +48,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model = model
-        self.ignore_index = ignore_index(model.num_classes)
+        self.ignore_index = ops.default_ignore_index(model.num_classes)
         self.label_smoothing = loss.label_smoothing
         weights = loss.class_weights
         if weights is not None and len(weights) != model.num_classes:
@@ -215,7 +214,7 @@ class Trainer:
             last = i == len(batches) - 1
             accumulating = self.world.size > 1 and not last
             with self.forward.no_sync() if accumulating else contextlib.nullcontext():
-                with self._autocast():
+                with self.autocast():
                     loss = self.forward(images, target) * scale
                 self.scaler.scale(loss).backward()
             row[0] += loss.detach() / self.world.size
@@ -236,7 +235,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, self.step + 1)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Around the model, as ``train.precision`` has it."""
         dtype = build.autocast_dtype(self.config)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -327,9 +327,7 @@ class Trainer:
 
     def measure(self, model: nn.Module) -> SegmentationMetrics:
         """The confusion matrix of ``model`` over the validation split, every process doing its share."""
-        training = model.training
-        model.eval()
-        metrics = evaluate(
+        return evaluate(
             model,
             self.val_set,
             self.config.eval,
@@ -339,8 +337,6 @@ class Trainer:
             amp_dtype=build.autocast_dtype(self.config),
             progress=self.log.evaluating,
         )
-        model.train(training)
-        return metrics
 
     def _evaluate(self) -> None:
         results = self.evaluate_now(self.averaged)

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train.ade20k import ClassList, SegmentationFolder, each_sample, load_classes
+from train.ade20k import SegmentationFolder, each_sample, load_classes
 from train.errors import UserError
+from train.metrics import SegmentationMetrics
 
 VERSION = 2  # part of the recorded parameters: a change of the scenes makes new images
 RECORD = "generated.json"
@@ -419,9 +420,7 @@ def generate(
             images.mkdir(parents=True)
             annotations.mkdir(parents=True)
             job = _Painting(images, annotations, wanted[split], (seed, number), size, quality)
-            for _ in each_sample(
-                job, os.cpu_count() if workers is None else workers, f"painting {split}", progress
-            ):
+            for _ in each_sample(job, workers, f"painting {split}", progress):
                 pass
         rows = [f"{i},{name},{r},{g},{b}" for i, (name, (r, g, b)) in enumerate(CLASSES)]
         (making / "classes.csv").write_text("\n".join(["index,name,r,g,b", *rows]) + "\n")
@@ -437,7 +436,7 @@ def generate(
 # ------------------------------------------------------------------------------------ per-pixel baseline
 
 
-def pixel_baseline(root: str | Path, classes: ClassList | None = None) -> float:
+def pixel_baseline(root: str | Path) -> float:
     """mIoU on the validation split of a classifier that sees one pixel's colour and position.
 
     A table of class frequencies over 12 levels of each colour channel, 16 rows and 4 columns of the image,
@@ -446,7 +445,7 @@ def pixel_baseline(root: str | Path, classes: ClassList | None = None) -> float:
     the second does better by rare classes, which mIoU counts as much as the frequent ones.
     """
     root = Path(root)
-    classes = classes or load_classes(root / "classes.csv")
+    classes = load_classes(root / "classes.csv")
     count = classes.num_classes
     shape = (12, 12, 12, 16, 4)
 
@@ -481,17 +480,9 @@ def pixel_baseline(root: str | Path, classes: ClassList | None = None) -> float:
     scores = []
     for weight in (np.ones(count), 1 / np.maximum(frequency, 1)):
         best = (table * weight[:, None].astype(np.float32)).argmax(0)
-        confusion = np.zeros((count, count), np.int64)
+        metrics = SegmentationMetrics(count)
         for i in range(len(validation)):
             image, target = validation.decode(i)
-            seen = target != validation.ignore_index
-            pairs = target[seen].astype(np.int64) * count + best[bins(image)[seen]]
-            confusion += np.bincount(pairs, minlength=count**2).reshape(count, count)
-        scores.append(_miou(confusion))
+            metrics.update_labels(torch.from_numpy(best[bins(image)]), torch.from_numpy(target))
+        scores.append(metrics.results()["miou"])
     return max(scores)
-
-
-def _miou(confusion: np.ndarray) -> float:
-    """Mean IoU over the classes that occur in the target or the prediction."""
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return float(np.mean(confusion.diagonal()[union > 0] / union[union > 0]))

@@ -179,30 +179,22 @@ def _window_labels(view: View, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def labels_from_views(
-    views: list[View], size: tuple[int, int], *, strip_rows: int = 64, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def labels_from_views(views: list[View], size: tuple[int, int], *, strip_rows: int = 64) -> Tensor:
     """Steps 3 and 4 of the protocol in strips of rows: the label map (H, W) from the windows' masks.
+
+    It is uint8 up to 256 classes and int32 above.
 
     Args:
         views: from :func:`window_masks`.
         size: (H, W) of the original image.
         strip_rows: rows computed at once, in whole blocks of BLOCK_ROWS; the labels do not depend on it.
-        out_dtype: uint8, int32 or int64; None takes uint8 up to 256 classes and int32 above.
-
-    Raises ValueError for another dtype or one too narrow for the classes.
     """
     num_classes, device = views[0].masks.shape[1], views[0].masks.device
-    if out_dtype is None:
-        out_dtype = torch.uint8 if num_classes <= 256 else torch.int32
-    if out_dtype not in (torch.uint8, torch.int32, torch.int64):
-        raise ValueError(f"out_dtype {out_dtype}: choose torch.uint8, torch.int32 or torch.int64")
-    if num_classes - 1 > torch.iinfo(out_dtype).max:
-        raise ValueError(f"{out_dtype} has no room for {num_classes} classes")
     height, width = size
     blocks = -(-height // BLOCK_ROWS)
     step = min(blocks, max(1, strip_rows // BLOCK_ROWS))
-    labels = torch.empty(blocks, BLOCK_ROWS, width, dtype=out_dtype, device=device)
+    dtype = torch.uint8 if num_classes <= 256 else torch.int32
+    labels = torch.empty(blocks, BLOCK_ROWS, width, dtype=dtype, device=device)
     with _full_float32(device):
         todo = torch.ones(blocks, dtype=torch.bool)
         if len(views) == 1 and views[0].canvas == size and _fused("upsample_argmax", views[0]):
@@ -237,7 +229,6 @@ def predict_labels(
     *,
     multiscale: bool = False,
     device: torch.device | str | None = None,
-    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Label map (H, W) of one image (3, H, W) uint8 at its own size, by the module's protocol, on ``device``.
 
@@ -245,8 +236,7 @@ def predict_labels(
     errors as in :func:`window_masks` and :func:`labels_from_views`; the model should be in eval mode.
     """
     views = window_masks(model, image, cfg, multiscale=multiscale, device=device)
-    size = tuple(image.shape[-2:])
-    return labels_from_views(views, size, strip_rows=cfg.strip_rows, out_dtype=out_dtype)
+    return labels_from_views(views, tuple(image.shape[-2:]), strip_rows=cfg.strip_rows)
 
 
 # --------------------------------------------------------------------------------------------- stock
@@ -272,20 +262,6 @@ def stock_scores(views: list[View], size: tuple[int, int], dtype: torch.dtype = 
         scores = (scores.flip(-1) if view.flip else scores).softmax(0)
         total = scores if total is None else total.add_(scores)
     return total.div_(len(views))
-
-
-def stock_predict_labels(
-    model: nn.Module,
-    image: Tensor,
-    cfg,
-    *,
-    multiscale: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """:func:`predict_labels` with the full (C, H, W) scores in ``dtype``: (H, W) int64. For comparison only."""
-    views = window_masks(model, image, cfg, multiscale=multiscale, device=device)
-    return stock_scores(views, tuple(image.shape[-2:]), dtype).argmax(0)
 
 
 @dataclass
@@ -403,7 +379,6 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     amp_dtype: torch.dtype | None = None,
-    workers: int = 4,
     progress: Progress | None = None,
     comparison: Comparison | None = None,
 ) -> SegmentationMetrics:
@@ -433,7 +408,7 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        for done, (_, get) in enumerate(prefetch(dataset.read, mine, workers), 1):
+        for done, (_, get) in enumerate(prefetch(dataset.read, mine), 1):
             image, target = get()
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 views = window_masks(model, image, cfg, multiscale=multiscale, device=device)
@@ -453,20 +428,3 @@ def evaluate(
     if comparison is not None:
         comparison.reduce(device)
     return metrics
-
-
-def compare_with_stock(
-    model: nn.Module,
-    dataset,
-    cfg,
-    *,
-    multiscale: bool = False,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
-) -> Comparison:
-    """Counts over the split the pixels whose label in strips is not the stock path's; ``str()`` reports."""
-    comparison = Comparison()
-    evaluate(
-        model, dataset, cfg, multiscale=multiscale, device=device, progress=progress, comparison=comparison
-    )
-    return comparison

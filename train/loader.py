@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.ade20k import SegmentationFolder, usable_cores
+from train.ade20k import SegmentationFolder, as_it_is, usable_cores
 from train.distributed import processes_here
 from train.errors import UserError, first_line
 from train.transforms import TrainTransform
 
-MOST_WORKERS = (
-    8  # that are started unasked: some 2,500 crops of 512 x 512 a second (benchmarks/bench_loader.py)
-)
+# That are started unasked: some 2,500 crops of 512 x 512 a second (benchmarks/bench_loader.py).
+MOST_WORKERS = 8
 
 
 def worker_count(workers: int | None) -> int:
@@ -60,11 +59,6 @@ class SampleOrder:
     def batch(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """(epoch, index) of the samples of global batch `step`."""
         return [self[position] for position in range(step * batch_size, (step + 1) * batch_size)]
-
-
-def steps_per_epoch(size: int, batch_size: int) -> float:
-    """Global batches per pass over `size` samples; not a whole number, since batches run on across epochs."""
-    return size / batch_size
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -159,7 +153,7 @@ def train_loader(
         TrainBatches(folder, transform, seed),
         sampler=_Steps(SampleOrder(len(folder), seed), data.batch_size, rank, world_size, start_step),
         batch_size=None,  # a key is a batch already
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=workers,
         # Forked workers start at once, and notice when a kill takes their parent: a server's would live on.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -189,10 +183,6 @@ def _raise_errors(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, Any
             f"a data worker died ({first_line(error)}); it may have run out of memory: lower --data.workers "
             "(0 loads in the training process) or enlarge /dev/shm"
         ) from error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -47,7 +47,6 @@ class SegmentationMetrics:
     Args:
         num_classes: C.
         class_names: C names, the keys of ``iou_per_class``.
-        ignore_index: target value that is left out; None means 255 where C <= 255, -100 above.
         device: where the matrix lives (NCCL reduces only tensors on the GPU).
     """
 
@@ -55,7 +54,6 @@ class SegmentationMetrics:
         self,
         num_classes: int,
         class_names: Sequence[str] | None = None,
-        ignore_index: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         class_names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
@@ -63,7 +61,7 @@ class SegmentationMetrics:
             raise ValueError(f"{len(class_names)} class names for {num_classes} classes")
         self.num_classes = num_classes
         self.class_names = unique_names(class_names)
-        self.ignore_index = default_ignore_index(num_classes) if ignore_index is None else ignore_index
+        self.ignore_index = default_ignore_index(num_classes)
         # validate_args sorts all pixels to find foreign values (update_labels looks cheaper), and a sync
         # inside compute() would hang as soon as one process alone asks for the results.
         self._matrix = MulticlassConfusionMatrix(
@@ -95,10 +93,8 @@ class SegmentationMetrics:
                 f"label map {tuple(labels.shape)} and target {tuple(target.shape)} differ in size"
             )
         device = self.confusion.device
-        labels, target = (
-            labels.to(device),
-            target.to(device, torch.int64),
-        )  # uint8 has no room for -100 or 300
+        # uint8 has no room for -100 or 300.
+        labels, target = labels.to(device), target.to(device, torch.int64)
         foreign = (target != self.ignore_index) & ((target < 0) | (target >= self.num_classes))
         if foreign.any():
             value = target[foreign][0].item()
@@ -132,12 +128,3 @@ class SegmentationMetrics:
             "mean_accuracy": _value(_ratio(hits, targets).nanmean()),
             "iou_per_class": {name: _value(value) for name, value in zip(self.class_names, iou)},
         }
-
-    def summary(self) -> str:
-        """One line for a log: the three scores in per cent."""
-        scores = self.results()
-        keys = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy", "mean accuracy": "mean_accuracy"}
-        percent = {name: scores[key] for name, key in keys.items()}
-        return ", ".join(
-            f"{name} {'n/a' if x is None else f'{100 * x:.2f} %'}" for name, x in percent.items()
-        )

@@ -44,7 +44,6 @@ def collect_samples(
     cfg,
     count: int = 4,
     *,
-    multiscale: bool = False,
     device: torch.device | str | None = None,
 ) -> list[Sample]:
     """Predictions for ``count`` images, spread evenly over ``dataset``: the same ones every time."""
@@ -55,7 +54,7 @@ def collect_samples(
     for i in range(count):
         index = i * len(dataset) // count
         image, target = dataset.read(index)
-        labels = predict_labels(model, image, cfg, multiscale=multiscale, device=device)
+        labels = predict_labels(model, image, cfg, device=device)
         pixels = image.permute(1, 2, 0).numpy()
         samples.append(Sample(dataset.names[index], pixels, target.numpy(), labels.cpu().numpy()))
     model.train(training)

@@ -244,7 +244,6 @@ def predict_folder(
     device: torch.device | str | None = None,
     amp_dtype: torch.dtype | None = None,
     overlays: bool = True,
-    workers: int = 2,
     progress: Progress | None = None,
 ) -> PredictReport:
     """Writes ``<stem>.png``, the labels as annotations encode them, and ``<stem>_overlay.png`` for every image.
@@ -287,7 +286,7 @@ def predict_folder(
     training = model.training
     model.eval()
     try:
-        jobs = prefetch(lambda job: read_any_image(job[0]), zip(images, names), workers)
+        jobs = prefetch(lambda job: read_any_image(job[0]), zip(images, names), workers=2)
         for done, ((path, name), get) in enumerate(jobs, 1):
             try:
                 image = get()

@@ -25,7 +25,7 @@ from train.command_data import CACHE_DATA, CHECK_DATA, DOWNLOAD_DATA, GENERATE_D
 from train.command_eval import EVAL, PREDICT
 from train.command_line import PROGRAM
 from train.command_train import TRAIN
-from train.errors import UserError, first_line, missing_extra, user_message
+from train.errors import UserError, first_line, missing_extra
 
 COMMANDS = {
     command.name: command
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         distributed.stop()
         return status
     except UserError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except ModuleNotFoundError as error:
         message = missing_extra(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -113,15 +114,12 @@ def write_run_folder(config: Any, folder: Path, classes: Any, world: Any) -> Non
     from train.config import save_config
 
     save_config(config, folder / "config.yaml", versions(world))
-    rows = (
-        f"{i},{quoted(name)},{','.join(str(int(value)) for value in colour)}"
-        for i, (name, colour) in enumerate(zip(classes.names, classes.palette))
-    )
-    (folder / "classes.csv").write_text("index,name,r,g,b\n" + "".join(f"{row}\n" for row in rows), "utf-8")
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+    with open(folder / "classes.csv", "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("index", "name", "r", "g", "b"))
+        rows.writerows(
+            (i, name, *colour) for i, (name, colour) in enumerate(zip(classes.names, classes.palette))
+        )
 
 
 def versions(world: Any) -> dict[str, Any]:

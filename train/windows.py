@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.errors import UserError
+from train.transforms import resized_size
 
 # The longer side is at most this many times the shorter one's target (mmsegmentation's img_scale
 # (2048, 512)): a panorama is made smaller instead of giving endless windows.
@@ -38,10 +39,7 @@ def scaled_size(size: tuple[int, int], shorter: int, scale: float = 1.0) -> tupl
     The target is cut to an integer, the sides are rounded half up, the longer one is at most
     ``MAX_RATIO * shorter * scale``.
     """
-    limits = int(shorter * scale), int(shorter * MAX_RATIO * scale)
-    factor = min(limits[0] / min(size), limits[1] / max(size))
-    height, width = (max(1, int(side * factor + 0.5)) for side in size)
-    return height, width
+    return resized_size(*size, int(shorter * scale), int(shorter * MAX_RATIO * scale))
 
 
 def enlarged_size(size: tuple[int, int], window: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from depict_kernels.backends import BACKENDS
+from depict_kernels.backends import check_name
 from depict_kernels.models.backbone import Backbone
 from depict_kernels.models.depict import DepictDecoder
 from depict_kernels.models.segmentation import SegmentationModel
@@ -69,8 +69,7 @@ def create_model(
         near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise ValueError(f"unknown model {name!r}; {hint}list_models() gives all names")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
+    check_name(backend)
     kind, size, options = _MODELS[name]
     vit = Backbone(
         backbone or _BACKBONES[size],

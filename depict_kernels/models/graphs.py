@@ -23,9 +23,8 @@ from depict_kernels import backends
 CAPACITY = 8
 """Graphs kept per model; beyond that the one that was not used for longest goes."""
 
-WARM_UP = (
-    2  # runs before a capture: kernels are compiled, libraries choose algorithms and get their workspaces
-)
+# Runs before a capture: kernels are compiled, libraries choose algorithms and get their workspaces.
+WARM_UP = 2
 
 
 class Recording:

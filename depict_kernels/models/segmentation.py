@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depict_kernels import ops
-from depict_kernels.backends import BACKENDS
+from depict_kernels.backends import check_name
 from depict_kernels.models import graphs
 from depict_kernels.models.backbone import Backbone
 
@@ -52,8 +52,7 @@ class SegmentationModel(nn.Module):
 
     @backend.setter
     def backend(self, name: str) -> None:
-        if name != "auto" and name not in BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; choose from auto, {', '.join(BACKENDS)}")
+        check_name(name)
         for module in self.decoder.modules():
             if hasattr(module, "backend"):
                 module.backend = name

@@ -66,10 +66,12 @@ def integer(name: str, value) -> int:
     return value
 
 
-def check_tensor(name: str, value) -> None:
-    """Raises TypeError where ``value`` is no tensor."""
+def check_tensor(name: str, value, *, floating: bool = False) -> None:
+    """Raises TypeError where ``value`` is no tensor or, if that is asked for, not one of floating point."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
 
 
 def pair(name: str, value) -> tuple[int, int]:

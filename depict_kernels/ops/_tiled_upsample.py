@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from depict_kernels.ops.reference import accumulation_dtype
+
 # 8 x 150 x 32 x 32 logits take 21 MB in one band; a band of this size still fills a large GPU several times over.
 SCRATCH = 64 << 20
 
@@ -231,7 +233,7 @@ class TiledUpsample(ABC):
 
 def dtype_of(logits: Tensor) -> torch.dtype:
     """What the kernels compute in."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return accumulation_dtype(logits.dtype)
 
 
 def _new(logits: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from depict_kernels import backends
 from depict_kernels.ops import _library
+from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.stock import attention as stock
 
 _STEM = "attention"
@@ -83,9 +84,7 @@ def subspace_cross_attention(
 
 def _check(**tensors: Tensor) -> None:
     for name, t in tensors.items():
-        _library.check_tensor(name, t)
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {t.dtype}")
+        _library.check_tensor(name, t, floating=True)
         if t.ndim != 4:
             raise ValueError(f"{name} must have shape (batch, tokens, heads, head_dim), got {tuple(t.shape)}")
         if t.shape[-1] == 0:
@@ -97,9 +96,7 @@ def _check(**tensors: Tensor) -> None:
 
 def _lse_like(q: Tensor) -> Tensor:
     batch, tokens, heads, _ = q.shape
-    return q.new_empty(
-        (batch, heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
-    )
+    return q.new_empty((batch, heads, tokens), dtype=accumulation_dtype(q.dtype))
 
 
 def _empty(t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from depict_kernels import backends
 from depict_kernels.ops import _library
+from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.stock import mask_head as stock
 
 _STEM = "mask_head"
@@ -59,9 +60,7 @@ def mask_logits(
 
 def _check(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> None:
     for name, t in {"patches": patches, "classes": classes, "weight": weight, "bias": bias}.items():
-        _library.check_tensor(name, t)
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {t.dtype}")
+        _library.check_tensor(name, t, floating=True)
         if t.device != patches.device:
             raise ValueError(f"patches are on {patches.device} and {name} on {t.device}; move one of them")
     if patches.ndim != 3 or classes.ndim != 3 or patches.shape[0] != classes.shape[0]:
@@ -83,10 +82,8 @@ def _check(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, grid:
 def _fake(patches, classes, weight, bias, grid, eps, backend):
     batch, n, _ = patches.shape
     c = classes.shape[1]
-    dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
-    stat = [
-        patches.new_empty(shape, dtype=dtype) for shape in ((batch, n), (batch, c), (batch, n), (batch, n))
-    ]
+    dtype = accumulation_dtype(patches.dtype)
+    stat = [patches.new_empty((batch, rows), dtype=dtype) for rows in (n, c, n, n)]
     return weight.new_empty((batch, c, *grid)), *stat
 
 

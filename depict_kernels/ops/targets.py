@@ -50,9 +50,7 @@ def sanitize_target(target: Tensor, num_classes: int, ignore_index: int) -> tupl
     first = flat.to(torch.uint8).argmax()
     height, width = target.shape[-2:]
     position = [first // (height * width), first // width % height, first % width]
-    value = target.flatten().gather(0, first[None])[
-        0
-    ]  # indexing with a tensor without axes would wait for it
+    value = target.flatten().gather(0, first[None])[0]  # an index without axes would be waited for
     report = torch.stack([flat.any().long(), value, *position])
     return torch.where(bad, ignore_index, target), report * report[0]
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from depict_kernels import backends
 from depict_kernels.ops import _library
+from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.stock import upsample as stock
 from depict_kernels.ops.targets import (
     check_target_tensor,
@@ -187,9 +188,7 @@ def check_options(reduction: str, label_smoothing: float) -> None:
 
 
 def _check_map(logits: Tensor) -> None:
-    _library.check_tensor("logits", logits)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be a floating point tensor, got {logits.dtype}")
+    _library.check_tensor("logits", logits, floating=True)
     if logits.ndim != 4 or 0 in logits.shape[1:]:
         raise ValueError(
             f"logits must be (B, C, h, w) with at least one class and one pixel, got {tuple(logits.shape)}"
@@ -226,34 +225,32 @@ def _sizes(logits: Tensor, size: tuple[int, int]) -> dict:
 # --- registration ---
 
 
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _raises_at_once(logits: Tensor) -> bool:
     """Whether a bad label raises where it is met: on a GPU that would cost a host sync."""
     return logits.device.type == "cpu"
 
 
-def _scan(target, num_classes, ignore_index, raise_now):
+def _scanned(kernels, target, num_classes, ignore_index, raise_now):
+    """Target and report for kernels that give no report.
+
+    Kernels that check the labels as they read them say so: they raise, or they return a report as their last value and
+    treat bad labels as ignored. The others get clean labels.
+    """
+    if raise_now and getattr(kernels, "RAISES_ON_BAD_TARGET", False):
+        return target, torch.zeros(5, dtype=torch.int64, device=target.device)
     return torch.ops.depict_kernels.scan_target(target, num_classes, ignore_index, raise_now)
 
 
 def _run_cross_entropy(
     kernels, logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, raise_now
 ):
-    # Kernels that check the labels as they read them say so: they raise, or they return a report as a third
-    # value and treat bad labels as ignored. The others get clean labels.
     options = (weight, ignore_index, label_smoothing, reduction, need_grad)
     if getattr(kernels, "REPORTS_BAD_TARGET", False):
         loss, grad, report = kernels.cross_entropy_forward(logits, target, *options)
         if raise_now:
             raise_if_bad(report, logits.shape[1], ignore_index)
     else:
-        if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
-            report = torch.zeros(5, dtype=torch.int64, device=target.device)
-        else:
-            target, report = _scan(target, logits.shape[1], ignore_index, raise_now)
+        target, report = _scanned(kernels, target, logits.shape[1], ignore_index, raise_now)
         loss, grad = kernels.cross_entropy_forward(logits, target, *options)
     return loss, loss.new_empty(0) if grad is None else grad, report
 
@@ -261,7 +258,7 @@ def _run_cross_entropy(
 def _fake_cross_entropy(
     logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, raise_now, backend
 ):
-    dtype = _loss_dtype(logits)
+    dtype = accumulation_dtype(logits.dtype)
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     stored = need_grad and reduction != "none"
     grad = logits.new_empty(logits.shape if stored else (0,), dtype=dtype)
@@ -280,7 +277,7 @@ _library.define(
 
 def _run_cross_entropy_backward(kernels, grad_loss, logits, target, weight, ignore_index, label_smoothing):
     if not getattr(kernels, "RAISES_ON_BAD_TARGET", getattr(kernels, "REPORTS_BAD_TARGET", False)):
-        target, _ = _scan(target, logits.shape[1], ignore_index, False)
+        target, _ = _scanned(kernels, target, logits.shape[1], ignore_index, False)
     return kernels.cross_entropy_backward(grad_loss, logits, target, weight, ignore_index, label_smoothing)
 
 
@@ -290,7 +287,7 @@ _library.define(
     " float label_smoothing, str backend) -> Tensor",
     stem=_STEM,
     fake=lambda grad_loss, logits, target, weight, ignore_index, label_smoothing, backend: logits.new_empty(
-        logits.shape, dtype=_loss_dtype(logits)
+        logits.shape, dtype=accumulation_dtype(logits.dtype)
     ),
     run=_run_cross_entropy_backward,
 )
@@ -357,10 +354,7 @@ def _run_confusion(kernels, logits, target, ignore_index, out):
     raise_now = _raises_at_once(logits)
     if getattr(kernels, "REPORTS_BAD_TARGET", False) and not raise_now:
         return kernels.confusion(logits, target, ignore_index, out)
-    if getattr(kernels, "RAISES_ON_BAD_TARGET", False) and raise_now:
-        report = torch.zeros(5, dtype=torch.int64, device=target.device)
-    else:
-        target, report = _scan(target, logits.shape[1], ignore_index, raise_now)
+    target, report = _scanned(kernels, target, logits.shape[1], ignore_index, raise_now)
     kernels.confusion(logits, target, ignore_index, out)
     return report
 

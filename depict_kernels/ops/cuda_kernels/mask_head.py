@@ -1,4 +1,4 @@
-"""The mask head in CUDA C++ (csrc/cuda/mask_head.cu); the formulas are in ops/reference/mask_head.py."""
+"""The mask head in CUDA C++ (csrc/cuda/mask_head_*.cu); the formulas are in ops/reference/mask_head.py."""
 
 from __future__ import annotations
 

@@ -82,8 +82,6 @@ class _Upsample(TiledUpsample):
 
 
 _upsample = _Upsample()
-cross_entropy_forward, cross_entropy_backward = (
-    _upsample.cross_entropy_forward,
-    _upsample.cross_entropy_backward,
-)
+cross_entropy_forward = _upsample.cross_entropy_forward
+cross_entropy_backward = _upsample.cross_entropy_backward
 argmax, confusion = _upsample.argmax, _upsample.confusion

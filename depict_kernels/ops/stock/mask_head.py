@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depict_kernels.ops.reference import accumulation_dtype
+
 
 def _unit(x: Tensor) -> Tensor:
     # A zero vector times 1 / infinity gives zeros with gradient 0, where F.normalize's eps gives a gradient of 1e12
     # (and NaN in float16, which cannot hold the eps). Multiplying by the inverse takes three passes over x fewer
     # than dividing, in backward.
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulation_dtype(x.dtype))
     return (x * F.threshold(norm, 0.0, torch.inf).reciprocal()).to(x.dtype)
 
 
