@@ -295,6 +295,17 @@ def test_model_names():
         create_model("depict_sa_vit_small", backbone="vit_smal_patch16_384")
     with pytest.raises(ValueError, match="not a plain ViT"):
         create_model("depict_sa_vit_small", backbone="resnet18")
+    with pytest.raises(ValueError, match="images of one size only.*Beit"):
+        create_model("depict_sa_vit_small", backbone="beit_base_patch16_224")
+
+
+def test_patch_of_a_hybrid_is_what_one_embedding_stands_for():
+    model = create_model(
+        "depict_sa_vit_tiny", 5, backbone="vit_tiny_r_s16_p8_224", img_size=60, backbone_kwargs={"depth": 1}
+    ).eval()
+    assert model.patch_size == 32 and model.backbone.vit.patch_embed.grid_size == (2, 2)
+    images = torch.randn(1, 3, 33, 70)
+    assert model(images).shape == (1, 5, 2, 3) and model.predict(images).shape == (1, 33, 70)
 
 
 def test_pretrained_weights_from_a_local_file(tmp_path):
