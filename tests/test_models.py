@@ -159,6 +159,9 @@ def test_upstream_loading_is_strict_and_loads_nothing_on_failure():
     assert all(torch.equal(v, before[k]) for k, v in decoder.state_dict().items())
     with pytest.raises(ValueError, match="unexpected snet"):
         load_upstream_decoder(decoder, upstream_state_dict("ca"))
+    twice = upstream_state_dict("sa")
+    with pytest.raises(ValueError, match="cls_emb and class_embed are both class_embed"):
+        load_upstream_decoder(decoder, twice | {"class_embed": twice["cls_emb"] + 1})
 
 
 def test_whole_upstream_checkpoint_reproduces_upstreams_vit():
@@ -198,6 +201,9 @@ def test_whole_upstream_checkpoint_reproduces_upstreams_vit():
     torch.testing.assert_close(model(images), depict_by_formula(decoder_sd, patches, (3, 4), "sa"))
     with pytest.raises(ValueError, match="upstream_backbone=True"):
         load_upstream_checkpoint(tiny(), sd)
+    whole = sd | {f"decoder.{k}": v for k, v in decoder_sd.items()}
+    with pytest.raises(ValueError, match="do not fit VisionTransformer: unexpected norm.weight$"):
+        load_upstream_checkpoint(model, whole | {"norm.weight": torch.zeros(48)})
 
 
 @pytest.mark.parametrize("kind", DECODERS)
