@@ -254,10 +254,13 @@ def test_sizes_the_patch_does_not_divide_are_padded_and_cropped():
     torch.testing.assert_close(per_pixel.mean(), expected)
 
 
-def test_padding_keeps_an_ignore_index_that_uint8_cannot_hold():
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"), [(torch.uint8, -1), (torch.int8, None), (torch.int16, 1 << 15)]
+)
+def test_padding_keeps_an_ignore_index_that_the_target_cannot_hold(dtype, ignore_index):
     model = tiny()
-    images, target = torch.randn(1, 3, 17, 16), torch.zeros(1, 17, 16, dtype=torch.uint8)
-    a = model.loss(images, target, ignore_index=-1)
+    images, target = torch.randn(1, 3, 17, 16), torch.zeros(1, 17, 16, dtype=torch.int64)
+    a = model.loss(images, target.to(dtype), ignore_index=ignore_index)
     torch.testing.assert_close(a, model.loss(images, target))
 
 
