@@ -13,6 +13,7 @@ import string
 from pathlib import Path
 
 from benchmarks import machine
+from benchmarks.cases import SIZES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
@@ -61,7 +62,17 @@ def _wrong(data: dict) -> str | None:
             for key, value in row.items():
                 if (key.endswith("_ms") or key in ("ratio", "median_ratio")) and not _positive(value):
                     return f"row {i} of its {section} has {value!r} as {key}"
+            if section == "operators" and (missing := _missing(row)):
+                return f"row {i} of its {section} lacks {', '.join(missing)}"
     return None
+
+
+def _missing(row: dict) -> list[str]:
+    """Of an operator's row: the quartiles of a time, and sizes that say which class of shapes it is of."""
+    sizes = row["sizes"] if isinstance(row["sizes"], dict) else {}
+    lacks = [f"size {letter}" for letter in SIZES.get(row["operator"], ()) if letter not in sizes]
+    timed = row.get("median_ms") is not None
+    return lacks + [key for key in ("q1_ms", "q3_ms") if timed and row.get(key) is None]
 
 
 def _positive(value: object) -> bool:

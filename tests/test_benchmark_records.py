@@ -89,6 +89,9 @@ def test_file_that_is_no_record(tmp_path, text, words):
         ),
         ({"operators": [row("cpp", 1.0, ratio=float("nan"))]}, "row 0 of its operators has nan as ratio"),
         ({"operators": [row("cpp", 1.0, ratio=0.0)]}, "row 0 of its operators has 0.0 as ratio"),
+        ({"operators": [row("cpp", 1.0, q1_ms=None)]}, "row 0 of its operators lacks q1_ms"),
+        ({"operators": [row("cpp", 1.0, sizes={"B": 1})]}, "row 0 of its operators lacks size C, size h"),
+        ({"operators": [row("cpp", 1.0, sizes=[8])]}, "row 0 of its operators lacks size B"),
         ({"models": [{"model": "a"}]}, "row 0 of its models lacks mode, way"),
     ],
 )
