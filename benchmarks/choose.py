@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -90,11 +91,13 @@ def _against_stock(rows: list[dict], name: str) -> tuple[float, bool] | None:
 
 
 def architecture(data: dict) -> str:
-    """ "sm_90" of the record's GPU. Raises ValueError for a record of a CPU."""
-    capability = data["environment"].get("capability")
-    if capability is None:
+    """ "sm_90" of the record's GPU. Raises ValueError for a record of a CPU or an AMD GPU."""
+    environment = data["environment"]
+    capability = environment.get("capability")
+    of_amd = environment.get("cuda", "") is None  # torch counts its architectures too: gfx942 as 9.4
+    if of_amd or not re.fullmatch(r"\d+\.\d+", str(capability)):
         raise ValueError("the record is not one of an NVIDIA GPU; make gpu writes one")
-    return "sm_" + capability.replace(".", "")
+    return "sm_" + str(capability).replace(".", "")
 
 
 def text(auto: dict, sources: dict, wgmma: dict) -> str:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import string
 from pathlib import Path
 
 from benchmarks import machine
+from benchmarks.cases import SIZES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
@@ -19,6 +21,12 @@ SCHEMA = 1
 KEYS = {
     "operators": ("case", "implementation"),
     "models": ("model", "mode", "way", "size", "batch", "classes"),
+}
+# What the tables and comparisons read of every one.
+ENVIRONMENT = ("date", "device", "commit", "versions")
+COLUMNS = {
+    "operators": (*KEYS["operators"], "operator", "sizes", "dtype", "device"),
+    "models": (*KEYS["models"], "device"),
 }
 
 
@@ -32,7 +40,46 @@ def load(path: str | Path) -> dict:
         raise ValueError(
             f"{path} is not a record of schema {SCHEMA}; pytest benchmarks --record FILE writes one"
         )
+    if wrong := _wrong(data):
+        raise ValueError(f"{path} is no whole record: {wrong}; pytest benchmarks --record FILE writes one")
     return data
+
+
+def _wrong(data: dict) -> str | None:
+    """What keeps a file from being a whole record: keys that are missing, times that are none."""
+    where = data["environment"]
+    if not isinstance(where, dict) or not isinstance(where.get("versions"), dict):
+        return "its environment names no versions"
+    if missing := [key for key in ENVIRONMENT if key not in where]:
+        return f"its environment lacks {', '.join(missing)}"
+    for section, columns in COLUMNS.items():
+        rows = data.get(section, [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            return f"its {section} are no list of rows"
+        for i, row in enumerate(rows):
+            if missing := [key for key in columns if key not in row]:
+                return f"row {i} of its {section} lacks {', '.join(missing)}"
+            for key, value in row.items():
+                if (key.endswith("_ms") or key in ("ratio", "median_ratio")) and not _positive(value):
+                    return f"row {i} of its {section} has {value!r} as {key}"
+            if section == "operators" and (missing := _missing(row)):
+                return f"row {i} of its {section} lacks {', '.join(missing)}"
+    return None
+
+
+def _missing(row: dict) -> list[str]:
+    """Of an operator's row: the quartiles of a time, and sizes that say which class of shapes it is of."""
+    sizes = row["sizes"] if isinstance(row["sizes"], dict) else {}
+    lacks = [f"size {letter}" for letter in SIZES.get(row["operator"], ()) if letter not in sizes]
+    timed = row.get("median_ms") is not None
+    return lacks + [key for key in ("q1_ms", "q3_ms") if timed and row.get(key) is None]
+
+
+def _positive(value: object) -> bool:
+    """Whether it is a time or a ratio, or None for one that was not measured."""
+    if value is None:
+        return True
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
 def path_for(device: str, folder: Path = RESULTS) -> Path:

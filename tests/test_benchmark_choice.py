@@ -113,11 +113,14 @@ def test_a_shape_outside_of_every_class_decides_nothing():
     assert chosen == {} and "cuda outside of every class" in lines[0]
 
 
-def test_a_record_of_a_cpu_is_refused():
+def test_a_record_of_a_cpu_or_an_amd_gpu_is_refused():
     cpu = [dict(r, device="cpu") for r in (row("eager", 10), row("cuda", 1))]
     assert choose.choose(made(cpu)) == ({}, [])
-    with pytest.raises(ValueError, match="not one of an NVIDIA GPU"):
-        choose.architecture(made(cpu))
+    others = ({}, {"capability": "gfx942"}, {"capability": "9.4", "cuda": None})
+    for environment in others:
+        with pytest.raises(ValueError, match="not one of an NVIDIA GPU"):
+            choose.architecture(made(cpu, **environment))
+    assert choose.architecture(made(cpu, capability="9.0", cuda="13.0")) == "sm_90"
 
 
 def test_choice_is_written_as_python_and_taken_by_auto(tmp_path, monkeypatch, capsys):

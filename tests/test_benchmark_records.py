@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmark_rows import made, row
 
-from benchmarks import compare, goals, plots, record, report, tables
+from benchmarks import choose, compare, goals, plots, record, report, tables
 from depict_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_record_replaces_rows_and_survives(tmp_path):
     path = tmp_path / "cpu_1.json"
     first = record.Record(path, "cpu")
-    first.add("operators", {"case": "a", "implementation": "b", "median_ms": 1.23456789})
+    first.add("operators", row("b", 1.23456789))
     again = record.Record(path, "cpu")
-    again.add("operators", {"case": "a", "implementation": "b", "median_ms": 2.0})
-    again.add("operators", {"case": "a", "implementation": "c", "median_ms": 3.0})
+    again.add("operators", row("b", 2.0))
+    again.add("operators", row("c", 3.0))
     rows = record.load(path)["operators"]
     assert [(r["implementation"], r["median_ms"]) for r in rows] == [("b", 2.0), ("c", 3.0)]
     assert {"date", "commit", "device", "versions", "commands"} <= record.load(path)["environment"].keys()
@@ -71,6 +71,37 @@ def test_file_that_is_no_record(tmp_path, text, words):
         record.load(path)
     with pytest.raises(ValueError, match=f"a.json {words}"):
         report.records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"environment": None}, "its environment names no versions"),
+        ({"environment": {}}, "its environment names no versions"),
+        ({"environment": {"versions": {}, "date": "", "commit": ""}}, "its environment lacks device"),
+        ({"operators": None}, "its operators are no list of rows"),
+        ({"operators": {}}, "its operators are no list of rows"),
+        ({"operators": ["row"]}, "its operators are no list of rows"),
+        ({"operators": [{"case": "a", "device": "cpu"}]}, "row 0 of its operators lacks implementation"),
+        (
+            {"operators": [row("cpp", 1.0), row("cuda", 1.0, min_ms="1")]},
+            "row 1 of its operators has '1' as min_ms",
+        ),
+        ({"operators": [row("cpp", 1.0, ratio=float("nan"))]}, "row 0 of its operators has nan as ratio"),
+        ({"operators": [row("cpp", 1.0, ratio=0.0)]}, "row 0 of its operators has 0.0 as ratio"),
+        ({"operators": [row("cpp", 1.0, q1_ms=None)]}, "row 0 of its operators lacks q1_ms"),
+        ({"operators": [row("cpp", 1.0, sizes={"B": 1})]}, "row 0 of its operators lacks size C, size h"),
+        ({"operators": [row("cpp", 1.0, sizes=[8])]}, "row 0 of its operators lacks size B"),
+        ({"models": [{"model": "a"}]}, "row 0 of its models lacks mode, way"),
+    ],
+)
+def test_record_that_is_not_whole(tmp_path, capsys, change, words):
+    """A figure that cannot be compared must not pass for one that did not change."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(made([]) | change))
+    with pytest.raises(ValueError, match=f"a.json is no whole record: {words}"):
+        record.load(path)
+    assert choose.main([str(path)]) == 2 and words in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record_is_reported_without_a_traceback(tmp_path):

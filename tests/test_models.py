@@ -162,6 +162,9 @@ def test_upstream_loading_is_strict_and_loads_nothing_on_failure():
         load_upstream_decoder(decoder, upstream_state_dict("ca"))
     assert "missing layers.0.proj; " in str(error.value) and " more; unexpected" in str(error.value)
     assert len(str(error.value)) < 700
+    twice = upstream_state_dict("sa")
+    with pytest.raises(ValueError, match="cls_emb and class_embed are both class_embed"):
+        load_upstream_decoder(decoder, twice | {"class_embed": twice["cls_emb"] + 1})
 
 
 def test_a_checkpoint_of_ours_is_told_from_upstreams():
@@ -220,6 +223,9 @@ def test_whole_upstream_checkpoint_reproduces_upstreams_vit():
     torch.testing.assert_close(model(images), depict_by_formula(decoder_sd, patches, (3, 4), "sa"))
     with pytest.raises(ValueError, match="upstream_backbone=True"):
         load_upstream_checkpoint(tiny(), sd)
+    whole = sd | {f"decoder.{k}": v for k, v in decoder_sd.items()}
+    with pytest.raises(ValueError, match="do not fit VisionTransformer: unexpected norm.weight$"):
+        load_upstream_checkpoint(model, whole | {"norm.weight": torch.zeros(48)})
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -270,10 +276,13 @@ def test_sizes_the_patch_does_not_divide_are_padded_and_cropped():
     torch.testing.assert_close(per_pixel.mean(), expected)
 
 
-def test_padding_keeps_an_ignore_index_that_uint8_cannot_hold():
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"), [(torch.uint8, -1), (torch.int8, None), (torch.int16, 1 << 15)]
+)
+def test_padding_keeps_an_ignore_index_that_the_target_cannot_hold(dtype, ignore_index):
     model = tiny()
-    images, target = torch.randn(1, 3, 17, 16), torch.zeros(1, 17, 16, dtype=torch.uint8)
-    a = model.loss(images, target, ignore_index=-1)
+    images, target = torch.randn(1, 3, 17, 16), torch.zeros(1, 17, 16, dtype=torch.int64)
+    a = model.loss(images, target.to(dtype), ignore_index=ignore_index)
     torch.testing.assert_close(a, model.loss(images, target))
 
 
@@ -317,6 +326,17 @@ def test_model_names():
         create_model("depict_sa_vit_small", backbone="vit_smal_patch16_384")
     with pytest.raises(ValueError, match="not a plain ViT"):
         create_model("depict_sa_vit_small", backbone="resnet18")
+    with pytest.raises(ValueError, match="images of one size only.*Beit"):
+        create_model("depict_sa_vit_small", backbone="beit_base_patch16_224")
+
+
+def test_patch_of_a_hybrid_is_what_one_embedding_stands_for():
+    model = create_model(
+        "depict_sa_vit_tiny", 5, backbone="vit_tiny_r_s16_p8_224", img_size=60, backbone_kwargs={"depth": 1}
+    ).eval()
+    assert model.patch_size == 32 and model.backbone.vit.patch_embed.grid_size == (2, 2)
+    images = torch.randn(1, 3, 33, 70)
+    assert model(images).shape == (1, 5, 2, 3) and model.predict(images).shape == (1, 33, 70)
 
 
 def test_pretrained_weights_from_a_local_file(tmp_path):

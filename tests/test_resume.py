@@ -191,8 +191,12 @@ def refusal(capsys, keys: dict) -> str:
             ["model.backbone_kwargs.embed_dim: 48", "has shape", "96"],
         ),
         ({"run.resume": "BEST"}, ["holds weights only"]),
+        (
+            {"run.resume": "LAST", "train.steps": 3, "train.log_every": 20},
+            ["is at step 6", "end at step 3", "--train.steps"],
+        ),
     ],
-    ids=["other lr", "other length", "never", "other decoder", "other width", "best.pt"],
+    ids=["other lr", "other length", "never", "other decoder", "other width", "best.pt", "shorter"],
 )
 def test_runs_are_never_mixed(interrupted, tmp_path, capsys, overrides, words):
     keys, _ = interrupted

@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from depict_kernels import ops
 from depict_kernels.ops import targets
@@ -104,6 +106,52 @@ def test_compiled_code_records_from_its_first_call_on(first, backend, records):
         compiled(report_of(5, 0, 0, 0))
     assert records[CPU] is buffer and buffer[1] == 5
     torch.compiler.reset()
+
+
+def without_values(inputs, how):
+    loss = lambda logits, target: ops.upsample_cross_entropy(logits, target)
+    if how == "meta":
+        return loss(*(t.to("meta") for t in inputs))
+    if how == "fake":
+        with FakeTensorMode() as mode:
+            return loss(*map(mode.from_tensor, inputs))
+    if how == "make_fx":
+        return make_fx(loss, tracing_mode="fake")(*inputs)
+
+    class Loss(torch.nn.Module):
+        forward = staticmethod(loss)
+
+    return torch.export.export(Loss(), inputs, strict=False)
+
+
+@pytest.mark.parametrize("how", ["meta", "fake", "make_fx", "export"])
+def test_tensors_without_values_leave_no_record(how, monkeypatch, records):
+    """A fake buffer would take the later calls' reports, and no label could be read from it."""
+    monkeypatch.setattr(ops.upsample, "_raises_at_once", lambda logits: False)  # the way of a GPU
+    logits, target = torch.randn(2, 5, 3, 4), torch.zeros(2, 6, 8, dtype=torch.int64)
+    target[1, 2, 3] = 77
+    without_values((logits, target), how)
+    ops.raise_on_bad_target()
+    assert ops.upsample_cross_entropy(logits, target).isnan()
+    with pytest.raises(ValueError, match=r"target value 77 at \(batch 1, row 2, column 3\)"):
+        ops.raise_on_bad_target()
+
+
+@pytest.mark.parametrize("of_targets", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_vmap_records_the_first_bad_label(backend, of_targets, monkeypatch, records):
+    monkeypatch.setattr(ops.upsample, "_raises_at_once", lambda logits: False)
+    logits, target = torch.randn(3, 2, 5, 3, 4), torch.zeros(3, 2, 6, 8, dtype=torch.int64)
+    target[1, 0, 2, 3], target[2, 1, 1, 1] = 77, 99
+    loss = lambda x, t: ops.upsample_cross_entropy(x, t, backend=backend)
+    if of_targets:
+        losses = torch.vmap(loss)(logits, target)
+        assert losses.isnan().tolist() == [False, True, True]
+    else:
+        assert torch.vmap(loss, (0, None))(logits, target[1]).isnan().all()
+    with pytest.raises(ValueError, match=r"target value 77 at \(batch 0, row 2, column 3\)"):
+        ops.raise_on_bad_target()
+    ops.raise_on_bad_target()
 
 
 def test_opcheck():

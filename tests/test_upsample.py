@@ -328,6 +328,25 @@ def test_compiled_code_raises_on_a_bad_label(backend):
         compiled(logits, target)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_exported_where_no_gradient_was_needed_it_still_has_one(backend, reduction):
+    logits, target = logits_and_target(2, 4, (3, 2), (9, 8), ignored=0.2)
+    weight = torch.rand(4, generator=torch.Generator().manual_seed(0))
+
+    class Loss(torch.nn.Module):
+        def forward(self, x, t):
+            return ops.upsample_cross_entropy(x, t, None, weight, 0.1, reduction, backend=backend)
+
+    program = torch.export.export(Loss(), (logits, target)).module()
+    run = lambda module: value_and_gradients(lambda x: module(x, target), [logits])
+    torch.testing.assert_close(run(program), run(Loss()))
+    if backend != "torch":
+        leaf = logits.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(program(leaf, target).sum(), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="backend='torch'"):
+            grad.sum().backward()
+
+
 def test_second_derivative_is_refused_not_wrong():
     logits, target = logits_and_target(1, 4, (2, 2), (4, 4))
     logits.requires_grad_()

@@ -387,6 +387,11 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         path = Path(state.get("file", self.folder / "last.pt"))
+        if state["step"] > self.total_steps:
+            raise UserError(
+                f"{path}: is at step {state['step']}, and this run would end at step {self.total_steps}; give more "
+                "--train.steps (or --train.epochs)"
+            )
         checkpoint.load_weights(self.model, state["model"], path, state["config"], self.config)
         if self.ema is not None:
             # A run that had no average yet starts one from its weights.

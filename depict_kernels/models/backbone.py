@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
         **kwargs: passed to timm, for example depth, embed_dim, num_heads, patch_size.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested) or not a ViT.
+        ValueError: unknown name (the nearest is suggested), not a ViT, or one for images of one size only.
         PretrainedWeightsError: the weights cannot be loaded; says how to go on.
     """
 
@@ -116,13 +117,21 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _patch_size(name: str, vit: nn.Module) -> int:
-    patch_embed = getattr(vit, "patch_embed", None)
-    size = getattr(patch_embed, "patch_size", None)
-    if size is None or not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "blocks"):
+    """Side of what one embedding stands for, in pixels: of a hybrid the stem's stride times the patch."""
+    ratio = getattr(getattr(vit, "patch_embed", None), "feat_ratio", None)
+    if ratio is None or not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "blocks"):
         raise ValueError(f"backbone {name!r} is not a plain ViT: it has no patch embedding and prefix tokens")
-    if size[0] != size[1]:
-        raise ValueError(f"backbone {name!r} has patches of {tuple(size)}; only square ones are supported")
-    return int(size[0])
+    taken = inspect.signature(type(vit)).parameters.values()
+    if not any(p.name == "dynamic_img_size" or p.kind is p.VAR_KEYWORD for p in taken):
+        raise ValueError(
+            f"backbone {name!r} takes images of one size only: timm's {type(vit).__name__} has no dynamic_img_size"
+        )
+    height, width = ratio(as_scalar=False)
+    if height != width:
+        raise ValueError(
+            f"backbone {name!r} has patches of {(height, width)}; only square ones are supported"
+        )
+    return int(height)
 
 
 def _create(name: str, pretrained: bool, checkpoint_path: str | None, options: dict) -> nn.Module:

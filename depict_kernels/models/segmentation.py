@@ -11,6 +11,8 @@ from depict_kernels.backends import check_name
 from depict_kernels.models import graphs
 from depict_kernels.models.backbone import Backbone
 
+_NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
 
 class SegmentationModel(nn.Module):
     """``model.backbone`` and ``model.decoder`` joined.
@@ -109,8 +111,10 @@ class SegmentationModel(nn.Module):
             ignore_index = ops.default_ignore_index(self.num_classes)
         height, width = target.shape[-2:]
         padded = self.padded_size(height, width)
-        if padded != (height, width) and target.dtype == torch.uint8 and not 0 <= ignore_index <= 255:
-            target = target.long()  # the padding must be able to hold ignore_index
+        if padded != (height, width) and target.dtype in _NARROW:
+            kind = torch.iinfo(target.dtype)
+            if not kind.min <= ignore_index <= kind.max:
+                target = target.long()  # the padding must be able to hold ignore_index
         loss = ops.upsample_cross_entropy(
             self(images),
             _pad(target, *padded, ignore_index),

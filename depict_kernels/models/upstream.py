@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -69,6 +69,8 @@ def load_upstream_decoder(decoder: nn.Module, state_dict: Mapping[str, Tensor]) 
                 break
         if name.endswith(".step") or name == "step":
             value = value.reshape(()) if value.numel() == 1 else value  # upstream's has shape (1,)
+        if name in renamed:
+            raise ValueError(f"{origin[name]} and {key} are both {name} of {type(decoder).__name__}")
         renamed[name], origin[name] = value, key
     _check(own, renamed, origin, type(decoder).__name__)
     decoder.load_state_dict(renamed)
@@ -103,16 +105,21 @@ def load_upstream_checkpoint(model: SegmentationModel, state_dict: Mapping[str, 
         if k.startswith("encoder.") and not re.match(r"encoder\.head(_dist)?\.", k)
     }
     vit = model.backbone.vit
-    _check(vit.state_dict(), encoder, {k: f"encoder.{k}" for k in encoder}, type(vit).__name__)
+    strays = [key for key in state_dict if not key.startswith(("encoder.", "decoder."))]
+    _check(vit.state_dict(), encoder, {k: f"encoder.{k}" for k in encoder}, type(vit).__name__, strays)
     load_upstream_decoder(model.decoder, state_dict)
     vit.load_state_dict(encoder)
 
 
 def _check(
-    own: Mapping[str, Tensor], new: Mapping[str, Tensor], origin: Mapping[str, str], what: str
+    own: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    origin: Mapping[str, str],
+    what: str,
+    strays: Sequence[str] = (),
 ) -> None:
     missing = [f"missing {key}" for key in own if key not in new]
-    unexpected = [f"unexpected {origin[key]}" for key in new if key not in own]
+    unexpected = [f"unexpected {key}" for key in (*(origin[key] for key in new if key not in own), *strays)]
     shapes = [
         f"{origin[key]} has shape {tuple(new[key].shape)}, the model {tuple(own[key].shape)}"
         for key in own

@@ -29,12 +29,16 @@ def define(name: str, schema: str, *, stem: str, fake: Callable, run: Callable) 
     torch.library.register_fake(qualified, fake)
 
 
-def forbid_gradient(name: str) -> None:
-    """A backward operator's own backward raises instead of giving a silently missing second derivative."""
+def forbid_gradient(name: str, within: str = "") -> None:
+    """A backward operator's own backward raises instead of giving a silently missing second derivative.
+
+    ``within`` is what backend "torch" needs around it to have one.
+    """
+    way = "backend='torch'" + (within and f" within {within}")
 
     def backward(ctx, *_):
         raise NotImplementedError(
-            f"depict_kernels::{name} has no second derivative; for double backward use backend='torch'"
+            f"depict_kernels::{name} has no second derivative; for double backward use {way}"
         )
 
     torch.library.register_autograd(f"depict_kernels::{name}", backward)

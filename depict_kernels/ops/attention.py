@@ -166,8 +166,9 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "depict_kernels::subspace_cross_attention", _backward_cross, setup_context=_save_cross
 )
-_library.forbid_gradient("subspace_self_attention_backward")
-_library.forbid_gradient("subspace_cross_attention_backward")
+for _name in ("subspace_self_attention_backward", "subspace_cross_attention_backward"):
+    # torch's fused kernels have no second derivative either.
+    _library.forbid_gradient(_name, within="torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
 
 
 # FLOPs of the matrix products (a multiply-add is 2), so that FlopCounterMode does not see zero.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from depict_kernels._constant import constant_in_graphs
 
@@ -104,6 +105,15 @@ def _(record, report):
     return None
 
 
+def _record_under_vmap(info, in_dims, record: Tensor, report: Tensor):
+    reports = report.movedim(in_dims[1], 0)
+    first = reports[:, 0].argmax().expand(1, reports.shape[1])
+    return torch.ops.depict_kernels.record_bad_target(record, reports.gather(0, first)[0]), None
+
+
+torch.library.register_vmap("depict_kernels::record_bad_target", _record_under_vmap)
+
+
 @constant_in_graphs  # made while compiling, not in the graph, whose first call would be another one
 def _make_record(device: torch.device) -> bool:
     """Makes the device's buffer where there is none; returns whether it did."""
@@ -126,8 +136,14 @@ def record_bad_target(report: Tensor) -> None:
     The buffer is made at first use and stays where it is, so that a CUDA graph writes to it at every replay. A capture
     cannot make it: the zeros would be part of the graph, and every replay would forget what was recorded.
 
+    Reports without values (fake or meta tensors, of a trace or an estimate) leave no record. Under torch.vmap b, y, x
+    are those within the first sample that has a bad label.
+
     Raises RuntimeError for a first use inside of a capture.
     """
+    # (Of what is compiled the tensors are real when it runs.)
+    if report.device.type == "meta" or (not torch.compiler.is_dynamo_compiling() and is_fake(report)):
+        return
     _make_record(report.device)
     torch.ops.depict_kernels.record_bad_target(_records[report.device], report)
 

@@ -312,12 +312,13 @@ def _(grad_loss, grad, logits):
 
 
 def _save(ctx, inputs, output):
-    logits, target, weight, ignore_index, label_smoothing, reduction, _need_grad, _raise, backend = inputs
+    logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, _raise, backend = inputs
     ctx.options = (ignore_index, label_smoothing, backend)
-    ctx.reduction = reduction
+    ctx.reduction, ctx.need_grad = reduction, need_grad
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    if reduction == "none":
+    # A program exported or traced where no gradient was needed may yet be differentiated.
+    if reduction == "none" or not need_grad:
         ctx.save_for_backward(logits, target, weight)
     else:
         ctx.save_for_backward(logits, output[1])
@@ -332,7 +333,13 @@ def _backward(ctx, grad_loss, _grad_grad, _grad_report):
         grad = library.upsample_cross_entropy_backward(grad_loss, logits, target, weight, *ctx.options)
         grad = grad.to(logits.dtype)
     else:
-        logits, grad = ctx.saved_tensors
+        if ctx.need_grad:
+            logits, grad = ctx.saved_tensors
+        else:
+            logits, *inputs = ctx.saved_tensors
+            *options, backend = ctx.options
+            again = (*inputs, *options, ctx.reduction, True, False, backend)
+            grad = library.upsample_cross_entropy(logits.detach(), *again)[1]
         grad = library.upsample_cross_entropy_scale(grad_loss, grad, logits)
     return (grad, *[None] * 8)
 
