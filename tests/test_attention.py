@@ -155,6 +155,27 @@ def test_second_derivative_of_a_kernel_is_refused_not_wrong():
         assert torch.autograd.gradgradcheck(stock, w.detach().double().requires_grad_())
 
 
+def test_transforms_go_through_stock_attention():
+    """Forward mode and the Hessian, which torch's fused attention refuses on the CPU."""
+    q, w = torch.randn(1, 3, 2, 4, dtype=torch.float64), torch.randn(1, 5, 2, 4, dtype=torch.float64)
+    direction = torch.randn_like(w)
+
+    def plain(w):
+        scores = torch.einsum("bmhd,bnhd->bhmn", q, w) / 2
+        return torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), w).sin().sum()
+
+    def ours(w):
+        return ops.subspace_cross_attention(q, w).sin().sum()
+
+    def both(f):
+        return f(ours), f(plain)
+
+    torch.testing.assert_close(*both(lambda f: torch.func.jvp(f, (w,), (direction,))))
+    torch.testing.assert_close(*both(lambda f: torch.func.hessian(f)(w)))
+    compiled = torch.compile(lambda w: torch.func.jvp(ours, (w,), (direction,))[1], backend="aot_eager")
+    torch.testing.assert_close(compiled(w), torch.func.jvp(plain, (w,), (direction,))[1])
+
+
 def test_autocast_casts_as_stock_products_do():
     w = torch.randn(1, 5, 2, 4)
     with torch.autocast("cpu", torch.bfloat16):

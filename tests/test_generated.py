@@ -1,6 +1,8 @@
 """The generated data set: what a class needs to be told, the same from the same seed, never over others' files."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +17,17 @@ from train.generated import CLASSES, LABELS, generate, make_scene, pixel_baselin
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return generate(tmp_path_factory.mktemp("made") / "generated", seed=0, train_images=240, val_images=40)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fills_up_is_one_line(workers, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=r"images/training: cannot be written: No space left on device"):
+        generate(tmp_path / "data", train_images=2, val_images=1, workers=workers)
+    assert not list(tmp_path.iterdir())
 
 
 def bytes_of(root):

@@ -186,6 +186,32 @@ def test_masks_normalised_over_one_or_two_classes_are_warned_of(make):
         LinearDecoder(2, 16)
 
 
+@pytest.mark.parametrize("name", ["depict_sa_vit_tiny", "depict_ca_vit_tiny", "segmenter_mask_vit_tiny"])
+def test_fully_sharded(name, tmp_path):
+    """FSDP, each block of the backbone and the decoder a unit; it takes no scalar parameters."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    dist = torch.distributed
+    model = tiny(name, backbone_kwargs=TINY).eval()
+    images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))
+    expected = model.loss(images, target)
+    expected.backward()
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for unit in (*model.backbone.vit.blocks, model.decoder, model):
+            fsdp.fully_shard(unit, mesh=mesh)
+        fsdp.register_fsdp_forward_method(model, "loss")
+        loss = model.loss(images, target)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(p.grad.full_tensor(), gradients[key])
+    finally:
+        dist.destroy_process_group()
+
+
 def test_whole_upstream_checkpoint_reproduces_upstreams_vit():
     """Position embeddings resized bilinearly and LayerNorm eps 1e-5: written here from upstream's description."""
     model = tiny(upstream_backbone=True).double()

@@ -51,6 +51,19 @@ class BrightestChannel(nn.Module):
         return self.scale * nn.functional.avg_pool2d(images, 4)
 
 
+def test_processes_share_the_images(tmp_path):
+    for name in "abcde":
+        Image.fromarray(halves()).save(tmp_path / f"{name}.png")
+    written = [
+        predict_folder(
+            BrightestChannel(), [tmp_path], CLASSES, CFG, tmp_path / "out", rank=rank, world_size=2
+        ).written
+        for rank in range(2)
+    ]
+    stems = [[path.stem for path in paths if "overlay" not in path.stem] for paths in written]
+    assert stems == [["a", "c", "e"], ["b", "d"]]
+
+
 def halves(height=16, width=24):
     """Red at the left, blue at the right."""
     image = np.zeros((height, width, 3), np.uint8)

@@ -154,9 +154,12 @@ def predict_run(arguments: list[str]) -> int:
         reduce_zero_label=config.data.reduce_zero_label,
         device=world.device,
         amp_dtype=build.autocast_dtype(config),
+        rank=world.rank,
+        world_size=world.size,
         progress=print_progress("predicting"),
     )
-    print(f"{len(report.written)} files written to {output}")
+    by = f" by process {world.rank} of {world.size}" if world.size > 1 else ""
+    print(f"{len(report.written)} files written to {output}{by}")
     return report.exit_status
 
 

@@ -210,7 +210,10 @@ def _dict_entry(dotted: str, value: Any) -> Any:
     """Entries of free-form dicts (model.backbone_kwargs.depth) carry no type: YAML's rules decide."""
     if dotted in _types(Config) or not isinstance(value, str):
         return value
-    loaded = yaml.safe_load(value)
+    try:
+        loaded = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{dotted}: expected YAML, got {value!r} ({first_line(error)})") from None
     if isinstance(loaded, str):  # YAML 1.1 takes 1e-6 for a string
         try:
             return float(loaded)

@@ -343,7 +343,7 @@ def make_scene(height: int, width: int, rng: np.random.Generator) -> tuple[np.nd
 
 
 class _Painting(torch.utils.data.Dataset):
-    """Paints scene i of a split into its two files."""
+    """Paints scene i of a split into its two files; value: None, or a UserError."""
 
     def __init__(
         self, images: Path, annotations: Path, count: int, seed: tuple[int, int], size, quality: int
@@ -354,10 +354,14 @@ class _Painting(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> None:
+    def __getitem__(self, i: int) -> UserError | None:
         image, labels = make_scene(*self.size, np.random.default_rng([*self.seed, i]))
-        Image.fromarray(image).save(self.images / f"scene_{i:06d}.jpg", quality=self.quality)
-        Image.fromarray(labels).save(self.annotations / f"scene_{i:06d}.png")
+        try:
+            Image.fromarray(image).save(self.images / f"scene_{i:06d}.jpg", quality=self.quality)
+            Image.fromarray(labels).save(self.annotations / f"scene_{i:06d}.png")
+        except OSError as error:
+            return UserError(f"{self.images}: cannot be written: {error.strerror or error}")
+        return None
 
 
 def generate(
@@ -420,8 +424,9 @@ def generate(
             images.mkdir(parents=True)
             annotations.mkdir(parents=True)
             job = _Painting(images, annotations, wanted[split], (seed, number), size, quality)
-            for _ in each_sample(job, workers, f"painting {split}", progress):
-                pass
+            for error in each_sample(job, workers, f"painting {split}", progress):
+                if error is not None:
+                    raise error
         rows = [f"{i},{name},{r},{g},{b}" for i, (name, (r, g, b)) in enumerate(CLASSES)]
         (making / "classes.csv").write_text("\n".join(["index,name,r,g,b", *rows]) + "\n")
         (making / RECORD).write_text(json.dumps(wanted, indent=1) + "\n")

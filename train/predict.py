@@ -244,6 +244,8 @@ def predict_folder(
     device: torch.device | str | None = None,
     amp_dtype: torch.dtype | None = None,
     overlays: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
     progress: Progress | None = None,
 ) -> PredictReport:
     """Writes ``<stem>.png``, the labels as annotations encode them, and ``<stem>_overlay.png`` for every image.
@@ -259,7 +261,8 @@ def predict_folder(
         output: folder, made where it is missing.
         reduce_zero_label: class c is stored as c + 1, as in ADE20K's annotations.
         amp_dtype: dtype of autocast around the model, None for none.
-        progress: called with images done, all images, images per second.
+        rank, world_size: which share of the images this process does, of how many.
+        progress: called with images done, this process's images, images per second.
 
     Raises:
         UserError: no images; an output that would overwrite an input; two images of one name.
@@ -286,7 +289,8 @@ def predict_folder(
     training = model.training
     model.eval()
     try:
-        jobs = prefetch(lambda job: read_any_image(job[0]), zip(images, names), workers=2)
+        mine = list(zip(images, names))[rank::world_size]
+        jobs = prefetch(lambda job: read_any_image(job[0]), mine, workers=2)
         for done, ((path, name), get) in enumerate(jobs, 1):
             try:
                 image = get()
@@ -303,7 +307,7 @@ def predict_folder(
                 report.failed.append((path, str(error)))
                 print(f"error: {error}", file=sys.stderr)
             if progress is not None:
-                progress(done, len(images), done / max(time.monotonic() - start, 1e-9))
+                progress(done, len(mine), done / max(time.monotonic() - start, 1e-9))
     finally:
         model.train(training)
     return report

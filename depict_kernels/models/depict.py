@@ -60,7 +60,8 @@ class _SubspaceAttention(nn.Module):
         self.backend = backend
         self.norm = nn.LayerNorm(embed_dim)
         self.proj = nn.Parameter(torch.randn(num_heads * head_dim, embed_dim) * embed_dim**-0.5)
-        self.step = nn.Parameter(torch.randn(()) if step_init is None else torch.tensor(float(step_init)))
+        # One axis, as upstream has it: FSDP shards no scalars.
+        self.step = nn.Parameter(torch.randn(1) if step_init is None else torch.tensor([float(step_init)]))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, H, d): what the projection yields without a copy."""

@@ -68,7 +68,7 @@ def load_upstream_decoder(decoder: nn.Module, state_dict: Mapping[str, Tensor]) 
             if count:
                 break
         if name.endswith(".step") or name == "step":
-            value = value.reshape(()) if value.numel() == 1 else value  # upstream's has shape (1,)
+            value = value.reshape(1) if value.numel() == 1 else value
         if name in renamed:
             raise ValueError(f"{origin[name]} and {key} are both {name} of {type(decoder).__name__}")
         renamed[name], origin[name] = value, key

@@ -40,7 +40,7 @@ def subspace_self_attention(w: Tensor, scale: float | None = None, *, backend: s
     sizes = {"tokens": w.shape[1], "head_dim": w.shape[3]}
     backend = backends.choose(backend, "subspace_self_attention", w, **sizes)
     if backend == "torch":
-        return stock.self_attention(w, scale)
+        return stock.self_attention(w, scale, backends.followed(w))
     return torch.ops.depict_kernels.subspace_self_attention(w, scale, backend)[0]
 
 
@@ -78,7 +78,7 @@ def subspace_cross_attention(
     sizes = {"tokens": w.shape[1], "head_dim": w.shape[3]}
     backend = backends.choose(backend, "subspace_cross_attention", w, q, **sizes)
     if backend == "torch":
-        return stock.cross_attention(q, w, scale)
+        return stock.cross_attention(q, w, scale, backends.followed(q, w))
     return torch.ops.depict_kernels.subspace_cross_attention(q, w, scale, backend)[0]
 
 

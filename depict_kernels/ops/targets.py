@@ -126,7 +126,7 @@ def _make_record(device: torch.device) -> bool:
         )
     # An evaluation may come first: training could not write to an inference tensor.
     with torch.inference_mode(False):
-        _records[device] = torch.zeros(5, dtype=torch.int64, device=device)
+        _records.setdefault(device, torch.zeros(5, dtype=torch.int64, device=device))  # one of all threads
     return True
 
 
