@@ -57,6 +57,12 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers whatever ran before it; a test that fails can be run alone."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ptx_executor():
     """Of the whole process, as autograd has threads of its own: Triton's launches on CPU tensors execute PTX."""
