@@ -105,6 +105,8 @@ def run(jobs: list[Job], end: float, at_once: int = 1) -> list[Job]:
         while waiting and len(running) < at_once:
             job = waiting.pop(0)
             if time.monotonic() < end:
+                if at_once == 1:
+                    print(f"--- {job.name} begins", flush=True)
                 running.append(_Process(job))
             else:
                 job.status, job.output = 124, "not begun"
