@@ -2,9 +2,12 @@
 
 For every operator, dtype and class of shapes (depict_kernels/shape_classes.py) those of our backends that at no
 registered case of the class, training or inference, are slower than the best stock implementation beyond the spread,
-the fastest first (geometric mean over the cases); ``auto`` takes the first that is built where it runs. Without any it
-stays with stock torch. ``--write`` puts the choice for the record's architecture, and from which head_dim on the CUDA
-attention takes wgmma (benchmarks/compare_attention_variants.py), into depict_kernels/measured.py, which is shipped.
+the fastest first (geometric mean over the cases); ``auto`` takes the first that is built where it runs. Where there is
+none it stays with stock torch. A class in which neither backend was timed at every case, and neither was seen to fail
+or to be slower, is left out: the record says nothing of it.
+
+``--write`` puts the choice for the record's architecture, and from which head_dim on the CUDA attention takes wgmma
+(benchmarks/compare_attention_variants.py), into depict_kernels/measured.py, which is shipped.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ Choice = dict[str, dict[str, dict[str, tuple[str, ...]]]]
 
 
 def choose(data: dict) -> tuple[Choice, list[str]]:
-    """operator -> dtype -> class of shapes -> backends, and a line of reasons for every class that was measured."""
+    """operator -> dtype -> class of shapes -> backends, and a line of reasons for every class with a case timed."""
     groups: dict[tuple[str, str, str], dict[str, list[dict]]] = {}
     for case, rows in goals.by_case(data).items():
         first = rows[0]
@@ -47,23 +50,31 @@ def choose(data: dict) -> tuple[Choice, list[str]]:
     lines = []
     for (operator, dtype, shape), measured_cases in sorted(groups.items()):
         cases = registered.get((operator, dtype, shape), {}) | measured_cases
-        ratios, why_not = {}, {}
+        ratios, why_not, decided = {}, {}, False
         for name in OURS:
-            found = [_against_stock(rows, name) for rows in cases.values()]
+            found = {case: _against_stock(rows, name) for case, rows in cases.items()}
+            failed = [case for case, rows in cases.items() if _failed(rows, name)]
+            slower = [case for case, pair in found.items() if pair and pair[1]]
+            unknown = list(found.values()).count(None)
             if shape == "None":
                 why_not[name] = "outside of every class"
-            elif None in found:
-                why_not[name] = f"not measured at {found.count(None)} of {len(cases)} cases"
-            elif slower := [case for case, (_, slow) in zip(cases, found) if slow]:
+                continue
+            decided |= bool(failed or slower or not unknown)
+            if failed:
+                why_not[name] = f"failed at {', '.join(failed)}"
+            elif slower:
                 why_not[name] = f"slower than stock at {', '.join(slower)}"
+            elif unknown:
+                why_not[name] = f"not measured at {unknown} of {len(cases)} cases"
             else:
-                ratios[name] = math.exp(sum(math.log(ratio) for ratio, _ in found) / len(found))
+                ratios[name] = math.exp(sum(math.log(ratio) for ratio, _ in found.values()) / len(found))
         best = tuple(sorted(ratios, key=ratios.get, reverse=True))
-        if best:
+        if decided:
             chosen.setdefault(operator, {}).setdefault(dtype, {})[shape] = best
         said = [f"{name} {ratios[name]:.2f} times the best stock" for name in best]
         said += [f"{name} {reason}" for name, reason in why_not.items()]
-        lines.append(f"{operator}, {dtype}, {shape}: {', '.join(best) or 'torch'} ({'; '.join(said)})")
+        taken = ", ".join(best) or ("torch" if decided else "undecided")
+        lines.append(f"{operator}, {dtype}, {shape}: {taken} ({'; '.join(said)})")
     return chosen, lines
 
 
@@ -90,6 +101,11 @@ def _against_stock(rows: list[dict], name: str) -> tuple[float, bool] | None:
     return stock["median_ms"] / ours["median_ms"], ours["q1_ms"] > stock["q3_ms"]
 
 
+def _failed(rows: list[dict], name: str) -> bool:
+    """Whether a kernel was wrong or raised at a case."""
+    return any(row["implementation"] == name and ("wrong" in row or "failed" in row) for row in rows)
+
+
 def architecture(data: dict) -> str:
     """ "sm_90" of the record's GPU. Raises ValueError for a record of a CPU or an AMD GPU."""
     environment = data["environment"]
@@ -104,8 +120,8 @@ def text(auto: dict, sources: dict, wgmma: dict) -> str:
     """The source of measured.py."""
     return (
         '"""What ``auto`` takes on a GPU, written by ``benchmarks/choose.py``."""\n\n'
-        "# architecture -> operator -> dtype -> class of shapes -> backends, the fastest first; and the record that"
-        " says so\n"
+        "# architecture -> operator -> dtype -> class of shapes -> backends, the fastest first, none where stock is\n"
+        "# the fastest; a class that is not here was not measured. And the record that says so\n"
         f"AUTO: dict[str, dict[str, dict[str, dict[str, tuple[str, ...]]]]] = {_literal(auto)}\n"
         f"SOURCES: dict[str, str] = {_literal(sources)}\n"
         "# architecture -> direction of the CUDA attention -> the head_dim from which on its wgmma variant is faster\n"

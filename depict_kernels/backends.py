@@ -44,8 +44,8 @@ _FOLDERS = {
 
 # What "auto" prefers on the CPU, best first; the first that is available for the operator wins. On a GPU it is what
 # measured.py has for the architecture, the operator, the dtype and the class of the shape. Neither holds anything that
-# was not measured. On NVIDIA GPUs without a record the operators of self_check.py take these, once they have passed: by
-# the bytes they move they are ahead of stock torch by far. "cuda" needs nothing compiled at the first call.
+# was not measured. What no record knows of an NVIDIA GPU the operators of self_check.py give to these, once they have
+# passed: by the bytes they move they are ahead of stock torch by far. "cuda" needs nothing compiled at the first call.
 _AUTO_CPU = ("cpp", "torch")
 _AUTO_CHECKED = ("cuda", "triton")
 
@@ -163,7 +163,7 @@ def _architecture(device: torch.device) -> str | None:
 
 
 def _measured(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, ...]]:
-    """Class of shapes -> backends, best first; empty where nothing was measured."""
+    """Class of shapes -> backends, best first, none where stock torch is; lacks what was not measured."""
     table = measured.AUTO.get(_architecture(device), {}).get(operator, {})
     return table.get(str(dtype).removeprefix("torch."), {})
 
@@ -185,11 +185,10 @@ def auto_source(device: str | torch.device) -> str:
 
 
 def _checks_itself(operator: str, device: torch.device) -> bool:
-    """Whether ``auto`` goes by :mod:`depict_kernels.self_check` for want of a record."""
+    """Whether ``auto`` goes by :mod:`depict_kernels.self_check` for what was not measured."""
     architecture = _architecture(device)
     return (
         architecture is not None
-        and architecture not in measured.SOURCES
         and operator in self_check.OPERATORS
         and int(architecture.removeprefix("sm_")) >= 80
     )
@@ -203,13 +202,14 @@ def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool
 
 def _candidates(
     operator: str, device: torch.device, dtype: torch.dtype, shape: str | None
-) -> tuple[str, ...]:
-    """What ``auto`` tries before ``torch``, best first; the first that can run here is taken."""
+) -> tuple[tuple[str, ...], bool]:
+    """What ``auto`` tries before ``torch``, best first, and whether that must pass its check first."""
     if device.type == "cpu" and _architecture(device) is None:
-        return _AUTO_CPU
-    if _checks_itself(operator, device):
-        return _AUTO_CHECKED if shape in self_check.SHAPES else ()
-    return _measured(operator, device, dtype).get(shape, ())
+        return _AUTO_CPU, False
+    known = _measured(operator, device, dtype)
+    if shape in known:
+        return known[shape], False
+    return (_AUTO_CHECKED if _checks_itself(operator, device) and shape in self_check.SHAPES else ()), True
 
 
 @constant_in_graphs
@@ -231,8 +231,8 @@ def _resolve(
         return reason
 
     if requested == "auto":
-        checks = _checks_itself(operator, device)
-        for name in _candidates(operator, device, dtype, shape):
+        names, checks = _candidates(operator, device, dtype, shape)
+        for name in names:
             if why_not(name) is None and not (
                 checks and self_check.why_not(name, operator, device, dtype, shape)
             ):
@@ -260,9 +260,12 @@ def auto_choices(operator: str, device: str | torch.device) -> dict[str, str]:
     On the CPU, and on a GPU for which nothing was measured or checked, there is "otherwise" alone.
     """
     device = torch.device(device)
-    table = measured.AUTO.get(_architecture(device), {}).get(operator, {})
+    table = {
+        name: [*known]
+        for name, known in measured.AUTO.get(_architecture(device), {}).get(operator, {}).items()
+    }
     if _checks_itself(operator, device):
-        table = {"float32": self_check.SHAPES}
+        table["float32"] = dict.fromkeys([*table.get("float32", ()), *self_check.SHAPES])
     choices = {}
     for name, classes in table.items():
         for shape in classes:

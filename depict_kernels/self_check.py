@@ -1,10 +1,10 @@
 """Kernels that prove themselves on this GPU before ``auto`` takes them.
 
-Where benchmarks have a record of an architecture, ``auto`` goes by it. Elsewhere the kernels of the loss, the label map
-and the confusion matrix are still what a user wants: stock torch moves many times the bytes. But a compiler that nobody
-has tried may get a kernel wrong. So the first call of a class of shapes computes a small example of it with the kernel,
-twice, and on the CPU in float64 with stock operators. Where they disagree, or the kernel cannot run at all, ``auto``
-says so once and stays with stock torch.
+Where benchmarks have measured a class of shapes on an architecture, ``auto`` goes by that. Elsewhere the kernels of the
+loss, the label map and the confusion matrix are still what a user wants: stock torch moves many times the bytes. But a
+compiler that nobody has tried may get a kernel wrong. So the first call of a class of shapes computes a small example
+of it with the kernel, twice, and on the CPU in float64 with stock operators. Where they disagree, or the kernel cannot
+run at all, ``auto`` says so once and stays with stock torch.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ nothing anew. Batch, number of heads and number of queries divide nothing.
     upsampling    number of classes, as above, and the factor, the smaller one of the two axes: up to 8, or over, where
                   a cell holds enough pixels for its series of exponentials to pay.
 
-A shape outside of every class, or in a class that was not measured, takes ``torch``, not its nearest neighbour: at
-worst that costs speed that nobody measured, while a neighbour's backend could be slower than stock, or run a
-configuration of a kernel that no benchmark has checked. A shape that matters belongs into benchmarks/cases.py.
+A shape outside of every class takes ``torch``, and so does one in a class that was not measured (in the upsample
+operators a kernel that passed its check: depict_kernels/self_check.py), not what its nearest neighbour takes: at worst
+that costs speed that nobody measured, while a neighbour's backend could be slower than stock, or run a configuration
+of a kernel that no benchmark has checked. A shape that matters belongs into benchmarks/cases.py.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def test_every_head_dim(dim, dtype, cuda_device):
 
 @pytest.mark.parametrize("run", ["eager", "compiled"])
 def test_auto_takes_torch_beyond_the_largest_head_dim(run, cuda_device, monkeypatch):
-    monkeypatch.setattr(backends, "_candidates", lambda *_: ("cuda",))
+    monkeypatch.setattr(backends, "_candidates", lambda *_: (("cuda",), False))
     torch.compiler.reset()
     sizes = lambda w: {"tokens": w.shape[1], "head_dim": w.shape[3]}
     chosen = lambda w: backends.choose("auto", "subspace_self_attention", w, **sizes(w)) == "cuda"

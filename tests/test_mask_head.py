@@ -200,7 +200,7 @@ def test_logits_take_the_parameters_dtype():
 def test_auto_takes_no_kernel_that_refuses_a_dtype(dtype, parameters, run, kernels32, monkeypatch):
     """What stock torch computes, ``auto`` computes, whatever the table prefers."""
     device = kernels32.device
-    monkeypatch.setattr(backends, "_candidates", lambda *_: (kernels32.backend,))
+    monkeypatch.setattr(backends, "_candidates", lambda *_: ((kernels32.backend,), False))
     torch.compiler.reset()
     patches, classes, weight, bias = make(1, 4, (1, 3), 8, dtype, device)
     inputs = [patches, classes, weight.to(parameters), bias.to(parameters)]

@@ -55,9 +55,15 @@ def test_what_has_no_example_or_another_operator_takes_torch():
     assert self_check._verdicts == {}
 
 
-def test_a_record_of_the_architecture_decides_alone(monkeypatch):
+def test_a_record_decides_of_the_classes_that_it_measured(monkeypatch):
     monkeypatch.setattr(measured, "SOURCES", {"sm_86": "a_record.json"})
-    assert taken() == "torch" and self_check._verdicts == {}
+    table = {"upsample_cross_entropy": {"float32": {SHAPE: ()}}}
+    monkeypatch.setattr(measured, "AUTO", {"sm_86": table})
+    assert taken() == "torch" and self_check._verdicts == {}  # stock torch was faster
+    table["upsample_cross_entropy"]["float32"][SHAPE] = ("reference",)
+    assert taken() == "reference" and self_check._verdicts == {}
+    assert taken(size=(48, 64)) == taken("upsample_argmax") == taken(dtype=torch.bfloat16) == "cuda"
+    assert len(self_check._verdicts) == 3
 
 
 def test_old_gpus_are_not_asked(monkeypatch):
