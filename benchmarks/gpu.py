@@ -63,6 +63,11 @@ class Job:
         return f"stopped after {self.seconds:.0f} s: {last}" if self.status == 124 else last
 
 
+def _heed_interrupts() -> None:
+    """A job in the background starts with SIGINT ignored, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _Process:
     """A job that runs; its output goes to a file, since a pipe that nobody reads would stop it."""
 
@@ -72,7 +77,7 @@ class _Process:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             job.command, stdout=self.log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, preexec_fn=_heed_interrupts,
         )  # fmt: skip
 
     def done(self, end: float) -> bool:

@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: everything for a GPU within a time, rehearsed with commands that need none."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,17 @@ def test_time_that_is_spent_ends_a_job_and_keeps_what_it_found(monkeypatch):
     assert patient.status == stubborn.status == waiting.status == 124
     assert patient.summary.endswith("3 passed, 1 failed") and "stopped after" in patient.summary
     assert stubborn.summary.endswith("deaf") and "not begun" in waiting.summary
+
+
+def test_jobs_of_a_job_in_the_background_can_be_asked_to_end():
+    """Which shells start with SIGINT ignored: pytest would hear nothing and take its report with it."""
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('1 failed, 2 passed')"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        (job,) = gpu.run([python("sleeps", code)], time.monotonic() + 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert job.status == 124 and job.summary.endswith("1 failed, 2 passed")
 
 
 def test_children_end_with_their_job(monkeypatch, tmp_path):

@@ -103,19 +103,26 @@ def test_ctrl_c_saves_the_step_that_it_lets_end(tmp_path):
     assert [key for key in differing(one, other) if key != ".config.run.name"] == []
 
 
+@pytest.fixture
+def ctrl_c():
+    """Presses it. Shells start jobs in the background with SIGINT ignored, and CI may be such a job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("where", ["step", "fetch", "evaluation", "first step"])
-def test_an_interrupted_run_says_what_is_kept(where, tmp_path, monkeypatch):
+def test_an_interrupted_run_says_what_is_kept(where, ctrl_c, tmp_path, monkeypatch):
     config = configuration(make_data(tmp_path / "data"), tmp_path, train__eval_every=2)
     (tmp_path / "tiny").mkdir()
     trainer = Trainer(config, CPU, tmp_path / "tiny")
-    press = lambda: os.kill(os.getpid(), signal.SIGINT)
 
     def around(name: str, step: int):
         method = getattr(trainer, name)
 
         def pressed(*arguments):
             if trainer.step == step:
-                press()
+                ctrl_c()
             return method(*arguments)
 
         monkeypatch.setattr(trainer, name, pressed)
@@ -134,13 +141,22 @@ def test_an_interrupted_run_says_what_is_kept(where, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_interrupted_before_any_step(tmp_path, monkeypatch):
+def test_an_ignored_interrupt_stays_ignored(ctrl_c, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = configuration(make_data(tmp_path / "data"), tmp_path, train__steps=2)
+    (tmp_path / "tiny").mkdir()
+    trainer = Trainer(config, CPU, tmp_path / "tiny")
+    update = trainer._update
+    monkeypatch.setattr(trainer, "_update", lambda batches: (ctrl_c(), update(batches)))
+    trainer.train()
+    assert trainer.step == 2 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_interrupted_before_any_step(ctrl_c, tmp_path, monkeypatch):
     config = configuration(make_data(tmp_path / "data"), tmp_path)
     (tmp_path / "tiny").mkdir()
     trainer = Trainer(config, CPU, tmp_path / "tiny")
-    monkeypatch.setattr(
-        "train.engine.train_loader", lambda *_, **__: iter(lambda: os.kill(os.getpid(), 2), 0)
-    )
+    monkeypatch.setattr("train.engine.train_loader", lambda *_, **__: iter(ctrl_c, 0))
     with pytest.raises(KeyboardInterrupt, match="starts from the beginning"):
         trainer.train()
     assert not (tmp_path / "tiny" / "last.pt").exists()

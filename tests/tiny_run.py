@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -162,6 +163,9 @@ def _run(arguments: list[str], output: str, rank: int, size: int, port: int) -> 
     if size > 1:
         values = (rank, rank, size, "127.0.0.1", port)
         os.environ.update({name: str(value) for name, value in zip(LAUNCHER, values)})
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a job in the background does not start with
     from train import run
 
     sys.exit(run.main(arguments))

@@ -438,8 +438,13 @@ class Trainer:
 
 @contextlib.contextmanager
 def _undivided() -> Iterator[None]:
-    """Ctrl-C within the context is raised at its end; a second one at once."""
-    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+    """Ctrl-C within the context is raised at its end; a second one at once.
+
+    Where it is ignored, as by a job in the background, or somebody else handles it, it stays so.
+    """
+    # Handlers are set in the main thread alone.
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     pressed = False
