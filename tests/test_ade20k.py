@@ -290,14 +290,6 @@ def test_image_without_annotation_is_named(folder, classes):
         SegmentationFolder(folder, "training", classes)
 
 
-def test_image_of_another_format_is_named(folder, classes):
-    image = folder / "images" / "training" / "b.jpg"
-    image.rename(image.with_suffix(".webp"))
-    words = r"b\.png: has no image, expected .*b\.jpg; b\.webp is neither JPEG nor PNG"
-    with pytest.raises(UserError, match=words):
-        SegmentationFolder(folder, "training", classes)
-
-
 def test_two_images_of_one_stem(folder, classes):
     png(np.zeros((20, 30, 3), np.uint8), folder / "images" / "training" / "b.png")
     with pytest.raises(UserError, match=r"b\.png: b\.jpg has the same stem"):

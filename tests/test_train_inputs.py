@@ -182,3 +182,12 @@ def test_checking_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="file: cannot be written: .*file is no folder"):
         (tmp_path / "file").write_text("")
         check_writable(tmp_path / "file", "--run.root")
+
+
+def test_an_image_of_another_format_is_named(tmp_path, capsys):
+    image = make_data(tmp_path) / "images" / "training" / "image_003.jpg"
+    image.rename(image.with_suffix(".webp"))
+    text = refusal(capsys, settings(tmp_path, tmp_path / "runs"))
+    assert (
+        "image_003.png: has no image, expected" in text and "image_003.webp is neither JPEG nor PNG" in text
+    )
