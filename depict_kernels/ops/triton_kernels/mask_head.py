@@ -19,7 +19,8 @@ from torch import Tensor
 from depict_kernels.ops.triton_kernels import launch as _launch
 from depict_kernels.ops.triton_kernels import tuning
 from depict_kernels.ops.triton_kernels.launch import rows_contiguous, strides, unit_of
-from depict_kernels.ops.triton_kernels.mask_head_kernels import mask_backward, mask_forward, mask_product
+from depict_kernels.ops.triton_kernels.mask_head_kernels import mask_backward, mask_forward
+from depict_kernels.ops.triton_kernels.mask_head_products import mask_product
 from depict_kernels.ops.triton_kernels.mask_head_scale import mask_peak
 
 DTYPES = _launch.DTYPES

@@ -27,6 +27,13 @@ def chunks(width: int, widest: int = 64) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 @triton.jit
+def load_tile(ptr, row_stride, rows, columns, rows_left, columns_left):
+    """Rows x columns at a pointer to the first; zeros past what is left."""
+    mask = (rows[:, None] < rows_left) & (columns[None, :] < columns_left)
+    return tl.load(ptr + (rows[:, None] * row_stride + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def load_chunk(
     ptr,
     row_stride,
