@@ -282,6 +282,7 @@ def gradient_series(
     upstream_ptr,
     careful_ptr,
     u_ptr,
+    hit_ptr,  # (count, COLUMNS, ROWS) int64, scratch: each pixel's label and, in the lower half, coefficient of z_y
     samples_ptr,  # (held, 4, LANES) float32: gradient of the samples of a tile's cell, at the tile's number % held
     h,
     w,
@@ -346,6 +347,8 @@ def gradient_series(
     u = ()
     for k in tl.static_range(COLUMNS):
         u = u + (tl.load(u_ptr + k * ROWS)[:, None],)
+    hit_ptr += local * COLUMNS * ROWS
+    handed_over = False
     zero = tl.full([ROWS, BLOCK_C], 0.0, tl.float32)
     for c0 in range(0, LANES, BLOCK_C):
         c = c0 + lane
@@ -356,19 +359,38 @@ def gradient_series(
             moment = moment * r + total
             total = total * r + u[COLUMNS - 1 - i]
         total, moment = rounded_product(total, e), rounded_product(moment, e * r)
+        # The one-hot part. Of one label its sums over the tile are taken below; where a block of classes has several,
+        # every class looks at every pixel, which costs as much as two such sums.
+        last = -1
+        if coming < c0 + BLOCK_C:
+            last = tl.max(tl.where(label < c0 + BLOCK_C, label, -1))
+            if last > coming:
+                if not handed_over:  # through memory to the threads that hold a row's sums, as in loss_series
+                    packed = (label.to(tl.int64) << 32) | hit.to(tl.uint32, bitcast=True).to(tl.int64)
+                    own = hit_ptr + column[None, :] * ROWS + row[:, None]
+                    tl.store(own, packed, mask=(column < COLUMNS)[None, :])
+                    tl.debug_barrier()
+                    handed_over = True
+                for k in tl.static_range(COLUMNS):
+                    both = tl.load(hit_ptr + k * ROWS + row)[:, None]
+                    is_class = (both >> 32).to(tl.int32) == c[None, :]
+                    one_hot = tl.where(is_class, both.to(tl.int32).to(tl.float32, bitcast=True), 0.0)
+                    total -= one_hot
+                    moment -= k * one_hot
         g_all, g_moment = tl.sum(total, 0), tl.sum(moment, 0)
         g_lower, g_lower_moment = (
             sum_of_products(total, ty[:, None], 0),
             sum_of_products(moment, ty[:, None], 0),
         )
         g_right, g_lr = tx * g_all + step * g_moment, tx * g_lower + step * g_lower_moment
-        while coming < c0 + BLOCK_C:  # the one-hot part, one label after the other: a tile has few
-            here, is_class = label == coming, c == coming
-            g_all -= tl.where(is_class, tl.sum(tl.where(here, hit, 0.0)), 0.0)
-            g_right -= tl.where(is_class, tl.sum(tl.where(here, hit_right, 0.0)), 0.0)
-            g_lower -= tl.where(is_class, tl.sum(tl.where(here, hit_lower, 0.0)), 0.0)
-            g_lr -= tl.where(is_class, tl.sum(tl.where(here, hit_lr, 0.0)), 0.0)
-            coming = tl.min(tl.where(label > coming, label, NONE))
+        if last >= 0:
+            if last == coming:
+                here, is_class = label == coming, c == coming
+                g_all -= tl.where(is_class, tl.sum(tl.where(here, hit, 0.0)), 0.0)
+                g_right -= tl.where(is_class, tl.sum(tl.where(here, hit_right, 0.0)), 0.0)
+                g_lower -= tl.where(is_class, tl.sum(tl.where(here, hit_lower, 0.0)), 0.0)
+                g_lr -= tl.where(is_class, tl.sum(tl.where(here, hit_lr, 0.0)), 0.0)
+            coming = tl.min(tl.where(label > last, label, NONE))
         if SMOOTHING > 0:
             if weight_ptr is None:
                 share = tl.full([BLOCK_C], 1.0, tl.float32)
