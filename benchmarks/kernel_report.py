@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,8 @@ from benchmarks.wgmma_inputs import overwritten
 
 def report(targets: tuple[str, ...], core: bool, match: str, workers: int) -> list[dict]:
     """One row per compiled variant; prints each as it is done."""
-    from depict_kernels.ops.triton_kernels import launch, variants
+    from benchmarks import triton_variants
+    from depict_kernels.ops.triton_kernels import launch
 
     def build(variant) -> dict:
         start = time.perf_counter()
@@ -42,11 +44,15 @@ def report(targets: tuple[str, ...], core: bool, match: str, workers: int) -> li
             "may_spill": variant.may_spill,
         }
         compiled = launch.compile_ahead(variant.launch, variant.target)
-        row.update(vars(launch.resources(compiled)), seconds=round(time.perf_counter() - start, 2))
-        row["overwritten"] = overwritten(_sass(compiled))[1] if "wgmma" in compiled.asm.get("ptx", "") else []
+        row.update(resources(compiled), seconds=round(time.perf_counter() - start, 2))
+        row["overwritten"] = (
+            overwritten(_dumped(compiled, "nvdisasm", "-c"))[1]
+            if "wgmma" in compiled.asm.get("ptx", "")
+            else []
+        )
         return row
 
-    chosen = [v for v in variants.variants(targets, core=core) if match in v.name]
+    chosen = [v for v in triton_variants.variants(targets, core=core) if match in v.name]
     rows = []
     print(f"{'kernel':58} {'target':7} warps stages registers  shared spills seconds")
     with ThreadPoolExecutor(workers) as pool:
@@ -60,13 +66,26 @@ def report(targets: tuple[str, ...], core: bool, match: str, workers: int) -> li
     return rows
 
 
-def _sass(compiled) -> str:
+def resources(compiled) -> dict[str, int]:
+    """Registers, shared memory (bytes) and spills of a kernel that ``launch.compile_ahead`` gave."""
+    if "amdgcn" in compiled.asm:
+        field = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", compiled.asm["amdgcn"]).group(1))
+        registers, spills = field("vgpr_count"), field("vgpr_spill_count")
+    else:
+        text = _dumped(compiled, "cuobjdump", "--dump-resource-usage")
+        usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
+    return {"registers": registers, "shared": compiled.metadata.shared, "spills": spills}
+
+
+def _dumped(compiled, tool: str, option: str) -> str:
+    """What a tool that Triton brings along says of the machine code."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        command = [getattr(triton.knobs.nvidia, tool).path, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

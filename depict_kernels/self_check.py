@@ -135,7 +135,7 @@ def _loss_with(backend, device, dtype, classes, factor, weighted: bool) -> str |
         )
     else:
         options = (None, ignored, 0.0)
-        truth = reference.cross_entropy_forward(logits.double(), target, *options, "mean", True)
+        truth = reference.cross_entropy_forward(logits.double(), target, *options, "mean", True)[:2]
     there = lambda t: None if t is None else t.to(device)
     inputs = (there(logits), there(target), there(options[0]), *options[1:])
 

@@ -122,8 +122,8 @@ def test_images_go_one_by_one(monkeypatch, a_few_classes):
         stock.cross_entropy_forward(x, t, *options, "sum", True)
         for x, t in zip(logits.split(1), target.split(1))
     ]
-    torch.testing.assert_close(batch[0], sum(loss for loss, _ in single))
-    assert torch.equal(batch[1], torch.cat([grad for _, grad in single]))
+    torch.testing.assert_close(batch[0], sum(loss for loss, _, _ in single))
+    assert torch.equal(batch[1], torch.cat([grad for _, grad, _ in single]))
 
 
 def test_tiny_class_weights(a_few_classes, problem):

@@ -15,8 +15,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import cuda_report
-from depict_kernels.ops.triton_kernels import attention, launch, tuning, variants
+from benchmarks import cuda_report, triton_variants
+from depict_kernels.ops.triton_kernels import attention, launch, tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_core_set_is_small_and_covers_every_target(rows):
     assert len(rows) <= 40
-    for target in variants.TARGETS:
+    for target in triton_variants.TARGETS:
         kernels = {row["name"].rsplit(": ")[-1] for row in rows if row["target"] == target}
         assert {name.split()[0] for name in kernels} == {
             *("attention_forward", "attention_delta", "attention_backward"),

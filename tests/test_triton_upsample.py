@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from upsample_checks import make, naive, weights
 
 from depict_kernels import ops
-from depict_kernels.testing import check_against_float64, logits_and_target, value_and_gradients
+from depict_kernels.testing import check_against_float64, value_and_gradients
 
 pytest.importorskip("triton")
 
@@ -13,26 +13,6 @@ from depict_kernels.ops.reference import upsample as reference
 from depict_kernels.ops.triton_kernels import upsample
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-def naive(logits, target, weight=None, label_smoothing=0.0, reduction="mean", ignore_index=255):
-    z = F.interpolate(
-        logits.float() if logits.dtype != torch.float64 else logits, target.shape[-2:], mode="bilinear"
-    )
-    return F.cross_entropy(
-        z,
-        target.long(),
-        weight=None if weight is None else weight.to(z.dtype),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
-
-
-def make(case, device, **options):
-    logits, target = logits_and_target(*case, **options)
-    target[0, 0, 0] = 0  # one valid pixel at least
-    return logits.to(device), target.to(device)
 
 
 def check(logits, target, weight=None, label_smoothing=0.0, reduction="mean", ignore_index=255):
@@ -67,8 +47,7 @@ LOSSES = {
 def test_loss_and_gradient_against_float64(name, triton_device, triton_dtype):
     case, reduction, weighted, smoothing, smooth = LOSSES[name]
     logits, target = make(case, triton_device, dtype=triton_dtype, smooth=smooth)
-    weight = torch.rand(case[1], generator=torch.Generator().manual_seed(1)).to(triton_device) + 0.5
-    check(logits, target, weight if weighted else None, smoothing, reduction)
+    check(logits, target, weights(case[1], triton_device) if weighted else None, smoothing, reduction)
 
 
 def test_blocks_of_classes_as_on_a_gpu(triton_device, triton_dtype, monkeypatch):

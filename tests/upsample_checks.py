@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from depict_kernels.ops.cuda_kernels import upsample as cuda
+from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.testing import assert_within_budget, logits_and_target, value_and_gradients
 
 IGNORE = 255
@@ -15,19 +16,25 @@ def upsample(logits, size):
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def naive(logits, target, weight=None, smoothing=0.0, reduction="mean", ignore_index=IGNORE):
+    """The loss as everybody computes it, at least in float32."""
+    z = upsample(logits.to(accumulation_dtype(logits.dtype)), target.shape[1:])
+    return F.cross_entropy(
+        z,
+        target.long(),
+        weight=None if weight is None else weight.to(z.dtype),
+        ignore_index=ignore_index,
+        label_smoothing=smoothing,
+        reduction=reduction,
+    )
+
+
 def stock(
     logits, target, dtype, upstream=None, weight=None, smoothing=0.0, reduction="mean", ignore_index=IGNORE
 ):
     """Loss and gradient of stock torch computed in `dtype`; upstream counts for reduction "none" only."""
     loss, (grad,) = value_and_gradients(
-        lambda x: F.cross_entropy(
-            upsample(x, target.shape[1:]),
-            target.long(),
-            weight=None if weight is None else weight.to(dtype),
-            ignore_index=ignore_index,
-            label_smoothing=smoothing,
-            reduction=reduction,
-        ),
+        lambda x: naive(x, target, weight, smoothing, reduction, ignore_index),
         [logits.to(dtype)],
         upstream.to(dtype) if reduction == "none" else None,
     )

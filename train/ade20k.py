@@ -421,16 +421,11 @@ def each_sample(dataset: torch.utils.data.Dataset, workers: int | None, title: s
         collate_fn=as_it_is,
         generator=torch.Generator(),
     )
-    if not progress:
-        yield from loader
-        return
-    from rich.progress import Progress
+    if progress:
+        from rich.progress import track
 
-    with Progress() as bar:
-        task = bar.add_task(title, total=len(dataset))
-        for sample in loader:
-            yield sample
-            bar.advance(task)
+        loader = track(loader, title, len(dataset))
+    yield from loader
 
 
 def as_it_is(sample):

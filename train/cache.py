@@ -208,7 +208,7 @@ def _build(
         except UNREADABLE:
             folder.decode(i)  # names what is wrong with it
             raise
-        index[i]["offset"] = end = -(-end // 4) * 4
+        index[i]["offset"] = end
         end = int(_ends(index[i : i + 1], target_type)[0])
 
     shutil.rmtree(path, ignore_errors=True)

@@ -39,11 +39,11 @@ def check_target_tensor(logits: Tensor, target: Tensor) -> None:
 
 
 def sanitize_target(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """target (B, H, W) of any integer dtype -> (int64 target with bad labels ignored, report).
+    """target (B, H, W) of any integer dtype -> (contiguous int64 target with bad labels ignored, report).
 
     The report is int64 (5,): [1 if any label is bad, first bad value, its b, y, x]. No host sync.
     """
-    target = target.long()
+    target = target.long().contiguous()
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
     if target.numel() == 0:
         return target, torch.zeros(5, dtype=torch.int64, device=target.device)
@@ -83,8 +83,7 @@ def _scan_target(target: Tensor, num_classes: int, ignore_index: int, raise_now:
     clean, report = sanitize_target(target, num_classes, ignore_index)
     if raise_now:
         raise_if_bad(report, num_classes, ignore_index)
-    # Contiguous whatever the target's strides, as the fake says: compiled code counts on it.
-    return (clean.clone() if clean is target else clean).contiguous(), report
+    return clean.clone() if clean is target else clean, report
 
 
 @torch.library.register_fake("depict_kernels::scan_target")

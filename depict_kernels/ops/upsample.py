@@ -70,21 +70,18 @@ def upsample_cross_entropy(
     if weight is not None:
         _check_weight(weight, logits)
     raise_now = _raises_at_once(logits) if check_targets is None else check_targets
-    report_bad = check_targets is None or check_targets
     inputs = (logits,) if weight is None else (logits, weight)
     requested = backend
     backend = backends.choose(backend, "upsample_cross_entropy", *inputs, **_sizes(logits, target.shape[1:]))
     if backend == "torch" and _stores(requested, logits, inputs, target.shape[1:]):
-        clean, report = torch.ops.depict_kernels.scan_target(
-            target, logits.shape[1], ignore_index, raise_now and report_bad
-        )
+        clean, report = torch.ops.depict_kernels.scan_target(target, logits.shape[1], ignore_index, raise_now)
         loss = stock.cross_entropy(logits, clean, weight, ignore_index, label_smoothing, reduction)
     else:
         need_grad = torch.is_grad_enabled() and logits.requires_grad
         loss, _, report = torch.ops.depict_kernels.upsample_cross_entropy(
             logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, raise_now, backend
         )
-    if report_bad and not raise_now:
+    if check_targets is None and not raise_now:
         record_bad_target(report)
         loss = torch.where(report[0] > 0, torch.nan, loss)
     return loss
@@ -230,28 +227,14 @@ def _raises_at_once(logits: Tensor) -> bool:
     return logits.device.type == "cpu"
 
 
-def _scanned(kernels, target, num_classes, ignore_index, raise_now):
-    """Target and report for kernels that give no report.
-
-    Kernels that check the labels as they read them say so: they raise, or they return a report as their last value and
-    treat bad labels as ignored. The others get clean labels.
-    """
-    if raise_now and getattr(kernels, "RAISES_ON_BAD_TARGET", False):
-        return target, torch.zeros(5, dtype=torch.int64, device=target.device)
-    return torch.ops.depict_kernels.scan_target(target, num_classes, ignore_index, raise_now)
-
-
 def _run_cross_entropy(
     kernels, logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, raise_now
 ):
-    options = (weight, ignore_index, label_smoothing, reduction, need_grad)
-    if getattr(kernels, "REPORTS_BAD_TARGET", False):
-        loss, grad, report = kernels.cross_entropy_forward(logits, target, *options)
-        if raise_now:
-            raise_if_bad(report, logits.shape[1], ignore_index)
-    else:
-        target, report = _scanned(kernels, target, logits.shape[1], ignore_index, raise_now)
-        loss, grad = kernels.cross_entropy_forward(logits, target, *options)
+    loss, grad, report = kernels.cross_entropy_forward(
+        logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
+    )
+    if raise_now:
+        raise_if_bad(report, logits.shape[1], ignore_index)
     return loss, loss.new_empty(0) if grad is None else grad, report
 
 
@@ -275,12 +258,6 @@ _library.define(
 )
 
 
-def _run_cross_entropy_backward(kernels, grad_loss, logits, target, weight, ignore_index, label_smoothing):
-    if not getattr(kernels, "RAISES_ON_BAD_TARGET", getattr(kernels, "REPORTS_BAD_TARGET", False)):
-        target, _ = _scanned(kernels, target, logits.shape[1], ignore_index, False)
-    return kernels.cross_entropy_backward(grad_loss, logits, target, weight, ignore_index, label_smoothing)
-
-
 _library.define(
     "upsample_cross_entropy_backward",
     "(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
@@ -289,7 +266,7 @@ _library.define(
     fake=lambda grad_loss, logits, target, weight, ignore_index, label_smoothing, backend: logits.new_empty(
         logits.shape, dtype=accumulation_dtype(logits.dtype)
     ),
-    run=_run_cross_entropy_backward,
+    run=lambda kernels, *args: kernels.cross_entropy_backward(*args),
 )
 
 
@@ -358,11 +335,9 @@ _library.define(
 
 
 def _run_confusion(kernels, logits, target, ignore_index, out):
-    raise_now = _raises_at_once(logits)
-    if getattr(kernels, "REPORTS_BAD_TARGET", False) and not raise_now:
-        return kernels.confusion(logits, target, ignore_index, out)
-    target, report = _scanned(kernels, target, logits.shape[1], ignore_index, raise_now)
-    kernels.confusion(logits, target, ignore_index, out)
+    report = kernels.confusion(logits, target, ignore_index, out)
+    if _raises_at_once(logits):
+        raise_if_bad(report, logits.shape[1], ignore_index)
     return report
 
 

@@ -1,4 +1,4 @@
-"""Backend ``cpp`` of the three upsample operators: allocates, calls csrc/cpu/upsample.cpp, raises on bad labels.
+"""Backend ``cpp`` of the three upsample operators: allocates, calls csrc/cpu/upsample.cpp.
 
 The kernels take float32 and float64; half precision logits, which are small here, are converted first.
 """
@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 
 from depict_kernels import extension
-from depict_kernels.ops.targets import bad_target_message
-
-RAISES_ON_BAD_TARGET = True  # the kernels check labels as they read them
 
 
 def _ops():
@@ -36,13 +33,13 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(3) == 1 else logits.contiguous()
 
 
-def _check_bad(bad: int, target: Tensor, classes: int, ignore_index: int) -> None:
+def _report(bad: int, target: Tensor) -> Tensor:
+    """The report of ops/targets.py, int64 (5,), of the first bad label's linear index, or -1."""
     if bad < 0:
-        return
+        return torch.zeros(5, dtype=torch.int64)
     height, width = target.shape[1:]
     b, y, x = bad // (height * width), bad // width % height, bad % width
-    report = [1, target[b, y, x].item(), b, y, x]
-    raise ValueError(bad_target_message(report, classes, ignore_index))
+    return torch.tensor([1, target[b, y, x].item(), b, y, x])
 
 
 def cross_entropy_forward(
@@ -53,11 +50,10 @@ def cross_entropy_forward(
     label_smoothing: float,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss (scalar, or (B, H, W) for "none") and, for scalar reductions, its gradient (B, C, h, w).
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Loss (scalar, or (B, H, W) for "none"), for scalar reductions its gradient (B, C, h, w), and the report.
 
-    Both are float32, or float64 for float64 logits. Raises ValueError naming the first label that is neither a
-    class nor ``ignore_index``, and its (b, y, x).
+    Both are float32, or float64 for float64 logits.
     """
     logits, weight = _inputs(logits, weight)
     single = reduction == "none"
@@ -75,8 +71,7 @@ def cross_entropy_forward(
         label_smoothing,
         reduction == "mean",
     )
-    _check_bad(bad, target, logits.shape[1], ignore_index)
-    return loss, grad
+    return loss, grad, _report(bad, target)
 
 
 def cross_entropy_backward(
@@ -87,7 +82,7 @@ def cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    """Gradient (B, C, h, w) of reduction "none". Labels that are no class count as ignored."""
+    """Gradient (B, C, h, w) of reduction "none"."""
     logits, weight = _inputs(logits, weight)
     grad = logits.new_empty(logits.shape)
     grad_loss = grad_loss.detach().to(logits.dtype).contiguous()
@@ -105,13 +100,13 @@ def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return labels
 
 
-def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
-    """Adds the label map's counts to ``out`` (C, C) int64, rows = target; adds nothing if a label is bad."""
+def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> Tensor:
+    """Adds the label map's counts to ``out`` (C, C) int64, rows = target; nothing if a label is bad. The report."""
     if target.numel() == 0:
-        return
+        return _report(-1, target)
     logits = _rows(logits)
     counts = out if out.is_contiguous() else torch.zeros_like(out, memory_format=torch.contiguous_format)
     bad = _ops().label_map(logits, None, target.shape[1], target.shape[2], target, ignore_index, counts)
-    _check_bad(bad, target, logits.shape[1], ignore_index)
     if counts is not out:
         out += counts
+    return _report(bad, target)

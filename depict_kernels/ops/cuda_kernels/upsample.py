@@ -15,14 +15,12 @@ from depict_kernels.ops.cuda_kernels._library import DTYPES, call
 
 __all__ = [
     "DTYPES",
-    "REPORTS_BAD_TARGET",
     "argmax",
     "confusion",
     "cross_entropy_backward",
     "cross_entropy_forward",
 ]
 
-REPORTS_BAD_TARGET = True  # the forward functions return the report of ops/targets.py as they read the labels
 _LONGEST = 16  # pixels of a tile along an axis, as kLongest in csrc/cuda/upsample.h
 _TABLE_INTS = 8  # of an AxisTile there
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from depict_kernels.ops.reference import accumulation_dtype
 from depict_kernels.ops.reference import upsample as reference
 from depict_kernels.ops.reference.upsample import upsample, upsample_backward
+from depict_kernels.ops.targets import sanitize_target
 
 # Bytes of upsampled logits at a time. On a CPU glibc keeps blocks up to 32 MiB when they are freed, so that they are
 # not mapped (and their pages not zeroed) anew for every chunk; a GPU needs larger ones to be busy.
@@ -145,16 +146,17 @@ def cross_entropy_forward(
     label_smoothing: float,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """As :func:`depict_kernels.ops.reference.upsample.cross_entropy_forward`, a few classes at a time."""
     dtype, logits = accumulation_dtype(logits.dtype), logits.contiguous()
+    target, report = sanitize_target(target, logits.shape[1], ignore_index)
     options = (weight, ignore_index, label_smoothing)
     if reduction == "none":
         losses = [logits.new_empty((0, *target.shape[1:]), dtype=dtype)]
         losses += [
             pixels.loss_and_gradient(None)[0].squeeze(1) for pixels in _images(logits, target, *options)
         ]
-        return torch.cat(losses), None
+        return torch.cat(losses), None, report
     value, total = torch.zeros((2,), dtype=dtype, device=logits.device)
     grads = [logits.new_empty((0, *logits.shape[1:]), dtype=dtype)]
     for pixels in _images(logits, target, *options):
@@ -163,7 +165,7 @@ def cross_entropy_forward(
         grads.append(grad)
     # The gradient is divided at its end, at low resolution.
     divisor = torch.where(total == 0, torch.inf, total) if reduction == "mean" else torch.ones_like(total)
-    return value / divisor, torch.cat(grads).div_(divisor) if need_grad else None
+    return value / divisor, torch.cat(grads).div_(divisor) if need_grad else None, report
 
 
 def cross_entropy_backward(
@@ -178,6 +180,7 @@ def cross_entropy_backward(
     dtype, logits = accumulation_dtype(logits.dtype), logits.contiguous()
     grads = [logits.new_empty((0, *logits.shape[1:]), dtype=dtype)]
     upstream = grad_loss.unsqueeze(1).to(dtype)
+    target, _ = sanitize_target(target, logits.shape[1], ignore_index)
     for i, pixels in enumerate(_images(logits, target, weight, ignore_index, label_smoothing)):
         grads.append(pixels.loss_and_gradient(upstream[i : i + 1])[1])
     return torch.cat(grads)
@@ -204,6 +207,6 @@ def _labels(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor
     return labels
 
 
-def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
-    """Adds the counts of (target, label) into out (C, C) int64."""
-    reference.count(argmax(logits, tuple(target.shape[-2:]), torch.int64), target, ignore_index, out)
+def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> Tensor:
+    """Adds the counts of (target, label) into out (C, C) int64; the report."""
+    return reference.count(argmax(logits, tuple(target.shape[-2:]), torch.int64), target, ignore_index, out)

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,15 +47,6 @@ class Launch:
     arguments: dict
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel uses. Spills: bytes of stack per thread (NVIDIA), spilled vector registers (AMD)."""
-
-    registers: int
-    shared: int
-    spills: int
 
 
 _launching = threading.RLock()
@@ -193,18 +181,3 @@ def compile_ahead(recorded: Launch, architecture: str):
         "enable_fp_fusion": True,
     }
     return triton.compile(ASTSource(recorded.kernel, *signature(recorded)), target=target, options=options)
-
-
-def resources(compiled) -> Resources:
-    """Registers, shared memory (bytes) and spills of a kernel that :func:`compile_ahead` gave."""
-    if "amdgcn" in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        field = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
-        return Resources(field("vgpr_count"), compiled.metadata.shared, field("vgpr_spill_count"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return Resources(int(usage["REG"]), compiled.metadata.shared, int(usage["STACK"]) + int(usage["LOCAL"]))

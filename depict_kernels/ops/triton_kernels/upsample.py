@@ -25,7 +25,6 @@ from depict_kernels.ops.triton_kernels.upsample_labels import label_tiles
 from depict_kernels.ops.triton_kernels.upsample_loss import gradient_series, loss_series
 from depict_kernels.ops.triton_kernels.upsample_reduce import finish_loss, gather_gradient
 
-REPORTS_BAD_TARGET = True  # the forward functions return the report of ops/targets.py as they read the labels
 LONGEST = 16  # pixels of a tile along an axis: e r^k stays accurate that far
 
 
