@@ -91,6 +91,11 @@ from depict_kernels.testing import logits_and_target
             ValueError,
             "expanded",
         ),
+        (
+            lambda x, t: ops.upsample_confusion(x, t, out=torch.zeros(9, dtype=torch.int64).unfold(0, 5, 1)),
+            ValueError,
+            r"every count once, got .* strides \(1, 1\)",
+        ),
     ],
 )
 def test_bad_input(call, error, words):
