@@ -216,6 +216,27 @@ def test_backward_twice_accumulates(backend):
     torch.testing.assert_close(logits.grad, 2 * once)
 
 
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_logits_may_change_in_place_after_the_loss(backend, reduction, run):
+    """As in stock torch, whose upsampling needs their shape alone."""
+    logits, target = logits_and_target(1, 5, (3, 3), (12, 12))
+
+    def gradient(change):
+        leaf = logits.clone().requires_grad_()
+        loss = lambda x: ops.upsample_cross_entropy(x, target, reduction=reduction, backend=backend)
+        if run == "compiled":
+            torch.compiler.reset()
+            loss = torch.compile(loss, backend="aot_eager")
+        x = leaf * 1
+        value = loss(x)
+        if change:
+            x.detach().zero_()
+        return torch.autograd.grad(value, leaf)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
 def test_no_gradient_is_computed_where_none_is_needed():
     logits, target = logits_and_target(1, 5, (3, 3), (12, 12))
     call = torch.ops.depict_kernels.upsample_cross_entropy

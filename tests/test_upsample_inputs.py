@@ -91,12 +91,45 @@ from depict_kernels.testing import logits_and_target
             ValueError,
             "expanded",
         ),
+        (
+            lambda x, t: ops.upsample_confusion(x, t, out=torch.zeros(9, dtype=torch.int64).unfold(0, 5, 1)),
+            ValueError,
+            r"every count once, got .* strides \(1, 1\)",
+        ),
     ],
 )
 def test_bad_input(call, error, words):
     logits, target = logits_and_target(2, 5, (2, 2), (4, 4))
     with pytest.raises(error, match=words):
         call(logits, target)
+
+
+NOT_DENSE = {
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "nested, jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "torch.sparse_coo": torch.Tensor.to_sparse,
+    "torch._mkldnn": torch.Tensor.to_mkldnn,
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what these kinds of tensors will become
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_tensor_that_is_not_dense_is_refused_in_one_sentence(kind):
+    if kind == "torch._mkldnn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no mkldnn")
+    logits, target = logits_and_target(2, 5, (2, 2), (4, 4))
+    other = NOT_DENSE[kind](logits)
+    words = f"must be a dense tensor, got a {kind.partition(',')[0]} one"
+    for call in (
+        lambda: ops.upsample_cross_entropy(other, target),
+        lambda: ops.upsample_argmax(other, (4, 4)),
+        lambda: ops.upsample_confusion(logits, other),
+        lambda: ops.subspace_self_attention(other),
+        lambda: ops.mask_logits(other, *torch.ones(3, 5), (2, 2)),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
 
 
 @pytest.mark.parametrize("run", ["eager", "compiled"])

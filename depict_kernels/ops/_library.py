@@ -71,9 +71,12 @@ def integer(name: str, value) -> int:
 
 
 def check_tensor(name: str, value, *, floating: bool = False) -> None:
-    """Raises TypeError where ``value`` is no tensor or, if that is asked for, not one of floating point."""
+    """Raises TypeError where ``value`` is no dense tensor or, if that is asked for, not one of floating point."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
+    if value.is_nested or value.layout is not torch.strided or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
     if floating and not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
 

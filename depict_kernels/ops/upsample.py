@@ -152,8 +152,11 @@ def upsample_confusion(
         raise ValueError(
             f"out must be {shape} int64 on {logits.device}, got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
-    if 0 in out.stride() and out.numel() > 1:
-        raise ValueError(f"out must hold every count once, got an expanded tensor of strides {out.stride()}")
+    inner, outer = min(out.stride()), max(out.stride())
+    if shape[0] > 1 and not 0 < inner * (shape[0] - 1) < outer:  # elements may overlap in memory
+        raise ValueError(
+            f"out must hold every count once, got an expanded or overlapping tensor of strides {out.stride()}"
+        )
     backend = backends.choose(backend, "upsample_confusion", logits, **_sizes(logits, target.shape[1:]))
     report = torch.ops.depict_kernels.upsample_confusion(logits.detach(), target, ignore_index, out, backend)
     if logits.device.type != "cpu":
@@ -271,34 +274,35 @@ _library.define(
 
 
 torch.library.define(
-    "depict_kernels::upsample_cross_entropy_scale", "(Tensor grad_loss, Tensor grad, Tensor logits) -> Tensor"
+    "depict_kernels::upsample_cross_entropy_scale", "(Tensor grad_loss, Tensor grad, ScalarType dtype) -> Tensor"
 )
 
 
 @torch.library.impl("depict_kernels::upsample_cross_entropy_scale", "CompositeExplicitAutograd")
-def _scale(grad_loss, grad, logits):
+def _scale(grad_loss, grad, dtype):
     # Out of place: a second backward with retain_graph must find the gradient as it was. float32 until here: a
-    # loss scaler multiplies after the gradient was formed. The logits are an argument so that the result depends
-    # on them: a second derivative meets the refusal below instead of a silent zero.
-    return (grad_loss * grad).to(logits.dtype)
+    # loss scaler multiplies after the gradient was formed.
+    return (grad_loss * grad).to(dtype)
 
 
 @torch.library.register_fake("depict_kernels::upsample_cross_entropy_scale")
-def _(grad_loss, grad, logits):
-    return grad.new_empty(grad.shape, dtype=logits.dtype)
+def _(grad_loss, grad, dtype):
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 def _save(ctx, inputs, output):
     logits, target, weight, ignore_index, label_smoothing, reduction, need_grad, _raise, backend = inputs
     ctx.options = (ignore_index, label_smoothing, backend)
-    ctx.reduction, ctx.need_grad = reduction, need_grad
+    ctx.reduction, ctx.need_grad, ctx.dtype = reduction, need_grad, logits.dtype
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    # The gradient counts as differentiable, so that what is made of it depends on the logits without their being
+    # saved (they may change in place): a second derivative meets a refusal instead of a silent zero.
+    ctx.mark_non_differentiable(output[2])
     # A program exported or traced where no gradient was needed may yet be differentiated.
     if reduction == "none" or not need_grad:
         ctx.save_for_backward(logits, target, weight)
     else:
-        ctx.save_for_backward(logits, output[1])
+        ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grad_loss, _grad_grad, _grad_report):
@@ -311,13 +315,12 @@ def _backward(ctx, grad_loss, _grad_grad, _grad_report):
         grad = grad.to(logits.dtype)
     else:
         if ctx.need_grad:
-            logits, grad = ctx.saved_tensors
+            (grad,) = ctx.saved_tensors
         else:
-            logits, *inputs = ctx.saved_tensors
             *options, backend = ctx.options
-            again = (*inputs, *options, ctx.reduction, True, False, backend)
-            grad = library.upsample_cross_entropy(logits.detach(), *again)[1]
-        grad = library.upsample_cross_entropy_scale(grad_loss, grad, logits)
+            again = (*ctx.saved_tensors, *options, ctx.reduction, True, False, backend)
+            grad = library.upsample_cross_entropy(*again)[1]
+        grad = library.upsample_cross_entropy_scale(grad_loss, grad, ctx.dtype)
     return (grad, *[None] * 8)
 
 
