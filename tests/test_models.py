@@ -175,6 +175,20 @@ def test_a_checkpoint_of_ours_is_told_from_upstreams():
         load_upstream_checkpoint(model, {"model": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("name", list(DECODERS))
+def test_patches_that_do_not_fit_are_named(name):
+    decoder = DECODERS[name](5, 64)
+    with pytest.raises(ValueError, match=r"grid \(3, 5\)"):
+        decoder(torch.zeros(1, 14, 64), (3, 5))
+    with pytest.raises((ValueError, RuntimeError), match="64"):
+        decoder(torch.zeros(1, 15, 60), (3, 5))
+
+
+def test_image_size_of_one_number_alone_is_named():
+    with pytest.raises(ValueError, match="img_size must be two integers"):
+        tiny(img_size=(224,))
+
+
 @pytest.mark.parametrize("make", [lambda c: DepictDecoder(c, 16), lambda c: SegmenterDecoder(c, 64)])
 def test_masks_normalised_over_one_or_two_classes_are_warned_of(make):
     for classes, words in ((1, "constant"), (2, "plus and minus one")):

@@ -288,6 +288,29 @@ def test_evaluation_that_cannot_give_a_result(interrupted, tmp_path, capsys):
     assert "no labelled pixel in validation" in capsys.readouterr().err
 
 
+def test_evaluation_on_other_data_keeps_the_first_results(interrupted, tmp_path, capsys):
+    from train import run, run_folder
+    from train.config import load_config
+
+    keys, _ = interrupted
+    config, folder = load_config([], keys), tmp_path / "tiny"
+    run_folder.write_run_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    assert run.main(["eval", str(folder)]) == run.main(["eval", str(folder)]) == 0
+    results = (folder / "results_best.json").read_text()
+    capsys.readouterr()
+    other = make_data(tmp_path / "other")
+    assert run.main(["eval", str(folder), "--data.root", str(other)]) == 2
+    said = capsys.readouterr().err
+    assert f"results of data {tmp_path / 'data'}" in said and "--output" in said
+    (tmp_path / "three.txt").write_text("a\nb\nc")
+    assert run.main(["eval", str(folder), "--data.classes", str(tmp_path / "three.txt")]) == 2
+    assert f"three.txt has 3 classes, the model of {folder} has 5" in capsys.readouterr().err
+    assert (folder / "results_best.json").read_text() == results
+    output = tmp_path / "other.json"
+    assert run.main(["eval", str(folder), "--data.root", str(other), "--output", str(output)]) == 0
+    assert str(other) in output.read_text()
+
+
 def test_kill_between_a_step_and_its_evaluation(interrupted, tmp_path):
     """last.pt of the final step, not evaluated yet: the resumed run must evaluate before anything else."""
     keys, state = interrupted

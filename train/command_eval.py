@@ -34,6 +34,14 @@ def open_run(
     world = distributed.start(config.train.device)
     build.check_backend(config, world.device, training=False)
     classes = load_classes(str(folder / "classes.csv"))
+    if "data.classes" in overrides:
+        given = load_classes(config.data.classes)
+        if given.num_classes != classes.num_classes:
+            raise UserError(
+                f"data.classes: {config.data.classes} has {given.num_classes} classes, the model of {folder} has "
+                f"{classes.num_classes}"
+            )
+        classes = given
     model = build.model(config, classes.num_classes, weights=False)
     path = folder / f"{which}.pt" if which in ("best", "last") else Path(which)
     state = checkpoint.load(path)
@@ -52,14 +60,14 @@ def scored(which: str, multiscale: bool) -> str:
     return stem
 
 
-def check_output(output: Path, checkpoint: str | None = None) -> None:
+def check_output(output: Path, of: dict[str, str] | None = None) -> None:
     """Raises UserError where an evaluation could not write there, or would overwrite anything but results.
 
-    With ``checkpoint``, where it would overwrite the results of another one.
+    With ``of``, the checkpoint, data or split, where it would overwrite the results of another one.
     """
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; name a file, e.g. {output / 'results.json'}")
-    if checkpoint is None and not output.parent.is_dir():
+    if of is None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     if output.parent.is_dir():
         check_writable(output.parent, "--output")
@@ -71,10 +79,10 @@ def check_output(output: Path, checkpoint: str | None = None) -> None:
         results = None
     if not isinstance(results, dict) or "miou" not in results:
         raise UserError(f"--output {output}: exists and holds no results; name another file")
-    if checkpoint is not None and results.get("checkpoint") != checkpoint:
-        raise UserError(
-            f"{output}: holds the results of checkpoint {results.get('checkpoint')}; name another file with --output"
-        )
+    for what, value in (of or {}).items():
+        if results.get(what) != value:
+            held = f"holds the results of {what} {results.get(what)}"
+            raise UserError(f"{output}: {held}; name another file with --output")
 
 
 def evaluate_run(arguments: list[str]) -> int:
@@ -90,7 +98,7 @@ def evaluate_run(arguments: list[str]) -> int:
             if Path(which).resolve() == (folder / f"{name}.pt").resolve():
                 which = name
         output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
-        check_output(output, None if "output" in own else which)  # before the model is built
+        check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
     folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
     from train import build
     from train.inference import Comparison, evaluate, print_progress
@@ -98,6 +106,9 @@ def evaluate_run(arguments: list[str]) -> int:
 
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
+    data = {"data": str(Path(dataset.root).resolve()), "split": config.data.val_split}
+    if "output" not in own:
+        check_output(output, data)
     comparison = Comparison() if own.get("compare-stock") else None
     metrics = evaluate(
         model,
@@ -122,7 +133,7 @@ def evaluate_run(arguments: list[str]) -> int:
             print(f"  {title:<16}{results[key]:.4f}")
         if comparison is not None:
             print(f"  {comparison}")
-        extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale}
+        extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale, **data}
         write_results(output, metrics, {**extra, "confusion": metrics.confusion.tolist()})
         picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
         if "output" in own:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from depict_kernels.ops._library import pair
+
 
 class PretrainedWeightsError(RuntimeError):
     """Pretrained weights were asked for and cannot be had; training from scratch is never the silent answer."""
@@ -61,7 +63,8 @@ class Backbone(nn.Module):
             probe = timm.create_model(name, **options)
         patch = _patch_size(name, probe)
         if img_size is not None:
-            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            square = isinstance(img_size, int)
+            height, width = (img_size, img_size) if square else pair("img_size", img_size)
             options["img_size"] = (_round_up(height, patch), _round_up(width, patch))
         options |= {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
         self.vit = _create(name, pretrained, checkpoint_path, options)

@@ -117,4 +117,9 @@ class LinearDecoder(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """patches (B, N, D), grid (h, w) with N = h * w in row-major order -> masks (B, C, h, w)."""
+        if patches.shape[-1] != self.embed_dim or patches.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"patches must be (B, {grid[0] * grid[1]}, {self.embed_dim}) for grid {tuple(grid)}, "
+                f"got {tuple(patches.shape)}"
+            )
         return self.head(patches).mT.unflatten(-1, grid).contiguous()

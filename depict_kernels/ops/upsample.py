@@ -274,7 +274,8 @@ _library.define(
 
 
 torch.library.define(
-    "depict_kernels::upsample_cross_entropy_scale", "(Tensor grad_loss, Tensor grad, ScalarType dtype) -> Tensor"
+    "depict_kernels::upsample_cross_entropy_scale",
+    "(Tensor grad_loss, Tensor grad, ScalarType dtype) -> Tensor",
 )
 
 
