@@ -87,7 +87,7 @@ def main() -> None:
     seen = {}
     for operator, row in page["operators"].items():
         for name, reason in row["unavailable"].items():
-            seen.setdefault((name, reason.replace(operator, "<operator>")), []).append(operator)
+            seen.setdefault((name, reason.replace(operator, "these")), []).append(operator)
     print("not available:")
     for (name, reason), operators in seen.items():
         print(f"  {name:10} {reason}  [{', '.join(operators)}]")

@@ -141,8 +141,9 @@ def test_label_out_of_range(num_classes, reduce, bad):
     if bad is None:  # the void label is no error
         assert to_target(labels, num_classes, reduce).tolist()[1] == [255] * 4
         return
-    with pytest.raises(ValueError, match=f"label {bad} on 2 pixels: out of range"):
+    with pytest.raises(ValueError, match=f"label {bad} on 2 pixels: out of range") as error:
         to_target(labels, num_classes, reduce)
+    assert ("data.reduce_zero_label true" in str(error.value)) == (not reduce)
 
 
 def test_16_bit_folder_reads_through(tmp_path):

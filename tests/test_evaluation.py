@@ -187,3 +187,8 @@ def test_nothing_but_own_results_is_overwritten(arguments, held, words, tmp_path
     with pytest.raises(UserError, match=words):
         command_eval.evaluate_run([".", *arguments])
     assert (tmp_path / "other").read_text() == held
+
+
+def test_a_device_is_no_place_for_results(tmp_path):
+    with pytest.raises(UserError, match="exists and holds no results"):
+        command_eval.evaluate_run([str(tmp_path), "--output", "/dev/zero"])

@@ -177,6 +177,8 @@ def test_an_input_is_never_overwritten(tmp_path):
     before = (tmp_path / "a.png").read_bytes()
     with pytest.raises(UserError, match=r"a\.png is an input and would be overwritten"):
         run([tmp_path], tmp_path)
+    with pytest.raises(UserError, match=r"a\.png: is a file; name a folder"):
+        run([tmp_path / "a.png"], tmp_path / "a.png")
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(UserError, match="would be overwritten"):
         run([tmp_path / "a.png"], tmp_path / "link")

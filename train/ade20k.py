@@ -262,9 +262,11 @@ def to_target(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = Tr
         more = f" and {len(values) - 1} other values" if len(values) > 1 else ""
         first = 1 if reduce_zero_label else 0
         unlabelled = "0 for unlabelled, " if reduce_zero_label else ""
+        shifted = not reduce_zero_label and len(values) == 1 and values[0] == num_classes
         raise ValueError(
             f"label {values[0]} on {counts[0]} pixels{more}: out of range, "
             f"need {unlabelled}{first}..{highest} for {num_classes} classes"
+            + ("; are 1..C classes and 0 unlabelled? data.reduce_zero_label true" if shifted else "")
         )
     target = labels.astype(np.int32) - int(reduce_zero_label)
     target[(target < 0) | ((labels == void) & (void > highest))] = ignored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,10 @@ def check_output(output: Path, of: dict[str, str] | None = None) -> None:
         check_writable(output.parent, "--output")
     if not output.exists():
         return
-    try:
-        results = json.loads(output.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        results = None
+    results = None
+    with contextlib.suppress(OSError, ValueError):
+        if output.is_file():  # a device may have no end
+            results = json.loads(output.read_text(encoding="utf-8"))
     if not isinstance(results, dict) or "miou" not in results:
         raise UserError(f"--output {output}: exists and holds no results; name another file")
     for what, value in (of or {}).items():

@@ -278,6 +278,8 @@ def predict_folder(
                 raise UserError(
                     f"{target} is an input and would be overwritten: choose another output folder"
                 )
+    if output.is_file():
+        raise UserError(f"--output {output}: is a file; name a folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
