@@ -261,6 +261,14 @@ def test_help_without_a_command_names_all_of_them(capsys):
     assert "keys [SECTION|KEY ...]" in text and len(text.splitlines()) < 70
 
 
+@pytest.mark.parametrize("command", ["check-data", "download-data", "cache-data"])
+def test_help_shows_the_defaults_of_the_file_that_the_command_starts_from(capsys, command):
+    text = printed(capsys, command, "--help")
+    assert "--data.root (a string or null; default data/ADEChallengeData2016)" in text
+    assert "Without --config the keys are those of train/configs/ade20k.yaml." in " ".join(text.split())
+    assert "default null" in printed(capsys, "keys", "data.root")
+
+
 def test_keys_of_all_sections_or_some(capsys):
     assert printed(capsys, "keys").rstrip() == help_text()
     text = printed(capsys, "keys", "optim", "data.generate", "train.device")

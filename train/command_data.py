@@ -14,7 +14,7 @@ def load_data_config(arguments: list[str]) -> Any:
     from train import config as configuration
 
     files, overrides = configuration.parse_overrides(arguments)
-    return configuration.load_config(files or [configuration.CONFIGS / "ade20k.yaml"], overrides)
+    return configuration.load_config(files or [configuration.CONFIGS / BASE], overrides)
 
 
 def here() -> Any:
@@ -77,15 +77,16 @@ def cache_data(arguments: list[str]) -> int:
     return 0
 
 
-WITHOUT_CONFIG = "Without --config the keys are those of train/configs/ade20k.yaml."
+BASE = "ade20k.yaml"  # whose keys hold without --config
 LAYOUT = ("data.root", "data.classes", "data.train_split", "data.val_split", "data.reduce_zero_label")
 
 CHECK_DATA = Command(
     "check-data",
     check_data,
     "Read every file of a data set and name each bad one",
-    text=f"The exit status is 1 where there is one. {WITHOUT_CONFIG}",
+    text="The exit status is 1 where there is one.",
     keys=(*LAYOUT, "data.workers"),
+    base=BASE,
 )
 GENERATE_DATA = Command(
     "generate-data",
@@ -98,13 +99,14 @@ DOWNLOAD_DATA = Command(
     "download-data",
     download_data,
     "Download ADE20K into the folder above data.root",
-    text=WITHOUT_CONFIG,
     keys=("data.root",),
+    base=BASE,
 )
 CACHE_DATA = Command(
     "cache-data",
     cache_data,
     "Decode a data set's images once, into a memory-mapped cache",
-    text=f"Training with the same data.cache builds it too, if it is missing. {WITHOUT_CONFIG}",
+    text="Training with the same data.cache builds it too, if it is missing.",
     keys=("data.cache", *LAYOUT),
+    base=BASE,
 )

@@ -40,6 +40,7 @@ class Command:
     text: str = ""
     options: tuple[Option, ...] = (CONFIG,)
     keys: tuple[str, ...] = ()  # those of the configuration that one gives with this command most often
+    base: str = ""  # the file of train/configs that gives the keys where no --config does
 
     @property
     def usage(self) -> str:
@@ -48,18 +49,23 @@ class Command:
 
     def help_text(self) -> str:
         """The command's own arguments, then the keys that matter with it, then how to see all of them."""
-        from train.config import help_text
+        from train.config import CONFIGS, help_text, load_config
 
         unbroken = re.sub(r"\[[^]]*\]", lambda option: option[0].replace(" ", "\xa0"), f"usage: {self.usage}")
         lines = textwrap.wrap(unbroken, 100, subsequent_indent=" " * 7)
         parts = ["\n".join(lines).replace("\xa0", " ")]
-        parts.append("\n".join(textwrap.wrap(f"{self.summary}. {self.text}".strip(), 100)))
+        text = f"{self.summary}. {self.text}".strip()
+        if self.base:
+            text += f" Without --config the keys are those of train/configs/{self.base}."
+        parts.append("\n".join(textwrap.wrap(text, 100)))
         if self.options:
             width = max(len(str(option)) for option in self.options) + 2
             parts.append("\n".join(f"  {option!s:<{width}}{option.meaning}" for option in self.options))
-        parts.append(f"Keys that are often given with it:\n{help_text(self.keys)}")
+        defaults = load_config([CONFIGS / self.base]) if self.base else None
+        parts.append(f"Keys that are often given with it:\n{help_text(self.keys, defaults)}")
+        without = "--config is given" if self.base else "file gives the key"
         parts.append(
-            f"A default holds where no file gives the key. Every key may be given: `{PROGRAM} keys` shows them all, "
+            f"A default holds where no {without}. Every key may be given: `{PROGRAM} keys` shows them all, "
             f"`{PROGRAM} keys optim` those of a section."
         )
         return "\n\n".join(parts)

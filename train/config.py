@@ -132,10 +132,10 @@ def check(config: Config) -> None:
         )
 
 
-def help_text(only: Sequence[str] = ()) -> str:
+def help_text(only: Sequence[str] = (), defaults: Config | None = None) -> str:
     """Keys with type, default and meaning: all, or those of the sections and with the names in ``only``.
 
-    Raises ``UserError`` for a name that is neither.
+    ``defaults`` are those of the schema unless they are given. Raises ``UserError`` for a name that is neither.
     """
     for name in only:
         if not any(key == name or key.startswith(f"{name}.") for key in _types(Config)):
@@ -144,24 +144,24 @@ def help_text(only: Sequence[str] = ()) -> str:
                 f"unknown section or key {name}" + (f"; did you mean {close[0]}?" if close else nearest(name))
             )
     wanted = [f"{name}." for name in only] or [""]
-    return "\n".join(_help_lines(Config, "", lambda dotted: f"{dotted}.".startswith(tuple(wanted)))).strip(
-        "\n"
-    )
+    lines = _help_lines(defaults or Config(), "", lambda dotted: f"{dotted}.".startswith(tuple(wanted)))
+    return "\n".join(lines).strip("\n")
 
 
-def _help_lines(schema: type, prefix: str, wanted: Callable[[str], bool]) -> list[str]:
+def _help_lines(section: Any, prefix: str, wanted: Callable[[str], bool]) -> list[str]:
     meanings = {
-        entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(schema).params
+        entry.arg_name: entry.description
+        for entry in docstring_parser.parse_from_object(type(section)).params
     }
     lines = []
-    for key, hint in typing.get_type_hints(schema).items():
+    for key, hint in typing.get_type_hints(type(section)).items():
         dotted = f"{prefix}{key}"
         if dataclasses.is_dataclass(hint):
             if wanted(dotted):
                 lines += ["", f"{dotted}: {hint.__doc__}"]
-            lines += _help_lines(hint, f"{dotted}.", wanted)
+            lines += _help_lines(getattr(section, key), f"{dotted}.", wanted)
         elif wanted(dotted):
-            default = getattr(schema(), key)
+            default = getattr(section, key)
             default = "null" if default is None else default
             lines.append(f"  --{dotted} ({_readable(hint)}; default {default})\n      {meanings[key]}")
     return lines
