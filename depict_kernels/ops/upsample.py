@@ -274,19 +274,19 @@ _library.define(
 
 
 torch.library.define(
-    "depict_kernels::upsample_cross_entropy_scale",
+    "depict_kernels::upsample_cross_entropy_scaled",
     "(Tensor grad_loss, Tensor grad, ScalarType dtype) -> Tensor",
 )
 
 
-@torch.library.impl("depict_kernels::upsample_cross_entropy_scale", "CompositeExplicitAutograd")
+@torch.library.impl("depict_kernels::upsample_cross_entropy_scaled", "CompositeExplicitAutograd")
 def _scale(grad_loss, grad, dtype):
     # Out of place: a second backward with retain_graph must find the gradient as it was. float32 until here: a
     # loss scaler multiplies after the gradient was formed.
     return (grad_loss * grad).to(dtype)
 
 
-@torch.library.register_fake("depict_kernels::upsample_cross_entropy_scale")
+@torch.library.register_fake("depict_kernels::upsample_cross_entropy_scaled")
 def _(grad_loss, grad, dtype):
     return grad.new_empty(grad.shape, dtype=dtype)
 
@@ -321,13 +321,13 @@ def _backward(ctx, grad_loss, _grad_grad, _grad_report):
             *options, backend = ctx.options
             again = (*ctx.saved_tensors, *options, ctx.reduction, True, False, backend)
             grad = library.upsample_cross_entropy(*again)[1]
-        grad = library.upsample_cross_entropy_scale(grad_loss, grad, ctx.dtype)
+        grad = library.upsample_cross_entropy_scaled(grad_loss, grad, ctx.dtype)
     return (grad, *[None] * 8)
 
 
 torch.library.register_autograd("depict_kernels::upsample_cross_entropy", _backward, setup_context=_save)
 _library.forbid_gradient("upsample_cross_entropy_backward")
-_library.forbid_gradient("upsample_cross_entropy_scale")
+_library.forbid_gradient("upsample_cross_entropy_scaled")
 
 _library.define(
     "upsample_argmax",
