@@ -46,7 +46,7 @@ def refused(*arguments: str) -> str:
         pytest.param(
             ["--data.crop_size", "64"], ["data.crop_size", "write '[64, 64]' for two of it"], id="one of two"
         ),
-        pytest.param(["--data.crop_size", "64,32"], ["write '[64,32]' for two of it"], id="no brackets"),
+        pytest.param(["--data.crop_size", "64,32"], ["write '[64,32]'"], id="no brackets"),
         pytest.param(["--eval.scales", "[1,x]"], ["eval.scales", "a list of"], id="list"),
         pytest.param(["--optim", "3"], ["optim", "optim.name"], id="section"),
         pytest.param(["--optim.lr", "0"], ["optim.lr", "above 0"], id="lr 0"),

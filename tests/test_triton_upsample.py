@@ -331,5 +331,4 @@ def test_extra_memory_is_a_small_share_of_the_upsampled_logits():
         for t in one.arguments.values()
         if isinstance(t, torch.Tensor) and t is not logits and t is not target
     }
-    # The goal is 2 % of eager torch's peak, which is three times the upsampled logits (benchmarks/results).
-    assert sum(tensors.values()) < 0.05 * 8 * 150 * 512 * 512 * 4
+    assert sum(tensors.values()) < 0.04 * 8 * 150 * 512 * 512 * 4

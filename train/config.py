@@ -320,8 +320,8 @@ def _parse(merged: dict[str, Any]) -> dict[str, Any]:
                 value = flatten(merged).get(dotted)
                 pair = typing.get_origin(hint) is tuple and len(typing.get_args(hint)) == 2
                 alone = pair and value and not isinstance(value, (list, tuple, dict))
-                two = str(value) if "," in str(value) else f"{value}, {value}"
-                example = f"; write '[{two}]' for two of it" if alone else ""
+                two = f"[{value}]'" if "," in str(value) else f"[{value}, {value}]' for two of it"
+                example = f"; write '{two}" if alone else ""
                 raise UserError(f"{dotted}: expected {_readable(hint)}, got {value!r}{example}") from None
         raise UserError(" ".join(text.split())) from None
 

@@ -5,7 +5,7 @@
 
 float32 inside (float64 for float64 logits); float64 for sums over pixels. Nothing synchronises with the host. The
 number of classes and the label smoothing are compiled in. Tiles are cells of the low-resolution grid in parts of at
-most 16 x 16 pixels. Besides the scratch buffer of ops/_tiled_upsample.py there are three numbers per pixel and a packed
+most 16 x 16 pixels. Besides the scratch buffer of ops/_tiled_upsample.py there are two numbers per pixel and a packed
 copy of the logits.
 """
 
@@ -165,13 +165,12 @@ class _Upsample(TiledUpsample):
             )
             gradient = {"samples_ptr": samples, "held": count if samples is None else samples.shape[0]}
             if not exact:
-                shape = (count, tiles.columns, tiles.rows)
+                shape = (count, 2, tiles.columns, tiles.rows)
                 u = torch.empty(shape, dtype=torch.float32, device=device)
                 pixels = {"u_ptr": u, "COLUMNS": tiles.columns}
                 start(loss_series, count, series, **wanted, **pixels)
                 if samples is not None:
-                    hit = torch.empty(shape, dtype=torch.int64, device=device)
-                    start(gradient_series, count, series, **gradient, **pixels, hit_ptr=hit)
+                    start(gradient_series, count, series, **gradient, **pixels)
             # Where few tiles are careful, few programs look for them; where all are, there are enough to fill a GPU.
             group = 1 if exact else min(32, tuning.power_of_two(max(1, count // 256)))
             start(loss_careful, -(-count // group), careful, **wanted, **gradient, count=count, GROUP=group)

@@ -174,7 +174,7 @@ def loss_series(
     partial_ptr,  # (tiles, 2) float64 or None: summed loss and weight
     bad_ptr,  # (tiles,) int64 or None: linear index of the first bad label
     careful_ptr,  # (count,) int8: 1 for a tile left to loss_careful
-    u_ptr,  # (count, COLUMNS, ROWS) float32: u of each pixel
+    u_ptr,  # (count, 2, COLUMNS, ROWS) float32: u of each pixel, in the first half
     h,
     w,
     height,
@@ -233,7 +233,7 @@ def loss_series(
 
     # The sums change hands through memory: from one thread per row, all of whose columns it knows, to one thread
     # per pixel. What follows would be done by every thread of a row otherwise.
-    u_ptr += local * COLUMNS * ROWS
+    u_ptr += local * 2 * COLUMNS * ROWS
     for k in tl.static_range(COLUMNS):
         tl.store(u_ptr + k * ROWS + row, tl.sum(sums[k], 1))
     tl.debug_barrier()
@@ -281,8 +281,7 @@ def gradient_series(
     target_ptr,
     upstream_ptr,
     careful_ptr,
-    u_ptr,
-    hit_ptr,  # (count, COLUMNS, ROWS) int64, scratch: each pixel's label and, in the lower half, coefficient of z_y
+    u_ptr,  # a tile's part is scratch once u is read
     samples_ptr,  # (held, 4, LANES) float32: gradient of the samples of a tile's cell, at the tile's number % held
     h,
     w,
@@ -343,11 +342,12 @@ def gradient_series(
             sum_of_products(smooth_right, ty[:, None], None),
         )
 
-    u_ptr += local * COLUMNS * ROWS + row
+    u_ptr += local * 2 * COLUMNS * ROWS
     u = ()
     for k in tl.static_range(COLUMNS):
-        u = u + (tl.load(u_ptr + k * ROWS)[:, None],)
-    hit_ptr += local * COLUMNS * ROWS
+        u = u + (tl.load(u_ptr + k * ROWS + row)[:, None],)
+    # In its place, where it is needed: each pixel's label and, in the lower half, coefficient of z_y.
+    hit_ptr = u_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
     handed_over = False
     zero = tl.full([ROWS, BLOCK_C], 0.0, tl.float32)
     for c0 in range(0, LANES, BLOCK_C):
@@ -368,6 +368,7 @@ def gradient_series(
                 if not handed_over:  # through memory to the threads that hold a row's sums, as in loss_series
                     packed = (label.to(tl.int64) << 32) | hit.to(tl.uint32, bitcast=True).to(tl.int64)
                     own = hit_ptr + column[None, :] * ROWS + row[:, None]
+                    tl.debug_barrier()  # every thread has its u
                     tl.store(own, packed, mask=(column < COLUMNS)[None, :])
                     tl.debug_barrier()
                     handed_over = True
