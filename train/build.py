@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from depict_kernels import backends
-from depict_kernels.models import PretrainedWeightsError, SegmentationModel, create_model
+from depict_kernels.models import PretrainedWeightsError, SegmentationModel, create_model, start_from
+from depict_kernels.models.checkpoints import read_checkpoint
 from train.ade20k import ClassList, SegmentationFolder, load_classes
 from train.distributed import World, on_main
 from train.errors import UserError, first_line
@@ -79,18 +80,23 @@ def split(config: Config, root: Path, name: str, classes: ClassList) -> Segmenta
 
 
 def model(config: Config, num_classes: int, weights: bool = True) -> SegmentationModel:
-    """The model on the CPU; with its pretrained backbone unless ``weights`` is False (a checkpoint follows).
+    """The model on the CPU; with its pretrained backbone unless ``weights`` is False or a checkpoint follows.
 
     Raises ``UserError`` for a name that is not known, arguments that do not fit, or weights that cannot be had:
     a model that was to be pretrained never starts from scratch silently.
     """
     wanted = config.model
+    if wanted.initial_checkpoint is not None and wanted.checkpoint_path is not None:
+        raise UserError(
+            "model.checkpoint_path and model.initial_checkpoint both say where the weights come from; give one of them"
+        )
+    backbone_weights = weights and wanted.initial_checkpoint is None
     try:
         return create_model(
             wanted.name,
             num_classes,
-            pretrained=wanted.pretrained and weights,
-            checkpoint_path=wanted.checkpoint_path if weights else None,
+            pretrained=wanted.pretrained and backbone_weights,
+            checkpoint_path=wanted.checkpoint_path if backbone_weights else None,
             backend=wanted.backend,
             img_size=wanted.img_size or config.data.crop_size,
             upstream_backbone=wanted.upstream_backbone,
@@ -100,6 +106,11 @@ def model(config: Config, num_classes: int, weights: bool = True) -> Segmentatio
             decoder_kwargs=wanted.decoder_kwargs,
         )
     except PretrainedWeightsError as error:
+        if wanted.checkpoint_path is not None and _is_checkpoint(wanted.checkpoint_path):
+            raise UserError(
+                f"model.checkpoint_path: {wanted.checkpoint_path} is a checkpoint of a whole model; "
+                "--model.initial_checkpoint takes it"
+            ) from None
         key = "pretrained" if wanted.checkpoint_path is None else "checkpoint_path"
         raise UserError(f"model.{key}: {first_line(error)}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
@@ -109,3 +120,21 @@ def model(config: Config, num_classes: int, weights: bool = True) -> Segmentatio
         raise UserError(f"model: {first_line(error)}{given and f' (with {given})'}") from None
     except ValueError as error:
         raise UserError(f"model: {first_line(error)}") from None
+
+
+def start_weights(model: SegmentationModel, config: Config) -> list[str]:
+    """Loads ``model.initial_checkpoint`` where it is given; what starts anew all the same, by name."""
+    path = config.model.initial_checkpoint
+    if path is None:
+        return []
+    try:
+        return start_from(model, path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"model.initial_checkpoint: {error}") from None
+
+
+def _is_checkpoint(path: str) -> bool:
+    try:
+        return bool(read_checkpoint(path))
+    except (FileNotFoundError, ValueError):
+        return False

@@ -7,9 +7,7 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts, which is a
 from __future__ import annotations
 
 import os
-import pickle
 import random
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from depict_kernels.models.checkpoints import FORMAT, read_checkpoint
 from train.config import flatten, to_dict
-from train.errors import UserError, first_line
+from train.errors import UserError
 from train.schema import Config
 
-FORMAT = "depict_kernels checkpoint 1"
 # What scoring takes from a checkpoint, and what training goes on from.
 WEIGHTS = ("step", "model", "config")
 TRAINING = (
@@ -65,29 +63,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to CPU memory.
-
-    Raises ``UserError`` where it is missing, cut short, damaged (torch reads past a wrong checksum) or no checkpoint.
-    """
+    """:func:`read_checkpoint`; raises ``UserError`` with its words."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if (record := file.testzip()) is not None:
-                    raise UserError(f"{path}: is damaged: the checksum of its part {record} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except UserError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: not a readable checkpoint: it is damaged, or holds more than tensors and plain values"
-        ) from None
-    except Exception as error:  # torch.load reads an arbitrary file as one of several formats
-        raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this trainer (key 'format' is not {FORMAT!r})")
-    return state
+        return read_checkpoint(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def require(state: dict[str, Any], path: Path, keys: Sequence[str]) -> None:

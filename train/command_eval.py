@@ -16,6 +16,7 @@ def open_run(
     command: Command, words: list[str], rest: list[str], which: str
 ) -> tuple[Path, Any, Any, Any, dict[str, Any], Any]:
     """The run folder's path, configuration, class list, model with weights, checkpoint, and the world."""
+    from depict_kernels.models.checkpoints import weights_of
     from train import build, checkpoint, distributed
     from train import config as configuration
     from train.ade20k import load_classes
@@ -47,8 +48,7 @@ def open_run(
     path = folder / f"{which}.pt" if which in ("best", "last") else Path(which)
     state = checkpoint.load(path)
     checkpoint.require(state, path, checkpoint.WEIGHTS)
-    # last.pt holds both; the moving average is what training evaluates.
-    checkpoint.load_weights(model, state.get("ema") or state["model"], path, state["config"], config)
+    checkpoint.load_weights(model, weights_of(state), path, state["config"], config)
     model.to(world.device).eval()
     return folder, config, classes, model, state, world
 

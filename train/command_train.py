@@ -50,8 +50,8 @@ TRAIN = Command(
     "goes on from it. Under torchrun the processes share the work.",
     keys=(
         "run.name", "run.root", "run.overwrite", "data.root", "data.classes", "data.batch_size", "model.name",
-        "model.pretrained", "model.checkpoint_path", "optim.lr", "train.epochs", "train.steps", "train.precision",
-        "train.device",
+        "model.pretrained", "model.checkpoint_path", "model.initial_checkpoint", "optim.lr", "train.epochs",
+        "train.steps", "train.precision", "train.device",
     ),
 )  # fmt: skip
 
@@ -65,6 +65,9 @@ def describe(trainer: Any) -> None:
     say(f"data        {trainer.train_set.root}: {len(trainer.train_set)} training and {len(trainer.val_set)} "
         f"validation images, {trainer.classes.num_classes} classes")  # fmt: skip
     say(f"model       {config.model.name}, {count / 1e6:.2f} M parameters, operators: {config.model.backend}")
+    if trainer.step == 0 and (start := config.model.initial_checkpoint):
+        anew = f"; anew: {', '.join(trainer.anew)}" if trainer.anew else ""
+        say(f"weights     from {start}{anew}")
     say(f"training    {trainer.total_steps} steps, {trainer.total_steps / trainer.steps_per_epoch:.1f} epochs, "
         f"{trainer.world.size} x {trainer.device}, {config.train.precision}")  # fmt: skip
     if note := too_many_workers(config.data.workers):

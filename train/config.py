@@ -274,6 +274,7 @@ _SYNONYMS = {
     "model.backbone": "encoder backbone_name",
     "model.drop_path_rate": "drop_path stochastic_depth",
     "model.checkpoint_path": "weights pretrained_path",
+    "model.initial_checkpoint": "load_from init_from finetune finetune_from init_checkpoint start_from",
     "run.root": "output_dir out_dir work_dir save_dir output",
     "run.name": "experiment exp_name run_name",
     "run.resume": "resume_from resume_from_checkpoint",

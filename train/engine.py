@@ -92,6 +92,7 @@ class Trainer:
 
         _seed(config.train.seed)
         self.model = build.model(config, self.classes.num_classes, weights=resume is None)
+        self.anew = build.start_weights(self.model, config) if resume is None else []
         self.model.to(self.device)
         self.loss_module = LossModule(self.model, config.loss).to(self.device)
         self.augment = DeviceAugment(self.model.mean, self.model.std, config.data.photometric_distortion)

@@ -20,7 +20,7 @@ FREE_ON_RESUME = (
     "run.", "data.root", "data.cache", "data.workers", "data.val_split", "eval.", "train.device", "train.threads",
     "train.log_every", "train.eval_every", "train.save_every", "train.tensorboard", "train.compile",
     "train.score_untrained", "train.deterministic", "model.backend",
-    "model.pretrained", "model.checkpoint_path",
+    "model.pretrained", "model.checkpoint_path", "model.initial_checkpoint",
 )  # fmt: skip
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 

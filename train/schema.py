@@ -92,6 +92,8 @@ class Model:
     """Start from timm's pretrained backbone; stops when it cannot be had."""
     checkpoint_path: str | None = None
     """Backbone weights from a local file instead of a download."""
+    initial_checkpoint: str | None = None
+    """Run folder or checkpoint of this trainer to start from; with other classes, what has a row per class is new."""
     backend: str = "auto"
     """Backend of the operators: auto, reference, torch, cpp, triton or cuda."""
     drop_path_rate: float = number(0.1, ge=0, lt=1)

@@ -1,6 +1,7 @@
 """DEPICT and Segmenter: decoders, and whole models on any timm ViT."""
 
 from depict_kernels.models.backbone import Backbone, PretrainedWeightsError
+from depict_kernels.models.checkpoints import load_model, start_from
 from depict_kernels.models.depict import DepictDecoder, SubspaceCrossAttention, SubspaceSelfAttention
 from depict_kernels.models.factory import create_model, list_models
 from depict_kernels.models.segmentation import SegmentationModel
@@ -18,6 +19,8 @@ __all__ = [
     "SubspaceSelfAttention",
     "create_model",
     "list_models",
+    "load_model",
     "load_upstream_checkpoint",
     "load_upstream_decoder",
+    "start_from",
 ]

@@ -129,6 +129,8 @@ class DepictDecoder(nn.Module):
             of P^T P cancels the embeddings.
     """
 
+    class_parameters = ("class_embed", "mask_norm.weight", "mask_norm.bias")  # with a row per class
+
     def __init__(
         self,
         num_classes: int,

@@ -32,6 +32,8 @@ class SegmenterDecoder(nn.Module):
         backend: of the mask head, see :mod:`depict_kernels.backends`.
     """
 
+    class_parameters = ("class_embed", "mask_norm.weight", "mask_norm.bias")  # with a row per class
+
     def __init__(
         self,
         num_classes: int,
@@ -101,6 +103,8 @@ class SegmenterDecoder(nn.Module):
 
 class LinearDecoder(nn.Module):
     """Segmenter's linear baseline: one affine map per patch. ``backend`` is accepted for uniformity; unused."""
+
+    class_parameters = ("head.weight", "head.bias")
 
     def __init__(self, num_classes: int, embed_dim: int, backend: str = "auto") -> None:
         super().__init__()

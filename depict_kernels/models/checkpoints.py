@@ -1,0 +1,147 @@
+"""Models that the training pipeline saved: read whole, or as the start of another one."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from depict_kernels.models.factory import create_model
+from depict_kernels.models.segmentation import SegmentationModel
+
+FORMAT = "depict_kernels checkpoint 1"
+_POSITIONS = "backbone.vit.pos_embed"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of the training pipeline, in CPU memory. Nothing in it is executed (``weights_only``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut short, damaged (torch reads past a wrong checksum) or no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        damaged = None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: not a readable checkpoint: it is damaged, or holds more than tensors and plain values"
+        ) from None
+    except Exception as error:  # torch.load reads an arbitrary file as one of several formats
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from None
+    if damaged:
+        raise ValueError(f"{path}: is damaged: the checksum of its part {damaged} is wrong")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this trainer (key 'format' is not {FORMAT!r})")
+    return state
+
+
+def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a checkpoint's run evaluates: the moving average of the weights where it keeps one."""
+    return state.get("ema") or state["model"]
+
+
+def load_model(path: str | Path, *, backend: str = "auto") -> SegmentationModel:
+    """The trained model of a run folder (its ``best.pt``) or of a checkpoint file, on the CPU, in eval mode.
+
+    ``model.mean`` and ``model.std`` normalise its images. Class names are in the run folder's ``classes.csv``.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the file is damaged, no checkpoint of the training pipeline, or one of a version with other models.
+    """
+    path = _file(path)
+    state = read_checkpoint(path)
+    weights, config = weights_of(state), state["config"]
+    made = config["model"]
+    model = create_model(
+        made["name"],
+        _num_classes(weights),
+        backend=backend,
+        img_size=made["img_size"] or tuple(config["data"]["crop_size"]),
+        drop_path_rate=made["drop_path_rate"],
+        upstream_backbone=made["upstream_backbone"],
+        backbone=made["backbone"],
+        backbone_kwargs=made["backbone_kwargs"],
+        decoder_kwargs=made["decoder_kwargs"],
+    )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit {made['name']}: {error}") from None
+    return model.eval()
+
+
+def start_from(model: SegmentationModel, path: str | Path) -> list[str]:
+    """Takes over the weights of a run folder's best model, or of a checkpoint file, to train on from.
+
+    Where the number of classes differs, the tensors with a row per class (class embeddings and the LayerNorm over
+    classes, or the linear decoder's head) stay as they are in ``model``; position embeddings for another image size are
+    resized.
+
+    Returns:
+        The names of the tensors that stayed as they were.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged, or of another backbone or decoder: the first tensors that do not fit are named, and
+            nothing is loaded.
+    """
+    path = _file(path)
+    state = read_checkpoint(path)
+    weights, own = dict(weights_of(state)), model.state_dict()
+    kept = []
+    if _num_classes(weights) != model.num_classes:
+        kept = [f"decoder.{name}" for name in model.decoder.class_parameters]
+        weights |= {name: own[name] for name in kept if name in weights}
+    if _POSITIONS in weights and _POSITIONS in own:
+        weights[_POSITIONS] = _resized(weights[_POSITIONS], model, state["config"])
+    wrong = [
+        f"{name} has shape {tuple(weights[name].shape)}, this model's {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    wrong += [f"it lacks {name}" for name in own if name not in weights]
+    wrong += [f"{name} is not part of this model" for name in weights if name not in own]
+    if wrong:
+        more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
+        raise ValueError(
+            f"{path}: checkpoint of another model ({state['config']['model']['name']}): {'; '.join(wrong[:2])}{more}"
+        )
+    model.load_state_dict(weights)
+    return kept
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "best.pt" if path.is_dir() else path
+
+
+def _num_classes(weights: Mapping[str, Tensor]) -> int:
+    head = weights.get("decoder.head.weight")
+    return head.shape[0] if head is not None else weights["decoder.class_embed"].shape[1]
+
+
+def _resized(positions: Tensor, model: SegmentationModel, config: Mapping[str, Any]) -> Tensor:
+    """positions (1, prefix + h * w, D) for the model's own grid; as they are where patch or width differ."""
+    vit, patch = model.backbone.vit, model.patch_size
+    size = config["model"]["img_size"] or config["data"]["crop_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    grid = [-(-height // patch), -(-width // patch)]
+    prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+    if positions.shape[1:] != (prefix + grid[0] * grid[1], vit.pos_embed.shape[2]):
+        return positions
+    return resample_abs_pos_embed(positions, list(vit.patch_embed.grid_size), grid, prefix)
