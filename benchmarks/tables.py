@@ -162,7 +162,7 @@ def operators_without_kernel(record: dict) -> list[str]:
         "best stock, times eager",
         "ours, times eager",
     ]
-    return [*table(head, rows), *([RATIO, ""] if rows else [])]
+    return table(head, rows)
 
 
 def slower_than_eager(record: dict) -> list[str]:
@@ -390,9 +390,11 @@ def page(record: dict, stem: str) -> str:
     if any(row.get("ratio") for row in record.get("operators", [])):
         lines += ["", RATIO]
     lines += ["", *goal_table(record)]
+    lines += operators_without_kernel(record)
     for device in ("cpu", "cuda"):
-        for mode in PARTS:
-            lines += end_to_end(record, mode, device)
+        for mode, parts in PARTS.items():
+            if body := end_to_end(record, mode, device):
+                lines += [f"Shares: {' / '.join(parts)}.", "", *body]
         lines += predictions(record, device)
         lines += model_growth(record, device)
     for row in record.get("models", []):

@@ -268,10 +268,10 @@ CORES = [
 
 
 def test_table_and_plot_of_the_cores_take_the_same_best_stock():
-    text = "\n".join(tables.operators_without_kernel(made(CORES)))
+    text = tables.page(made(CORES), "x")
     assert "| 60 ms | 1.63 (sdpa flash) | 1.42 (no kernel: takes `torch`) |" in text
     assert "| 320 ms | eager alone was timed | 0.98 (no kernel: takes `torch`) |" in text
-    assert tables.RATIO in text and tables.RATIO in tables.page(made(CORES), "x")
+    assert text.count(tables.RATIO) == 1
     bars = {name.split()[0]: (stock, ours) for name, stock, ours in plots.speedups(made(CORES))}
     assert bars == {
         "self_attention": (1.63, None),
