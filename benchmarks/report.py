@@ -121,8 +121,8 @@ def _loader(data: dict) -> list[str]:
     return [
         f"Loader, per 512 x 512 crop of real ADE20K images and thread ({data.get('cpu', 'another CPU')}): decode, "
         f"resize, crop, distort and normalise in the worker (torchvision v2) {times['plain']:.1f} ms; ours in the "
-        f"worker {ours('jpeg')} from JPEG, {ours('cache')} from the decoded cache, and {times['device']:.1f} ms of work that "
-        "moves to the device, if that is this CPU.",
+        f"worker {ours('jpeg')} from JPEG, {ours('cache')} from the decoded cache, and {times['device']:.1f} ms of "
+        "work that moves to the device, if that is this CPU.",
         "",
     ]
 
