@@ -6,7 +6,7 @@ figure is its ratio to eager torch, which ran between its rounds: a busier machi
 
 from __future__ import annotations
 
-from benchmarks.implementations import OURS
+from benchmarks.implementations import AUTO, OURS
 from benchmarks.tables import PARTS, ms, same_code, table
 
 # CPU: slower below this share of the old ratio, over the quietest rounds and over all of them. On a shared machine of
@@ -34,7 +34,7 @@ def _name(row: dict) -> str:
 
 
 def is_ours(row: dict) -> bool:
-    return _way(row).partition(" (")[0] in (*OURS, "auto")  # "auto (CUDA graph)" too
+    return _way(row).partition(" (")[0] in (*OURS, *AUTO)  # "auto (CUDA graph)" too
 
 
 def _time(row: dict) -> float | None:

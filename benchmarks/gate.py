@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import NOT_DIFFERENTIABLE, Case
-from benchmarks.implementations import COMPILED, OURS, build
+from benchmarks.implementations import AUTO, COMPILED, OURS, build
 from depict_kernels.testing import assert_within_budget, max_error
 
 LARGEST_TRUTH = {"cpu": 6 << 30, "cuda": 32 << 30}  # bytes that the float64 computation may take
@@ -44,7 +44,7 @@ def check(case: Case, name: str, function: Callable) -> dict:
         return {"checked": small.shape, **_check_labels(small, name, function)}
     truth = _cached(small, "eager", True)
     # For the upsample operators stock torch is plain eager torch, operator by operator.
-    stock = "torch" if name in (*OURS, "auto") and case.family != "upsample" else "eager"
+    stock = "torch" if name in (*OURS, *AUTO) and case.family != "upsample" else "eager"
     peer = _cached(small, stock, False)
     values = peer if name == stock else _values(small, function, False)
     result = {"checked": small.shape, "error": [], "peer_error": []}

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gate, own_process, timing
 from benchmarks.cases import SIZES, Case
-from benchmarks.implementations import OURS, Unavailable, build
+from benchmarks.implementations import AUTO, OURS, Unavailable, build
 from benchmarks.record import KEYS, Record
 
 
@@ -53,7 +53,7 @@ class Harness:
         if self.spent():
             self._skip(row, "the run's time was spent (--budget)")
         try:
-            if name not in OURS and name != "auto":
+            if name not in (*OURS, *AUTO):
                 need, free = case.eager_bytes(), timing.available_memory(case.device)
                 if need > 0.75 * free:
                     raise Unavailable(f"needs about {need / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
@@ -67,11 +67,11 @@ class Harness:
             raise
         except Exception as error:
             # Stock kernels refuse what they cannot do with a plain RuntimeError; of ours that is a defect.
-            if name in OURS or name == "auto":
+            if name in (*OURS, *AUTO):
                 self.add("operators", row | {"failed": first_line(error)})
             if case.device == "cuda":
                 leave_if_broken(name)
-            if name in OURS or name == "auto":
+            if name in (*OURS, *AUTO):
                 raise
             self._skip(row, first_line(error))
         benchmark.extra_info.update(

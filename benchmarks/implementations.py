@@ -25,10 +25,11 @@ SDPA = {
     "efficient": "EFFICIENT_ATTENTION",
     "math": "MATH",
 }
-COMPILED = ("compile(eager)", "compile(torch)", "flex")
+AUTO = ("auto", "compile(auto)")  # what a user gets without naming a backend
+COMPILED = ("compile(eager)", "compile(torch)", "compile(auto)", "flex")
 ATTENTION = (*(f"sdpa {name}" for name in SDPA), "flex", "flash_attn 2", "flash_attn 3")
 STOCK = ("eager", "reference", "torch", "compile(eager)", "compile(torch)", *ATTENTION, "liger")
-NAMES = (*STOCK, *OURS, "auto")
+NAMES = (*STOCK, *OURS, *AUTO)
 
 
 class Unavailable(RuntimeError):
@@ -58,7 +59,11 @@ def names_for(case: Case, full: bool = False) -> list[str]:
         names += ["triton", "cuda"]
     elif case.family != "decoder":  # a decoder calls several operators: "auto" is what a user gets
         names.append("cpp")
-    return [*names, "auto"] if case.device == "cuda" or case.family == "decoder" else names
+    if case.device == "cuda" or case.family == "decoder":
+        names.append("auto")
+    if case.family == "decoder" and "compile(torch)" in names:  # the rest are one operator: nothing to fuse
+        names.append("compile(auto)")
+    return names
 
 
 # --- plain eager torch ---

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.cases import NOT_DIFFERENTIABLE
 from benchmarks.goals import best, by_case, fastest
-from benchmarks.implementations import OURS, STOCK
+from benchmarks.implementations import AUTO, OURS, STOCK
 
 COLOURS = {"eager": "#b0b0b0", "stock": "#4c72b0", "ours": "#c44e52"}
 
@@ -41,7 +41,7 @@ def speedups(record: dict) -> list[tuple[str, float, float | None]]:
         timed = [row for row in rows if row.get("median_ms")]
         eager = best(timed, ("eager",))
         stock = fastest(timed, STOCK[1:]) or eager
-        ours = fastest(timed, (*OURS, "auto"))
+        ours = fastest(timed, (*OURS, *AUTO))
         if eager is None or (ours is None and stock is eager):
             continue
         ratio = lambda row, base=eager: row.get("ratio") or base["median_ms"] / row["median_ms"]
@@ -100,7 +100,7 @@ def _roofline(record: dict, plt):
         roof = [min(rate, x * machine["copy_bytes_per_s"]) / 1e9 for x in span]
         axes.plot(span, roof, linewidth=1, color="black", alpha=0.6)
         axes.text(span[-1], roof[-1], kind, ha="right", va="bottom", fontsize=7)
-    for kind, names in (("eager", ("eager",)), ("stock", STOCK[1:]), ("ours", (*OURS, "auto"))):
+    for kind, names in (("eager", ("eager",)), ("stock", STOCK[1:]), ("ours", (*OURS, *AUTO))):
         chosen = [r for r in rows if r["implementation"] in names]
         points = [(r["flops"] / r["bytes"], r["flops"] / (_time(r) / 1e3) / 1e9) for r in chosen]
         label = {"eager": "eager", "stock": "other stock", "ours": "depict_kernels"}[kind]

@@ -146,6 +146,15 @@ def test_goals_are_met_and_missed():
     assert verdict_of(slow, "memory of triton").met is False
 
 
+def test_a_decoder_may_be_compiled_as_its_peer_is():
+    sizes = {"operator": "depict_sa_decoder", "case": goals._DECODER}
+    times = {"eager": 3.0, "compile(torch)": 1.0, "auto": 1.1, "compile(auto)": 0.5}
+    rows = [{**row(name, time), **sizes} for name, time in times.items()]
+    verdict = verdict_of(rows, "1.5 times torch.compile")
+    assert verdict.met and verdict.found == "2.00 against compile(torch), by compile(auto)"
+    assert verdict_of(rows[:3], "1.5 times torch.compile").met is False
+
+
 def test_auto_is_slower_only_beyond_the_spread():
     assert verdict_of([row("torch", 1.0), row("auto", 1.03)], "never slower").met
     missed = verdict_of([row("torch", 1.0), row("auto", 1.2)], "never slower")

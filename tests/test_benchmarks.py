@@ -127,7 +127,7 @@ def test_gate_passes_right_implementations(name):
     ],
     ids=lambda c: c.operator,
 )
-@pytest.mark.parametrize("name", ["compile(eager)", "compile(torch)"])
+@pytest.mark.parametrize("name", ["compile(eager)", "compile(torch)", "compile(auto)"])
 def test_compiled_implementations_are_whole_graphs(c, name, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(
