@@ -111,6 +111,18 @@ def test_another_model_is_refused_and_nothing_is_loaded(trained):
         load_model(trained / "config.yaml")
 
 
+def test_a_checkpoint_of_another_version_is_refused(trained, tmp_path):
+    state = read_checkpoint(trained / "best.pt")
+    lacking = state["config"] | {"model": {"name": "depict_sa_vit_tiny", "img_size": 32}}
+    checkpoint.save(tmp_path / "a.pt", state | {"config": lacking})
+    with pytest.raises(ValueError, match="lacks 'drop_path_rate': another version"):
+        load_model(tmp_path / "a.pt")
+    state["config"]["model"]["decoder_kwargs"] = {"depth": 2}
+    checkpoint.save(tmp_path / "a.pt", state)
+    with pytest.raises(ValueError, match="do not fit depict_sa_vit_tiny"):
+        load_model(tmp_path / "a.pt")
+
+
 def test_training_goes_on_from_a_run_with_other_classes(trained, four_classes, tmp_path, capsys):
     overrides = {
         "model__initial_checkpoint": str(trained),

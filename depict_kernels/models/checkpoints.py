@@ -67,19 +67,21 @@ def load_model(path: str | Path, *, backend: str = "auto") -> SegmentationModel:
     state = read_checkpoint(path)
     weights, config = weights_of(state), state["config"]
     made = config["model"]
-    model = create_model(
-        made["name"],
-        _num_classes(weights),
-        backend=backend,
-        img_size=made["img_size"] or tuple(config["data"]["crop_size"]),
-        drop_path_rate=made["drop_path_rate"],
-        upstream_backbone=made["upstream_backbone"],
-        backbone=made["backbone"],
-        backbone_kwargs=made["backbone_kwargs"],
-        decoder_kwargs=made["decoder_kwargs"],
-    )
     try:
+        model = create_model(
+            made["name"],
+            _num_classes(weights),
+            backend=backend,
+            img_size=made["img_size"] or tuple(config["data"]["crop_size"]),
+            drop_path_rate=made["drop_path_rate"],
+            upstream_backbone=made["upstream_backbone"],
+            backbone=made["backbone"],
+            backbone_kwargs=made["backbone_kwargs"],
+            decoder_kwargs=made["decoder_kwargs"],
+        )
         model.load_state_dict(weights)
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error}: another version of the trainer wrote it") from None
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit {made['name']}: {error}") from None
     return model.eval()
