@@ -172,6 +172,18 @@ def test_shipped_configurations_are_valid(file: Path):
     assert config.model.name in list_models()
 
 
+def test_sizes_follow_from_the_crop_alone(tmp_path):
+    config = load_config(
+        [CONFIGS / "ade20k_depict_sa_vit_small.yaml"], {"data.crop_size": "[64, 96]", "eval.window": "80"}
+    )
+    sizes = lambda c: (c.data.base_size, c.eval.resize, c.eval.window, c.eval.stride)
+    assert sizes(config) == (64, 64, 80, 48)
+    save_config(config, tmp_path / "config.yaml", {})
+    assert sizes(load_config([tmp_path / "config.yaml"], {"eval.resize": "null"})) == (64, 64, 80, 48)
+    small = load_config([], {"data.crop_size": "[32, 32]", "eval.window": "null", "eval.stride": "null"})
+    assert sizes(small) == (512, 512, 32, 16)
+
+
 def test_ade20k_configurations_follow_the_paper():
     """design.md section 8; a configuration differs from another in what its name says and in nothing else."""
     names = {}

@@ -44,6 +44,7 @@ def load_config(files: list[str | Path] = (), overrides: dict[str, Any] | None =
         merged = _merge(merged, _nest(key, _dict_entry(key, value)))
     _refuse_unknown(merged, Config)
     config = _build(Config, _parse(merged))
+    fill_sizes(config)
     check(config)
     return config
 
@@ -104,6 +105,16 @@ def save_config(config: Config, path: Path, versions: dict[str, Any]) -> None:
     """Writes the YAML file that rebuilds ``config``, and the versions it was used with."""
     document = {**to_dict(config), "versions": versions}
     path.write_text(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110))
+
+
+def fill_sizes(config: Config) -> None:
+    """Sizes that are null follow from ``data.crop_size``, as those of the paper's protocol do."""
+    data, evaluation = config.data, config.eval
+    shorter = min(data.crop_size)
+    data.base_size = data.base_size or shorter
+    evaluation.resize = evaluation.resize or data.base_size
+    evaluation.window = evaluation.window or shorter
+    evaluation.stride = evaluation.stride or max(evaluation.window - 32, (evaluation.window + 1) // 2)
 
 
 def check(config: Config) -> None:

@@ -63,8 +63,8 @@ class Data:
     """Sub-folder to evaluate on."""
     crop_size: tuple[int, int] = number((512, 512), ge=1)
     """Height and width of a training crop."""
-    base_size: int = number(512, ge=1)
-    """The shorter side is resized to base_size * r, r uniform in scale."""
+    base_size: int | None = number(512, ge=1)
+    """The shorter side is resized to base_size * r, r uniform in scale; null: the crop's shorter side."""
     scale: tuple[float, float] = number((0.5, 2.0), gt=0)
     """Range of the random scale r."""
     max_class_share: float = number(0.75, gt=0, le=1)
@@ -188,12 +188,12 @@ class Eval:
 
     mode: Literal["slide", "whole"] = "slide"
     """Sliding window, or the whole image at once."""
-    window: int = number(512, ge=1)
-    """Side of the sliding window."""
-    stride: int = number(480, ge=1)
-    """Stride of the sliding window."""
-    resize: int = number(512, ge=1)
-    """Shorter side that an image is resized to first."""
+    window: int | None = number(512, ge=1)
+    """Side of the sliding window; null: the crop's shorter side."""
+    stride: int | None = number(480, ge=1)
+    """Stride of the sliding window; null: 32 less than the window, at least half of it."""
+    resize: int | None = number(512, ge=1)
+    """Shorter side that an image is resized to first; null: data.base_size."""
     scales: list[float] = number([1.0], gt=0)
     """Scales whose predictions are averaged."""
     flip: bool = False
