@@ -27,13 +27,15 @@ install: $(VENV)/.installed
 # The CUDA kernels are compiled for the emulator too, which runs them on the CPU in the tests.
 # torch, torchvision and timm in one resolution: torchvision's wheel matches one build of torch only.
 $(VENV)/.requirements: pyproject.toml $(CONSTRAINTS)
-	@echo "Setting up $(VENV) (a few minutes the first time)"
+	@echo "1 of 3: torch, torchvision and timm into $(VENV), about 5 GB the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) 'setuptools>=77' wheel ninja torch torchvision timm
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	@echo "2 of 3: the C++ and CUDA kernels are compiled, the other packages installed (one to three minutes)"
 	DEPICT_KERNELS_EMULATE_CUDA=1 $(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	@echo "3 of 3: what works here"
 	$(BIN)/python -m depict_kernels
 	touch $@
 

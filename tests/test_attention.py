@@ -200,7 +200,8 @@ def test_flop_counter_sees_kernels():
     ("arguments", "error", "words"),
     [
         ((torch.zeros(2, 3, 4),), ValueError, "batch, tokens, heads, head_dim"),
-        ((torch.zeros(2, 3, 4, 5, dtype=torch.int64),), TypeError, "floating"),
+        ((torch.zeros(2, 3, 4, 5, dtype=torch.int64),), TypeError, "must be a float16"),
+        ((torch.zeros(2, 3, 4, 5).to(torch.float8_e4m3fn),), TypeError, "got torch.float8"),
         ((torch.zeros(2, 3, 4, 0),), ValueError, "head_dim"),
         ((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5)), ValueError, "differ"),
         ((torch.zeros(1, 2, 3, 4), torch.zeros(1, 0, 3, 4)), ValueError, "at least one key"),

@@ -43,6 +43,16 @@ def test_auto_takes_torch_beyond_the_largest_head_dim(run, cuda_device, monkeypa
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("shape", [(0, 9, 3, 8), (2, 0, 3, 8), (2, 9, 0, 8)])
+def test_nothing_has_a_gradient_of_nothing(shape, cuda_device):
+    q, w = (torch.zeros(shape, device=cuda_device, requires_grad=True) for _ in range(2))
+    run_self(w).sum().backward()
+    assert w.grad.shape == shape
+    if shape[1]:
+        run_cross(q, w).sum().backward()
+        assert q.grad.shape == shape
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 def test_alignment_of_rows(offset, cuda_device):
     check_alignment(offset, torch.float16, cuda_device)

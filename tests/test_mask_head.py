@@ -266,6 +266,7 @@ def test_compile_fullgraph(backend):
         ({3: torch.zeros(4).double()}, "one dtype"),
         ({1: torch.zeros(1, 4, 8).half()}, "one dtype"),
         ({4: (2.0, 3)}, r"grid\[0\] must be an integer, got 2.0"),
+        ({4: (-2, -3)}, r"grid must not be negative, got \(-2, -3\)"),
         ({4: (6,)}, r"grid must be two integers \(height, width\), got \(6,\)"),
     ],
 )

@@ -259,7 +259,8 @@ def to_target(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = Tr
     invalid = (labels > highest) & (labels != void) if void > highest else labels > highest
     if invalid.any():
         values, counts = np.unique(labels[invalid], return_counts=True)
-        more = f" and {len(values) - 1} other values" if len(values) > 1 else ""
+        others = len(values) - 1
+        more = f" and {others} other value{'s' if others > 1 else ''}" if others else ""
         first = 1 if reduce_zero_label else 0
         unlabelled = "0 for unlabelled, " if reduce_zero_label else ""
         shifted = not reduce_zero_label and len(values) == 1 and values[0] == num_classes

@@ -57,7 +57,7 @@ class DataReport:
                 (h, w), (lh, lw) = s.smallest, s.largest
                 lines.append(f"  smallest {w} x {h}, largest {lw} x {lh} pixels (width x height)")
                 share = s.ignored / (s.ignored + s.pixels.sum())
-                lines.append(f"  unlabelled pixels: {share:.2%}")
+                lines.append(f"  unlabelled pixels ({self._unlabelled()}): {share:.2%}")
         names = self.classes.names
         width = 24
         unseen = [c for c in range(len(names)) if not any(s.images_with[c] for s in self.splits)]
@@ -81,10 +81,27 @@ class DataReport:
                 f"warning: the largest label is {len(names) - 1}, of {len(names)} classes, and some pixels count as "
                 "unlabelled: if 0 is the first class, give --data.reduce_zero_label false"
             )
+        if self._may_be_0_and_255():
+            lines.append(
+                "warning: the annotations hold 0 and 255 alone, and 255 counts as unlabelled: in masks of 0 and 255 "
+                "write 1 in place of 255"
+            )
         lines += [f"warning: {warning}" for split in self.splits for warning in split.warnings]
         lines += self.problems
         lines.append(_bad_files(len(self.problems)))
         return "\n".join(lines)
+
+    def _unlabelled(self) -> str:
+        """The annotations' values that count as unlabelled."""
+        c = self.classes.num_classes
+        free = [f"{void}" for void in (255, 65535) if void > c - (not self.reduce_zero_label)]
+        return " or ".join([*(["0"] if self.reduce_zero_label else []), *free[:1]])
+
+    def _may_be_0_and_255(self) -> bool:
+        """Whether the only class seen is 0 and the rest is 255, as in a binary mask made for looking at."""
+        if self.reduce_zero_label or not any(s.ignored for s in self.splits):
+            return False
+        return [*np.flatnonzero(sum(s.images_with for s in self.splits))] == [0]
 
     def _may_start_at_0(self) -> bool:
         """Whether the largest label is C - 1 and some are ignored, as it is where 0 is a class and not unlabelled."""
@@ -171,6 +188,9 @@ def check_data(
                 report.largest = size
         if report.ignored and not report.pixels.any():
             folder = Path(root) / "annotations" / split
-            report.problems.append(f"{folder}: no pixel is labelled, in none of the annotations")
+            unlabelled = DataReport([], classes, reduce_zero_label)._unlabelled()
+            report.problems.append(
+                f"{folder}: no pixel is labelled, in none of the annotations ({unlabelled} everywhere)"
+            )
         reports.append(report)
     return DataReport(reports, classes, reduce_zero_label)

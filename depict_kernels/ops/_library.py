@@ -77,8 +77,8 @@ def check_tensor(name: str, value, *, floating: bool = False) -> None:
     if value.is_nested or value.layout is not torch.strided or value.is_quantized:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
-    if floating and not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
+    if floating and (not value.is_floating_point() or value.dtype.itemsize == 1):
+        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, got {value.dtype}")
 
 
 def pair(name: str, value) -> tuple[int, int]:

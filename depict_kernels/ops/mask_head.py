@@ -69,6 +69,8 @@ def _check(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, grid:
         )
     if patches.shape[2] != classes.shape[2]:
         raise ValueError(f"patches have width {patches.shape[2]} and classes {classes.shape[2]}")
+    if grid[0] < 0:
+        raise ValueError(f"grid must not be negative, got {grid}")
     if patches.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"grid {grid} holds {grid[0] * grid[1]} patches, there are {patches.shape[1]}")
     if weight.shape != (classes.shape[1],) or bias.shape != weight.shape:

@@ -26,7 +26,7 @@ def default_ignore_index(num_classes: int) -> int:
 def check_target_tensor(logits: Tensor, target: Tensor) -> None:
     """Raises TypeError or ValueError unless target is an integer (B, H, W) that fits logits (B, C, h, w)."""
     if target.dtype not in _INTEGERS:
-        raise TypeError(f"target must have an integer dtype (uint8 ... int64), got {target.dtype}")
+        raise TypeError(f"target must be uint8, int8, int16, int32 or int64, got {target.dtype}")
     if target.ndim != 3 or target.shape[0] != logits.shape[0]:
         raise ValueError(
             f"target must be (B, H, W) with B = {logits.shape[0]} as in logits {tuple(logits.shape)}, "
@@ -39,7 +39,7 @@ def check_target_tensor(logits: Tensor, target: Tensor) -> None:
 
 
 def sanitize_target(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """target (B, H, W) of any integer dtype -> (contiguous int64 target with bad labels ignored, report).
+    """target (B, H, W) of integers -> (contiguous int64 target with bad labels ignored, report).
 
     The report is int64 (5,): [1 if any label is bad, first bad value, its b, y, x]. No host sync.
     """

@@ -44,8 +44,9 @@ def upsample_cross_entropy(
     instead of NaN.
 
     Args:
-        logits: (B, C, h, w) float16, bfloat16, float32 or float64, any strides.
-        target: (B, H, W) any integer dtype, uint8 included; classes 0..C-1 and ignore_index.
+        logits: (B, C, h, w) float16, bfloat16, float32 or float64, any strides. To mask a class use a large negative
+            number such as -1e4: of infinite logits some backends make NaN, as torch does, where others do not.
+        target: (B, H, W) uint8 or a signed integer dtype; classes 0..C-1 and ignore_index.
         ignore_index: label that takes no part; None means 255 up to 255 classes and -100 above.
         weight: (C,) class weights w_c or None; they get no gradient. An infinite one makes the loss infinite where
             its class occurs, with label smoothing at every valid pixel, as in torch's.
@@ -129,7 +130,7 @@ def upsample_confusion(
 
     Args:
         logits: (B, C, h, w) floating point.
-        target: (B, H, W) any integer dtype.
+        target: (B, H, W) uint8 or a signed integer dtype.
         ignore_index: label that is not counted; None means 255 up to 255 classes and -100 above.
         out: (C, C) int64 to add the counts to, in place; None starts from zeros.
         backend: see :mod:`depict_kernels.backends`.

@@ -76,6 +76,8 @@ def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor,
 
 def self_attention_backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """The query-, key- and value-side gradients of w, added up: (B, N, H, d)."""
+    if w.numel() == 0:  # an expanded gradient of no elements is contiguous to torch, whatever its strides
+        return empty_like(w)
     grad, w = _rows(grad, w)
     return _gradient(w, w, grad, lse, _delta(grad, out, scale), scale, _SELF)
 
@@ -84,7 +86,7 @@ def cross_attention_backward(
     grad: Tensor, q: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q (B, M, H, d) and of w (B, N, H, d), which is key and value."""
-    if q.shape[1] == 0:
+    if q.numel() == 0:
         return empty_like(q), empty_like(w).zero_()
     grad, q, w = _rows(grad, q, w)
     delta = _delta(grad, out, scale)
