@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from train.metrics import SegmentationMetrics, unique_names
+from train.metrics import SegmentationMetrics, iou_lines, unique_names
 
 
 def loop_scores(labels, target, num_classes, ignore):
@@ -126,3 +126,14 @@ def test_wrong_shapes_and_dtypes_are_refused():
         metrics.update(torch.zeros(3, 3))
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         SegmentationMetrics(3, ["a", "b"])
+
+
+def test_console_lines_have_all_classes_or_the_lowest():
+    scores = {"sky": 0.5, "door": None, "wall": 0.25}
+    assert iou_lines({"iou_per_class": scores}) == [
+        "  IoU of each class",
+        "    0.5000  sky",
+        "    0.2500  wall",
+    ]
+    few = iou_lines({"iou_per_class": scores}, most=1)
+    assert few == ["  IoU of the lowest 1 of 2 classes", "    0.2500  wall"]

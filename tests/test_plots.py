@@ -125,6 +125,18 @@ def test_confusion_is_normalised_by_row_and_absent_classes_are_grey():
     assert figure.axes[0].get_ylabel() == "annotated class"  # rows
 
 
+def test_confusion_leaves_out_classes_that_occur_nowhere():
+    counts = torch.zeros(150, 150, dtype=torch.int64)
+    counts[3, 3], counts[3, 70], counts[9, 3] = 6, 2, 1  # 70 is predicted alone
+    figure = confusion_figure(counts, [str(i) for i in range(150)])
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["3", "9", "70"]
+    assert np.allclose(axes.images[0].get_array()[0], [0.75, 0, 0.25])
+    assert "without 147 classes that occur nowhere" in axes.get_title()
+    drawn(figure)
+    assert len(confusion_figure(torch.zeros(3, 3, dtype=torch.int64), "abc").axes[0].get_yticklabels()) == 3
+
+
 @pytest.mark.parametrize("count", [2, 3, 12, 16, 26, 60, 150])
 def test_confusion_labels_do_not_overlap(count):
     names = list(load_classes("ade20k").names[:count])

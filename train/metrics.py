@@ -36,6 +36,15 @@ def _value(x: Tensor) -> float | None:
     return None if x.isnan() else x.item()
 
 
+def iou_lines(results: dict, most: int = 30) -> list[str]:
+    """IoU per class for the console: the classes that have one, in their order, or of more the lowest ``most``."""
+    known = {name: value for name, value in results["iou_per_class"].items() if value is not None}
+    lowest = dict(sorted(known.items(), key=lambda item: item[1])[:most])
+    shown = known if len(known) <= most else lowest
+    head = "IoU of each class" if shown is known else f"IoU of the lowest {most} of {len(known)} classes"
+    return [f"  {head}", *(f"    {value:.4f}  {name}" for name, value in shown.items())]
+
+
 class SegmentationMetrics:
     """Scores of label maps against targets, by the definitions of the ADE20K benchmark.
 

@@ -238,10 +238,14 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
         names: C class names; long ones are cut to their first synonym.
 
     Colours follow the square root of the share, so that small confusions show. Up to 25 classes every cell
-    carries its per cent; the names of more, up to 150, stay readable at full size. Rows of classes that no
-    annotation holds are grey.
+    carries its per cent; the names of more, up to 150, stay readable at full size. Classes that are neither
+    annotated nor predicted are left out; rows of those that no annotation holds are grey.
     """
     n = confusion.cpu().double().numpy()
+    seen = np.flatnonzero(n.sum(0) + n.sum(1))
+    left_out = len(names) - len(seen)
+    if len(seen) and left_out:
+        n, names = n[np.ix_(seen, seen)], [names[i] for i in seen]
     rows = n.sum(1, keepdims=True)
     with np.errstate(invalid="ignore"):
         share = n / rows
@@ -263,7 +267,8 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
     axes.set_xlabel("predicted class", fontsize=heading)
     axes.set_ylabel("annotated class", fontsize=heading)
     axes.set_title(
-        "Confusion matrix: per cent of each annotated class's pixels",
+        "Confusion matrix: per cent of each annotated class's pixels"
+        + (f"\n(without {left_out} classes that occur nowhere)" if len(seen) and left_out else ""),
         fontweight="bold",
         fontsize=heading,
     )
