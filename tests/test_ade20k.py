@@ -245,7 +245,11 @@ def test_label_out_of_range_names_file_and_class_list(folder, classes):
 
 
 def test_missing_and_empty_folders(folder, classes, tmp_path):
-    with pytest.raises(UserError, match="images/nowhere: no such folder"):
+    with pytest.raises(
+        UserError, match=f"elsewhere/images/training: no such folder in {Path.cwd()}; .*data.root"
+    ):
+        SegmentationFolder("elsewhere", "training", classes)
+    with pytest.raises(UserError, match="images/nowhere: no such folder;"):
         SegmentationFolder(folder, "nowhere", classes)
     with pytest.raises(UserError, match="no such folder"):
         SegmentationFolder(tmp_path / "missing", "training", classes)

@@ -383,7 +383,12 @@ def list_pairs(root: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]
     for kind, suffixes in (("images", IMAGE_SUFFIXES), ("annotations", (".png",))):
         folder = root / kind / split
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; a data set has {kind}/{split}/ below {root}")
+            here = (
+                "" if folder.is_absolute() else f" in {Path.cwd()}"
+            )  # a run's data.root may be relative to another
+            raise UserError(
+                f"{folder}: no such folder{here}; a data set has {kind}/{split}/ below data.root, which is {root}"
+            )
         files = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
         by_stem: dict[str, Path] = {}
         for path in sorted(files):
