@@ -97,6 +97,10 @@ int64_t run_cross_entropy(const Tensor& logits, const Tensor& target, const std:
   problem.pixel_loss = contiguous<T>(pixel_loss, type, target.numel(), "pixel_loss");
   problem.gradient = contiguous<T>(gradient, type, logits.numel(), "gradient");
   STD_TORCH_CHECK(logits.size(0) == 0 || target.numel() > 0, "target must not be empty");
+  if (target.numel() == 0) {  // the tables of weights need a pixel
+    if (total) *total = 0;
+    return -1;
+  }
   const depict::cpu::CrossEntropyResult result = depict::cpu::cross_entropy(problem, torch_threads());
   if (total) *total = static_cast<T>(result.loss);
   return result.bad;
