@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,11 @@ FREE_ON_RESUME = (
     "train.log_every", "train.eval_every", "train.save_every", "train.tensorboard", "train.compile",
     "train.score_untrained", "train.deterministic", "model.backend",
     "model.pretrained", "model.checkpoint_path", "model.initial_checkpoint",
+)  # fmt: skip
+# What run.overwrite deletes: the files that training and `eval` write there, and nothing else that lies in the folder.
+WRITTEN = (
+    "config.yaml", "classes.csv", "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/*.png",
+    "tensorboard/events.*", "*.pt.*.tmp", "*.json.tmp", "*.jsonl.tmp",
 )  # fmt: skip
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 
@@ -62,6 +66,11 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     path = path / "last.pt" if path.is_dir() else path
     named = resume not in ("auto", "never")
     own = named and path.resolve().parent == folder.resolve()
+    if own and over:
+        raise UserError(
+            f"run.resume: {path} belongs to the run that run.overwrite true would delete; leave run.overwrite out "
+            "to go on with it, or give another --run.name"
+        )
     if resume == "never":
         if last.exists() and not over:
             raise UserError(
@@ -88,13 +97,13 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     if "optimizer" not in state:
         raise UserError(f"{path}: holds weights only; last.pt of a run folder is what training resumes from")
     checkpoint.require(state, path, checkpoint.TRAINING)
-    if over or not own:  # the best checkpoint stays behind in the other folder
+    if not own:  # the best checkpoint stays behind in the other folder
         state |= {"best_miou": -1.0, "best_step": -1, "evaluated_step": -1}
     return {**state, "file": str(path)}
 
 
 def open_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
-    """Makes the folder, empties it for ``run.overwrite``, and writes what a start writes.
+    """Makes the folder, deletes the earlier run in it for ``run.overwrite``, and writes what a start writes.
 
     To be called once the data and the model were found to be good: a start that fails leaves no empty folder and
     deletes nothing.
@@ -104,8 +113,8 @@ def open_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     if config.run.overwrite:
-        for path in folder.iterdir():  # the folder itself may be a link
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
+            path.unlink()
     write_run_folder(config, folder, classes, world)
 
 

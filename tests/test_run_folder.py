@@ -1,0 +1,72 @@
+"""What a start does to a run folder: what it deletes, what it keeps, and when it is refused."""
+
+import pytest
+import torch
+from tiny_run import arguments, configuration, make_data, settings
+
+from train import run
+from train.distributed import World
+from train.engine import Trainer
+from train.run_folder import open_folder
+
+CPU = World(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+def train(data, tmp_path, **overrides) -> int:
+    return run.main(arguments(settings(data, tmp_path, **overrides)))
+
+
+def trained(data, tmp_path, resume=None, **overrides) -> Trainer:
+    """Two steps in tmp_path/tiny without what comes before and after the training."""
+    (tmp_path / "tiny").mkdir(exist_ok=True)
+    trainer = Trainer(
+        configuration(data, tmp_path, **{"train__steps": 2} | overrides), CPU, tmp_path / "tiny", resume
+    )
+    trainer.train()
+    return trainer
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(data, tmp_path):
+    folder = tmp_path / "tiny"
+    assert train(data, tmp_path, train__steps=2, train__tensorboard=True) == 0
+    assert run.main(["eval", str(folder)]) == 0
+    written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert len(written) > 12
+    own = [
+        folder / "notes.txt",
+        folder / "old.pt",
+        folder / "data" / "images" / "a.jpg",
+        folder / "plots" / "a.svg",
+    ]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    config = configuration(data, tmp_path, run__overwrite=True)
+    open_folder(config, folder, Trainer(config, CPU, folder).classes, CPU)
+    left = {path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert left == {*own, folder / "config.yaml", folder / "classes.csv"}
+    assert all(path.read_bytes() == b"mine" for path in own)
+
+
+@pytest.mark.parametrize("resume", ["", "last.pt", "kept.pt"])
+def test_overwrite_and_resume_of_the_same_run_contradict(data, tmp_path, capsys, resume):
+    folder = tmp_path / "tiny"
+    trained(data, tmp_path)
+    before = (folder / "last.pt").read_bytes()
+    (folder / "config.yaml").write_text("{}")
+    (folder / "kept.pt").write_bytes(before)
+    capsys.readouterr()
+    assert train(data, tmp_path, train__steps=4, run__overwrite=True, run__resume=str(folder / resume)) == 2
+    text = capsys.readouterr().err
+    assert "run.resume: " in text and "run.overwrite true would delete" in text and text.count("\n") == 1
+    assert (folder / "last.pt").read_bytes() == before
