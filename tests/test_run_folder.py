@@ -1,13 +1,15 @@
 """What a start does to a run folder: what it deletes, what it keeps, and when it is refused."""
 
+import json
+
 import pytest
 import torch
-from tiny_run import arguments, configuration, make_data, settings
+from tiny_run import configuration, make_data, settings, write_config
 
-from train import run
+from train import checkpoint, command_train, run
 from train.distributed import World
 from train.engine import Trainer
-from train.run_folder import open_folder
+from train.run_folder import open_folder, read_results
 
 CPU = World(torch.device("cpu"))
 
@@ -23,15 +25,15 @@ def data(tmp_path):
 
 
 def train(data, tmp_path, **overrides) -> int:
-    return run.main(arguments(settings(data, tmp_path, **overrides)))
+    config = write_config(tmp_path / "config.yaml", settings(data, tmp_path, **overrides))
+    return run.main(["--config", str(config)])
 
 
 def trained(data, tmp_path, resume=None, **overrides) -> Trainer:
     """Two steps in tmp_path/tiny without what comes before and after the training."""
     (tmp_path / "tiny").mkdir(exist_ok=True)
-    trainer = Trainer(
-        configuration(data, tmp_path, **{"train__steps": 2} | overrides), CPU, tmp_path / "tiny", resume
-    )
+    config = configuration(data, tmp_path, **{"train__steps": 2} | overrides)
+    trainer = Trainer(config, CPU, tmp_path / "tiny", resume)
     trainer.train()
     return trainer
 
@@ -70,3 +72,32 @@ def test_overwrite_and_resume_of_the_same_run_contradict(data, tmp_path, capsys,
     text = capsys.readouterr().err
     assert "run.resume: " in text and "run.overwrite true would delete" in text and text.count("\n") == 1
     assert (folder / "last.pt").read_bytes() == before
+
+
+def test_an_extended_run_does_not_keep_the_results_of_the_shorter_one(data, tmp_path, capsys, monkeypatch):
+    assert train(data, tmp_path, train__steps=2) == 0
+    longer = {"train__steps": 4, "run__resume": str(tmp_path / "tiny")}
+    with monkeypatch.context() as patch:
+        patch.setattr(command_train, "finish", interrupt)
+        assert train(data, tmp_path, **longer) == 130
+    assert train(data, tmp_path, **longer) == 0
+    assert "is finished" not in capsys.readouterr().out
+    best = checkpoint.load(tmp_path / "tiny" / "best.pt")
+    results = json.loads((tmp_path / "tiny" / "results.json").read_text())
+    assert (results["step"], results["miou"]) == (best["step"], best["miou"])
+    assert train(data, tmp_path, train__steps=4) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def test_damaged_results_are_made_again(data, tmp_path):
+    trained(data, tmp_path)
+    path = tmp_path / "tiny" / "results.json"
+    for text in ("", "[]", "{}", '{"miou": 0.1, "pix'):
+        path.write_text(text)
+        assert read_results(tmp_path / "tiny") is None
+    assert train(data, tmp_path, train__steps=2) == 0
+    assert json.loads(path.read_text())["miou"] > 0

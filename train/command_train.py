@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train.command_line import Command
-from train.run_folder import open_folder, prepare_folder, report, write_results
+from train.run_folder import open_folder, prepare_folder, read_results, report, write_results
 
 
 def train_run(arguments: list[str]) -> int:
@@ -28,7 +28,7 @@ def train_run(arguments: list[str]) -> int:
     del resume
 
     done = trainer.step >= trainer.total_steps
-    finished = distributed.on_main(world, lambda: done and (folder / "results.json").exists())
+    finished = distributed.on_main(world, lambda: done and read_results(folder) is not None)
     if not finished:  # config.yaml stays that of the run that was
         distributed.on_main(world, lambda: open_folder(config, folder, trainer.classes, world))
     describe(trainer)
@@ -38,7 +38,7 @@ def train_run(arguments: list[str]) -> int:
         trainer.train()
         finish(trainer)
     if world.main:
-        report(folder)
+        report(folder, read_results(folder))
     return 0
 
 

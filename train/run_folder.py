@@ -103,7 +103,7 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
 
 
 def open_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
-    """Makes the folder, deletes the earlier run in it for ``run.overwrite``, and writes what a start writes.
+    """Makes the folder, deletes the results in it (for ``run.overwrite`` the whole run), writes what a start writes.
 
     To be called once the data and the model were found to be good: a start that fails leaves no empty folder and
     deletes nothing.
@@ -115,6 +115,8 @@ def open_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
     if config.run.overwrite:
         for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
             path.unlink()
+    # They would pass for this run's, were it interrupted in its last scoring.
+    (folder / "results.json").unlink(missing_ok=True)
     write_run_folder(config, folder, classes, world)
 
 
@@ -164,8 +166,16 @@ def write_results(path: Path, metrics: Any, extra: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def report(folder: Path) -> None:
-    results = json.loads((folder / "results.json").read_text())
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """results.json; None where it is missing or damaged."""
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return results if isinstance(results, dict) and results.keys() >= SCORES.keys() else None
+
+
+def report(folder: Path, results: dict[str, Any]) -> None:
     print("\nresult on the validation split")
     for key, title in SCORES.items():
         print(f"  {title:<16}{results[key]:.4f}")
