@@ -1,15 +1,19 @@
 """What a start does to a run folder: what it deletes, what it keeps, and when it is refused."""
 
+import errno
 import json
+import sys
+import time
 
 import pytest
 import torch
-from tiny_run import configuration, make_data, settings, write_config
+from tiny_run import Started, configuration, make_data, settings, write_config
 
 from train import checkpoint, command_train, run
+from train.config import load_config
 from train.distributed import World
 from train.engine import Trainer
-from train.run_folder import open_folder, read_results
+from train.run_folder import lock_folder, open_folder, read_results
 
 CPU = World(torch.device("cpu"))
 
@@ -101,3 +105,38 @@ def test_damaged_results_are_made_again(data, tmp_path):
         assert read_results(tmp_path / "tiny") is None
     assert train(data, tmp_path, train__steps=2) == 0
     assert json.loads(path.read_text())["miou"] > 0
+
+
+def test_one_process_trains_in_a_folder_at_a_time(data, tmp_path, capsys):
+    """The lock ends with the process that is killed, while a loader process of it still runs."""
+    pytest.importorskip("fcntl")
+    keys = settings(data, tmp_path, train__steps=100_000, train__save_every=5, data__workers=1)
+    arguments = ["--config", str(write_config(tmp_path / "config.yaml", keys))]
+    first = Started(arguments, tmp_path / "first.txt")
+    last, limit = tmp_path / "tiny" / "last.pt", time.monotonic() + 120
+    while not last.exists() and first.process.is_alive() and time.monotonic() < limit:
+        time.sleep(0.01)
+    leftover = tmp_path / "tiny" / "last.pt.1.tmp"  # as it looks in the middle of the other one's save
+    leftover.write_bytes(b"")
+    for more in ([], ["--run.overwrite", "true"]):
+        assert run.main([*arguments, *more]) == 2
+        text = capsys.readouterr().err
+        assert f"{tmp_path / 'tiny'}: another process is training in it" in text and text.count("\n") == 1
+    assert first.process.is_alive() and last.exists() and leftover.exists(), first.text
+    first.process.kill()
+    first.wait()
+    config = load_config([], keys)
+    open_folder(config, tmp_path / "tiny", Trainer(config, CPU, tmp_path / "tiny").classes, CPU)
+    assert not leftover.exists()
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    lock_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
+    lock_folder(tmp_path)

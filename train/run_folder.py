@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ FREE_ON_RESUME = (
 # What run.overwrite deletes: the files that training and `eval` write there, and nothing else that lies in the folder.
 WRITTEN = (
     "config.yaml", "classes.csv", "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/*.png",
-    "tensorboard/events.*", "*.pt.*.tmp", "*.json.tmp", "*.jsonl.tmp",
+    "tensorboard/events.*", "*.json.tmp", "*.jsonl.tmp",
 )  # fmt: skip
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 
@@ -61,7 +62,6 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     over = config.run.overwrite
     if over and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: no run folder (it has no config.yaml), so run.overwrite leaves it alone")
-    checkpoint.remove_leftovers(folder)
     path = Path(resume)
     path = path / "last.pt" if path.is_dir() else path
     named = resume not in ("auto", "never")
@@ -102,16 +102,40 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     return {**state, "file": str(path)}
 
 
+def lock_folder(folder: Path) -> None:
+    """Makes this the only process that trains in ``folder`` until it ends, however it does.
+
+    Raises ``UserError`` where another one does. Without locks (Windows, some file systems) nothing is noticed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would end the lock
+    try:
+        # Of the process alone: a flock would pass to the loader's workers, which outlive a killed run by seconds.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{folder}: another process is training in it; stop that one or give another --run.name"
+            ) from None
+
+
 def open_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
     """Makes the folder, deletes the results in it (for ``run.overwrite`` the whole run), writes what a start writes.
 
     To be called once the data and the model were found to be good: a start that fails leaves no empty folder and
     deletes nothing.
     """
+    from train import checkpoint
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    lock_folder(folder)
+    checkpoint.remove_leftovers(folder)
     if config.run.overwrite:
         for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
             path.unlink()
