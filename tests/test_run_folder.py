@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import Started, configuration, make_data, settings, write_config
 
-from train import checkpoint, command_train, run
+from train import checkpoint, command_train, distributed, run
 from train.config import load_config
 from train.distributed import World
 from train.engine import Trainer
@@ -76,6 +76,13 @@ def test_overwrite_and_resume_of_the_same_run_contradict(data, tmp_path, capsys,
     text = capsys.readouterr().err
     assert "run.resume: " in text and "run.overwrite true would delete" in text and text.count("\n") == 1
     assert (folder / "last.pt").read_bytes() == before
+
+
+def test_a_batch_that_the_processes_cannot_share_deletes_nothing(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "start", lambda device: World(CPU.device, 0, 3))
+    monkeypatch.setattr(command_train, "prepare_folder", lambda *_: pytest.fail("prepared first"))
+    assert train(data, tmp_path, run__overwrite=True) == 2
+    assert "data.batch_size is 4: need a positive multiple of the 3 processes" in capsys.readouterr().err
 
 
 def test_an_extended_run_does_not_keep_the_results_of_the_shorter_one(data, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train.command_line import Command
+from train.errors import UserError
 from train.run_folder import open_folder, prepare_folder, read_results, report, write_results
 
 
@@ -18,6 +19,10 @@ def train_run(arguments: list[str]) -> int:
     build.prepare_torch(config)
     world = distributed.start(config.train.device)
     build.check_backend(config, world.device, training=True)
+    if config.data.batch_size % world.size:  # said before anything is made, read or deleted
+        raise UserError(
+            f"data.batch_size is {config.data.batch_size}: need a positive multiple of the {world.size} processes"
+        )
     folder = Path(config.run.root) / config.run.name
     resume = distributed.on_main(world, lambda: prepare_folder(config, folder))
 
