@@ -13,6 +13,7 @@ from train import checkpoint, command_train, distributed, run
 from train.config import load_config
 from train.distributed import World
 from train.engine import Trainer
+from train.logs import read_metrics
 from train.run_folder import lock_folder, open_folder, read_results
 
 CPU = World(torch.device("cpu"))
@@ -147,3 +148,37 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
     lock_folder(tmp_path)
     monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
     lock_folder(tmp_path)
+
+
+def test_renamed_classes_are_another_configuration(data, tmp_path, capsys):
+    trained(data, tmp_path, train__steps=2)
+    before = (tmp_path / "tiny" / "last.pt").read_bytes()
+    names = (data / "classes.txt").read_text().split()
+    for other, word in (
+        ([names[0], names[2], names[1], *names[3:]], "class 1 is grass in the checkpoint, wall now"),
+        (names[1:], "5 classes in the checkpoint, 4 now"),
+    ):
+        (data / "classes.txt").write_text("\n".join(other))
+        assert train(data, tmp_path, train__steps=2) == 2
+        text = capsys.readouterr().err
+        assert (
+            f"holds a run with another configuration (data.classes: {word}). Give another --run.name" in text
+        )
+    assert (tmp_path / "tiny" / "last.pt").read_bytes() == before
+    (data / "classes.txt").write_text("\n".join(names[::-1]))
+    assert train(data, tmp_path, train__steps=3, run__resume=str(tmp_path / "tiny" / "last.pt")) == 0
+    assert checkpoint.load(tmp_path / "tiny" / "last.pt")["classes"] == names[::-1]
+    assert (tmp_path / "tiny" / "classes.csv").read_text().startswith("index,name,r,g,b\n0,roof,")
+
+
+def test_a_lost_best_checkpoint_is_made_again(data, tmp_path, capsys):
+    trained(data, tmp_path)
+    best = tmp_path / "tiny" / "best.pt"
+    expected = checkpoint.load(best)
+    best.unlink()
+    assert train(data, tmp_path, train__steps=2) == 0
+    assert f"note: {best} is missing" in capsys.readouterr().out
+    found = checkpoint.load(best)
+    assert (found["step"], found["miou"]) == (expected["step"], expected["miou"])
+    lines = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("eval", 2)]

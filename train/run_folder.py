@@ -86,20 +86,46 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
             text
             for text in checkpoint.differences(state["config"], to_dict(config))
             if not text.startswith(FREE_ON_RESUME)
-        ]
+        ] + changed_classes(config, state)
         if changed:
             raise UserError(
                 f"{folder}: holds a run with another configuration ({'; '.join(changed)}). Give another "
                 f"--run.name, --run.overwrite true to start over, or --run.resume {last} to go on with the new values"
             )
-        return state
+        return with_best(state, folder)
     state = checkpoint.load(path)
     if "optimizer" not in state:
         raise UserError(f"{path}: holds weights only; last.pt of a run folder is what training resumes from")
     checkpoint.require(state, path, checkpoint.TRAINING)
     if not own:  # the best checkpoint stays behind in the other folder
         state |= {"best_miou": -1.0, "best_step": -1, "evaluated_step": -1}
-    return {**state, "file": str(path)}
+    return {**(with_best(state, folder) if own else state), "file": str(path)}
+
+
+def changed_classes(config: Any, state: dict[str, Any]) -> list[str]:
+    """What the class list says otherwise than the checkpoint, in the words of ``checkpoint.differences``."""
+    from train.ade20k import load_classes
+
+    if config.data.root is None:  # the generated data set's never change
+        return []
+    now = list(load_classes(config.data.classes).names)
+    before = state.get("classes", now)
+    if len(before) != len(now):
+        return [f"data.classes: {len(before)} classes in the checkpoint, {len(now)} now"]
+    pairs = enumerate(zip(before, now))
+    return [f"data.classes: class {i} is {a} in the checkpoint, {b} now" for i, (a, b) in pairs if a != b][:1]
+
+
+def with_best(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of ``folder``'s own checkpoint, where best.pt is missing as it is before the first evaluation."""
+    if (folder / "best.pt").exists() or state["best_step"] < 0:
+        return state
+    print(
+        f"note: {folder / 'best.pt'} is missing; the best model from step {state['step']} on is kept",
+        flush=True,
+    )
+    evaluated = min(state["evaluated_step"], state["step"] - 1)  # the last step's model may be it
+    return state | {"best_miou": -1.0, "best_step": -1, "evaluated_step": evaluated}
 
 
 def lock_folder(folder: Path) -> None:
