@@ -10,6 +10,7 @@ import torch
 from tiny_run import Started, configuration, make_data, settings, write_config
 
 from train import checkpoint, command_train, distributed, run
+from train.command_train import describe
 from train.config import load_config
 from train.distributed import World
 from train.engine import Trainer
@@ -182,3 +183,20 @@ def test_a_lost_best_checkpoint_is_made_again(data, tmp_path, capsys):
     assert (found["step"], found["miou"]) == (expected["step"], expected["miou"])
     lines = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("eval", 2)]
+
+
+def test_a_start_notes_what_may_not_be_meant(data, tmp_path, capsys):
+    rate = "note        optim.warmup_steps: 2 of 2 steps, so that the learning rate never reaches optim.lr (0.001)"
+    images = "note        11 training images, 12 up to the checkpoint"
+    describe(trained(data, tmp_path, optim__warmup_steps=1))
+    said = capsys.readouterr().out
+    assert "note  " not in said
+    state = checkpoint.load(tmp_path / "tiny" / "last.pt")
+    describe(trained(data, tmp_path, state, optim__warmup_steps=2))
+    said = capsys.readouterr().out
+    assert rate in said and images not in said
+    for kind in ("images", "annotations"):
+        next((data / kind / "training").glob("image_011*")).unlink()
+    describe(trained(data, tmp_path, state))
+    said = capsys.readouterr().out
+    assert images in said and rate not in said

@@ -77,8 +77,14 @@ def describe(trainer: Any) -> None:
         f"{trainer.world.size} x {trainer.device}, {config.train.precision}")  # fmt: skip
     if note := too_many_workers(config.data.workers):
         say(f"note        {note}")
+    if config.optim.warmup_steps >= trainer.total_steps:
+        say(f"note        optim.warmup_steps: {config.optim.warmup_steps} of {trainer.total_steps} steps, so that the "
+            f"learning rate never reaches optim.lr ({config.optim.lr:g})")  # fmt: skip
     if trainer.step:
         say(f"resumed     at step {trainer.step}")
+        if trainer.images_before not in (None, now := len(trainer.train_set)):
+            say(f"note        {now} training images, {trainer.images_before} up to the checkpoint: their order is "
+                "another one from here on")  # fmt: skip
 
 
 def finish(trainer: Any) -> None:

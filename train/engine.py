@@ -108,6 +108,7 @@ class Trainer:
 
         self.step = 0
         self.saved_step: int | None = None  # what last.pt holds
+        self.images_before: int | None = None  # in the training split, at the checkpoint
         self.evaluated_step = -1
         self.best_miou, self.best_step = -1.0, -1
         self.untrained_miou: float | None = None
@@ -371,6 +372,7 @@ class Trainer:
         """All that ``_restore`` needs; ``rng`` has one entry per process."""
         return {
             "step": self.step,
+            "images": len(self.train_set),
             "evaluated_step": self.evaluated_step,
             "best_miou": self.best_miou,
             "best_step": self.best_step,
@@ -405,6 +407,7 @@ class Trainer:
             self.saved_step = self.step
         self.best_miou, self.best_step = state["best_miou"], state["best_step"]
         self.untrained_miou = state["untrained_miou"]
+        self.images_before = state.get("images")
         self.skipped.copy_(torch.tensor(state["skipped"]))
         # The losses are already summed over the processes: the main process carries them on. Where log_every was
         # another one, those since its last multiple count.
