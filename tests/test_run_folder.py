@@ -2,8 +2,10 @@
 
 import errno
 import json
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +202,49 @@ def test_a_start_notes_what_may_not_be_meant(data, tmp_path, capsys):
     describe(trained(data, tmp_path, state))
     said = capsys.readouterr().out
     assert images in said and rate not in said
+
+
+def resumed(data, source: Path, name: str, **overrides) -> tuple[list, dict]:
+    """Goes on to step 6 in a copy of ``source``: (step, mIoU) of every evaluation, and what last.pt holds then."""
+    tmp_path, folder = source.parent, source.with_name(name)
+    shutil.copytree(source, folder)
+    keys = {"train__steps": 6, "train__eval_every": 5, "model__drop_path_rate": 0.5} | overrides
+    trainer = Trainer(configuration(data, tmp_path, **keys), CPU, folder, checkpoint.load(folder / "last.pt"))
+    measured, measure = [], trainer.measure
+
+    def noted(model):
+        metrics = measure(model)
+        measured.append((trainer.step, metrics.results()["miou"]))
+        return metrics
+
+    trainer.measure = noted
+    trainer.train()
+    return measured, checkpoint.load(folder / "last.pt")
+
+
+def test_best_is_scored_again_where_scores_are_no_longer_comparable(data, tmp_path, capsys):
+    trained(data, tmp_path, model__drop_path_rate=0.5)
+    first, last = tmp_path / "tiny", tmp_path / "tiny" / "last.pt"
+    checkpoint.save(last, checkpoint.load(last) | {"best_miou": 0.99})  # out of reach, were it carried over
+    plain, expected = resumed(data, first, "plain")
+    same, _ = resumed(data, first, "same", eval__batch_windows=2, eval__strip_rows=16)
+    assert [step for step, _ in plain] == [step for step, _ in same] == [5, 6]
+    assert "scored again" not in capsys.readouterr().out
+
+    other, found = resumed(data, first, "other", eval__max_images=1)
+    said = capsys.readouterr().out
+    assert "best.pt of step 2 scored again (eval.max_images: None in the checkpoint, 1 now): miou " in said
+    assert [step for step, _ in other] == [2, 5, 6]
+    assert found["best_miou"] == max(miou for _, miou in other) < 0.99
+    best = checkpoint.load(tmp_path / "other" / "best.pt")
+    assert (best["miou"], best["step"]) == (found["best_miou"], found["best_step"])
+    # Nothing else notices: the same paths are dropped, the same lines are written.
+    assert torch.equal(expected["rng"][0]["torch"], found["rng"][0]["torch"])
+    assert all(torch.equal(value, found["model"][key]) for key, value in expected["model"].items())
+    kinds = [(line["kind"], line["step"]) for line in read_metrics(tmp_path / "other" / "metrics.jsonl")]
+    assert kinds == [
+        (line["kind"], line["step"]) for line in read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    ]
+    # From here on the scores belong to these keys.
+    again, _ = resumed(data, tmp_path / "other", "again", eval__max_images=1)
+    assert again == []
