@@ -56,7 +56,7 @@ def test_overwrite_deletes_what_a_run_writes_and_nothing_else(data, tmp_path):
         folder / "notes.txt",
         folder / "old.pt",
         folder / "data" / "images" / "a.jpg",
-        folder / "plots" / "a.svg",
+        folder / "plots" / "a.png",
     ]
     for path in own:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,9 @@ def test_an_extended_run_does_not_keep_the_results_of_the_shorter_one(data, tmp_
     best = checkpoint.load(tmp_path / "tiny" / "best.pt")
     results = json.loads((tmp_path / "tiny" / "results.json").read_text())
     assert (results["step"], results["miou"]) == (best["step"], best["miou"])
-    assert train(data, tmp_path, train__steps=4) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert train(data, tmp_path, train__steps=4, eval__flip=True) == 0
+    said = capsys.readouterr().out
+    assert "is finished" in said and "other keys (eval.flip: False in the checkpoint, True now)" in said
 
 
 def interrupt(*_) -> None:

@@ -39,6 +39,9 @@ def train_run(arguments: list[str]) -> int:
     describe(trainer)
     if finished:
         trainer.log.say(f"{folder} is finished; --run.overwrite true starts over")
+        if trainer.scored_otherwise:
+            trainer.log.say(f"note        its scores are of other keys ({'; '.join(trainer.scored_otherwise)}); "
+                            "`eval` scores it under these")  # fmt: skip
     else:
         trainer.train()
         finish(trainer)

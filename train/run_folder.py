@@ -24,8 +24,8 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 # What run.overwrite deletes: the files that training and `eval` write there, and nothing else that lies in the folder.
 WRITTEN = (
-    "config.yaml", "classes.csv", "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/*.png",
-    "tensorboard/events.*", "*.json.tmp", "*.jsonl.tmp",
+    "config.yaml", "classes.csv", "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/loss.png",
+    "plots/miou.png", "plots/confusion*.png", "plots/overlays.png", "tensorboard/events.*", "*.json.tmp", "*.jsonl.tmp",
 )  # fmt: skip
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 
@@ -144,7 +144,8 @@ def lock_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(
-                f"{folder}: another process is training in it; stop that one or give another --run.name"
+                f"{folder}: another process is training in it; stop that one or give another --run.name (where there "
+                "is none, as after the crash of another machine, delete its file .lock)"
             ) from None
 
 
