@@ -175,13 +175,17 @@ def test_renamed_classes_are_another_configuration(data, tmp_path, capsys):
     assert (tmp_path / "tiny" / "classes.csv").read_text().startswith("index,name,r,g,b\n0,roof,")
 
 
-def test_a_lost_best_checkpoint_is_made_again(data, tmp_path, capsys):
+@pytest.mark.parametrize("lost", ["missing", "cut short"])
+def test_a_lost_best_checkpoint_is_made_again(data, tmp_path, capsys, lost):
     trained(data, tmp_path)
     best = tmp_path / "tiny" / "best.pt"
     expected = checkpoint.load(best)
-    best.unlink()
+    if lost == "missing":
+        best.unlink()
+    else:
+        best.write_bytes(best.read_bytes()[:1000])
     assert train(data, tmp_path, train__steps=2) == 0
-    assert f"note: {best} is missing" in capsys.readouterr().out
+    assert f"note: {best}: no" in capsys.readouterr().out
     found = checkpoint.load(best)
     assert (found["step"], found["miou"]) == (expected["step"], expected["miou"])
     lines = read_metrics(tmp_path / "tiny" / "metrics.jsonl")

@@ -117,13 +117,16 @@ def changed_classes(config: Any, state: dict[str, Any]) -> list[str]:
 
 
 def with_best(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The state of ``folder``'s own checkpoint, where best.pt is missing as it is before the first evaluation."""
-    if (folder / "best.pt").exists() or state["best_step"] < 0:
+    """The state of ``folder``'s own checkpoint; without a best model where best.pt is missing or damaged."""
+    from train import checkpoint
+
+    if state["best_step"] < 0:
         return state
-    print(
-        f"note: {folder / 'best.pt'} is missing; the best model from step {state['step']} on is kept",
-        flush=True,
-    )
+    try:
+        checkpoint.load(folder / "best.pt")
+        return state
+    except UserError as error:
+        print(f"note: {error}; the best model from step {state['step']} on is kept", flush=True)
     evaluated = min(state["evaluated_step"], state["step"] - 1)  # the last step's model may be it
     return state | {"best_miou": -1.0, "best_step": -1, "evaluated_step": evaluated}
 
