@@ -78,6 +78,8 @@ asan: install
 	bash csrc/asan.sh $(BIN)/python
 
 # What make itself made: a data set and the runs trained on it stay.
+HEX := [0-9a-f][0-9a-f][0-9a-f][0-9a-f]
 clean:
-	rm -rf .venv .venv-floor build dist runs/demo data/generated .cache *.egg-info depict_kernels/*.so depict_kernels/_build*.json
+	rm -rf .venv .venv-floor build dist runs/demo data/generated data/generated-$(HEX)$(HEX) .cache *.egg-info
+	rm -f depict_kernels/*.so depict_kernels/_build*.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -77,6 +77,16 @@ def test_full_disk_at_the_first_save(tmp_path, file_size_limit):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("over", "again"), [(True, "again without run.overwrite: it"), (False, "again: it continues")]
+)
+def test_full_disk_says_which_command_continues(tmp_path, file_size_limit, over, again):
+    with pytest.raises(UserError, match=again):
+        checkpoint.save(
+            tmp_path / "last.pt", {"config": {"run": {"overwrite": over}}, "model": torch.randn(100_000)}
+        )
+
+
 def test_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         checkpoint.save(tmp_path / "nowhere" / "last.pt", {})

@@ -329,6 +329,23 @@ def test_trimmed_metrics_end_at_the_checkpoint(tmp_path):
     ]
 
 
+def test_damaged_and_foreign_lines_cost_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = [{"kind": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
+    bad = [
+        b'{"kind": "train", "st',
+        b"\xff\xfe",
+        b'{"note": "mine"}',
+        b"[1]",
+        b'{"kind": "note", "step": 1}',
+        b"",
+    ]
+    path.write_bytes(b"\n".join([*bad, *(b"\n".join([json.dumps(line).encode(), *bad]) for line in good)]))
+    assert read_metrics(path) == good
+    trim_metrics(path, step=2, evaluated_step=0)
+    assert read_metrics(path) == good[:2]
+
+
 def test_log_without_tensorboard_says_so(tmp_path, monkeypatch, capsys):
     import builtins
 

@@ -3,13 +3,18 @@
 import errno
 import json
 import os
+import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from train import build, generated
 from train.ade20k import SegmentationFolder, load_classes
 from train.check_data import check_data
+from train.config import load_config
+from train.distributed import World
 from train.errors import UserError
 from train.generated import CLASSES, LABELS, generate, make_scene, pixel_baseline
 
@@ -100,6 +105,40 @@ def test_it_is_made_once_and_again_when_asked_for_another(tmp_path):
     generate(root, seed=1, **options)
     assert marker.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_settings_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "GENERATED", tmp_path / "generated")
+    made = []
+    monkeypatch.setattr("train.generated.generate", lambda root, *_, **__: made.append(root))
+    for key, value in (
+        (None, None),
+        ("seed", 1),
+        ("height", 32),
+        ("width", 32),
+        ("val_images", 2),
+        ("seed", 1),
+    ):
+        config = load_config([], {"data.root": None} | ({f"data.generate.{key}": value} if key else {}))
+        assert build.data_root(config, World(torch.device("cpu"))) == made[-1]
+    assert made[0] == tmp_path / "generated" and made[5] == made[1] and len(set(made)) == 5
+    assert all(re.fullmatch("generated-[0-9a-f]{8}", root.name) for root in made[1:])
+
+
+def test_what_another_process_made_meanwhile_stays(tmp_path, monkeypatch):
+    options = {"seed": 1, "train_images": 2, "val_images": 1, "size": (48, 48), "workers": 0}
+    other, each_sample = generate(tmp_path / "b", **options), generated.each_sample
+    made = (other / "classes.csv").stat()
+
+    def meanwhile(*arguments):
+        if other.exists():
+            other.rename(tmp_path / "a")
+        return each_sample(*arguments)
+
+    monkeypatch.setattr(generated, "each_sample", meanwhile)
+    generate(tmp_path / "a", **options)
+    assert (tmp_path / "a" / "classes.csv").stat().st_ino == made.st_ino
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_other_files_are_never_overwritten(tmp_path):

@@ -40,8 +40,10 @@ def test_make_clean_keeps_data_sets_and_runs(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     kept = [tmp_path / "runs" / "ade20k" / "last.pt", tmp_path / "data" / "ADEChallengeData2016" / "x.jpg"]
     gone = [tmp_path / "runs" / "demo" / "last.pt", tmp_path / "data" / "generated" / "x.jpg"]
+    kept.append(tmp_path / "data" / "generated-abcd-mine" / "x.jpg")
+    gone.append(tmp_path / "data" / "generated-0123abcd" / "x.jpg")
     for path in kept + gone:
         path.parent.mkdir(parents=True)
         path.touch()
     subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
-    assert [path.exists() for path in kept + gone] == [True, True, False, False]
+    assert [path.exists() for path in kept + gone] == [True] * 3 + [False] * 3

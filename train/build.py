@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from depict_kernels.models.checkpoints import read_checkpoint
 from train.ade20k import ClassList, SegmentationFolder, load_classes
 from train.distributed import World, on_main
 from train.errors import UserError, first_line
-from train.schema import Config
+from train.schema import Config, Generate
 
 GENERATED = Path("data/generated")
 
@@ -66,8 +69,17 @@ def data_root(config: Config, world: World) -> Path:
 
     made = config.data.generate
     counts = {"train_images": made.train_images, "val_images": made.val_images}
-    on_main(world, lambda: generate(GENERATED, made.seed, **counts, size=(made.height, made.width)))
-    return GENERATED
+    root = generated_folder(made)
+    on_main(world, lambda: generate(root, made.seed, **counts, size=(made.height, made.width)))
+    return root
+
+
+def generated_folder(made: Generate) -> Path:
+    """Other settings than the defaults have a folder each: making one data set takes none from a run on another."""
+    if made == Generate():
+        return GENERATED
+    settings = json.dumps(dataclasses.asdict(made), sort_keys=True)
+    return GENERATED.with_name(f"{GENERATED.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}")
 
 
 def class_list(config: Config, root: Path) -> ClassList:

@@ -49,9 +49,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             kept = "; the previous checkpoint is kept" if path.exists() else ""
+            over = state.get("config", {}).get("run", {}).get("overwrite")
             raise UserError(
-                f"{path}: cannot be saved: {cause.strerror or cause}{kept}. "
-                "Make room (or fix the permissions) and run the same command again: it continues"
+                f"{path}: cannot be saved: {cause.strerror or cause}{kept}. Make room (or fix the permissions) and run "
+                f"the same command again{' without run.overwrite' if over else ''}: it continues"
             ) from None
         raise
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from train.command_line import Command
-from train.run_folder import open_folder, prepare_folder, report, write_results
+from train.errors import UserError
+from train.run_folder import open_folder, prepare_folder, read_results, report, write_results
 
 
 def train_run(arguments: list[str]) -> int:
@@ -18,6 +19,10 @@ def train_run(arguments: list[str]) -> int:
     build.prepare_torch(config)
     world = distributed.start(config.train.device)
     build.check_backend(config, world.device, training=True)
+    if config.data.batch_size % world.size:  # said before anything is made, read or deleted
+        raise UserError(
+            f"data.batch_size is {config.data.batch_size}: need a positive multiple of the {world.size} processes"
+        )
     folder = Path(config.run.root) / config.run.name
     resume = distributed.on_main(world, lambda: prepare_folder(config, folder))
 
@@ -28,17 +33,20 @@ def train_run(arguments: list[str]) -> int:
     del resume
 
     done = trainer.step >= trainer.total_steps
-    finished = distributed.on_main(world, lambda: done and (folder / "results.json").exists())
+    finished = distributed.on_main(world, lambda: done and read_results(folder) is not None)
     if not finished:  # config.yaml stays that of the run that was
         distributed.on_main(world, lambda: open_folder(config, folder, trainer.classes, world))
     describe(trainer)
     if finished:
         trainer.log.say(f"{folder} is finished; --run.overwrite true starts over")
+        if trainer.scored_otherwise:
+            trainer.log.say(f"note        its scores are of other keys ({'; '.join(trainer.scored_otherwise)}); "
+                            "`eval` scores it under these")  # fmt: skip
     else:
         trainer.train()
         finish(trainer)
     if world.main:
-        report(folder)
+        report(folder, read_results(folder))
     return 0
 
 
@@ -72,8 +80,14 @@ def describe(trainer: Any) -> None:
         f"{trainer.world.size} x {trainer.device}, {config.train.precision}")  # fmt: skip
     if note := too_many_workers(config.data.workers):
         say(f"note        {note}")
+    if config.optim.warmup_steps >= trainer.total_steps:
+        say(f"note        optim.warmup_steps: {config.optim.warmup_steps} of {trainer.total_steps} steps, so that the "
+            f"learning rate never reaches optim.lr ({config.optim.lr:g})")  # fmt: skip
     if trainer.step:
         say(f"resumed     at step {trainer.step}")
+        if trainer.images_before not in (None, now := len(trainer.train_set)):
+            say(f"note        {now} training images, {trainer.images_before} up to the checkpoint: their order is "
+                "another one from here on")  # fmt: skip
 
 
 def finish(trainer: Any) -> None:

@@ -11,6 +11,7 @@ everything random about a sample are functions of (seed, epoch, sample) and need
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import random
 import signal
@@ -40,6 +41,9 @@ from train.transforms import DeviceAugment
 
 # So many updates in a row without a finite gradient are no longer the loss scaler looking for its scale.
 MOST_SKIPPED_IN_A_ROW = 50
+# Keys that the score of a model depends on, and among them those that change nothing but memory or --multiscale.
+SCORING = ("eval.", "data.val_split", "data.reduce_zero_label", "data.generate.", "train.precision")
+NOT_SCORING = ("eval.batch_windows", "eval.strip_rows", "eval.multiscale_scales")
 
 
 class LossModule(nn.Module):
@@ -108,8 +112,10 @@ class Trainer:
 
         self.step = 0
         self.saved_step: int | None = None  # what last.pt holds
+        self.images_before: int | None = None  # in the training split, at the checkpoint
         self.evaluated_step = -1
         self.best_miou, self.best_step = -1.0, -1
+        self.scored_otherwise: list[str] = []  # why best_miou is no score of this configuration
         self.untrained_miou: float | None = None
         # One row per step since the last log line: loss of this process's share, norm of the gradient.
         self.window = torch.zeros(min(config.train.log_every, self.total_steps), 2, device=self.device)
@@ -148,6 +154,8 @@ class Trainer:
         try:
             if self.step == 0 and self.evaluated_step < 0 and self.config.train.score_untrained:
                 self.untrained_miou = self.evaluate_now(self.model)["miou"]
+            if self.scored_otherwise:
+                self._score_best_again()
             if self._evaluation_due():  # interrupted between a step and its evaluation
                 self._evaluate()
             self._loop()
@@ -313,17 +321,21 @@ class Trainer:
 
     def evaluate_now(self, model: nn.Module) -> dict[str, Any]:
         """Scores of ``model`` on the validation split, logged; the random generators stay as they were."""
-        before = checkpoint.rng_state(self.device)
         begun = time.perf_counter()
-        results = self.measure(model).results()
-        checkpoint.set_rng_state(before, self.device)
+        results = self._scores(model)
         shown = {key: results[key] for key in ("miou", "pixel_accuracy", "mean_accuracy")}
-        if shown["miou"] is None:
-            raise UserError(f"{self.val_set.root}: no labelled pixel in {self.config.data.val_split}")
         self.log.evaluation(self.step, shown)
         self.evaluated_step = self.step
         if hasattr(self, "_clock"):  # the evaluation's time is not the training's
             self._clock += time.perf_counter() - begun
+        return results
+
+    def _scores(self, model: nn.Module) -> dict[str, Any]:
+        before = checkpoint.rng_state(self.device)
+        results = self.measure(model).results()
+        checkpoint.set_rng_state(before, self.device)
+        if results["miou"] is None:
+            raise UserError(f"{self.val_set.root}: no labelled pixel in {self.config.data.val_split}")
         return results
 
     def measure(self, model: nn.Module) -> SegmentationMetrics:
@@ -353,6 +365,17 @@ class Trainer:
             on_main(self.world, lambda: checkpoint.save(self.folder / "best.pt", state))
         self.save()
 
+    def _score_best_again(self) -> None:
+        """Later models are compared with best.pt under this configuration, not with its score under another one."""
+        path = self.folder / "best.pt"
+        state = on_main(self.world, lambda: checkpoint.load(path))
+        best = copy.deepcopy(self.model)
+        checkpoint.load_weights(best, state["model"], path, state["config"], self.config)
+        self.best_miou, self.best_step = self._scores(best)["miou"], state["step"]
+        on_main(self.world, lambda: checkpoint.save(path, state | {"miou": self.best_miou}))
+        why = "; ".join(self.scored_otherwise)
+        self.log.say(f"best.pt of step {self.best_step} scored again ({why}): miou {self.best_miou:.4f}")
+
     @property
     def averaged(self) -> nn.Module:
         """The model to evaluate: the moving average where there is one."""
@@ -371,6 +394,7 @@ class Trainer:
         """All that ``_restore`` needs; ``rng`` has one entry per process."""
         return {
             "step": self.step,
+            "images": len(self.train_set),
             "evaluated_step": self.evaluated_step,
             "best_miou": self.best_miou,
             "best_step": self.best_step,
@@ -404,7 +428,11 @@ class Trainer:
         if path.resolve() == (self.folder / "last.pt").resolve():
             self.saved_step = self.step
         self.best_miou, self.best_step = state["best_miou"], state["best_step"]
+        if self.best_step >= 0:
+            changed = checkpoint.differences(state["config"], to_dict(self.config), SCORING)
+            self.scored_otherwise = [text for text in changed if not text.startswith(NOT_SCORING)]
         self.untrained_miou = state["untrained_miou"]
+        self.images_before = state.get("images")
         self.skipped.copy_(torch.tensor(state["skipped"]))
         # The losses are already summed over the processes: the main process carries them on. Where log_every was
         # another one, those since its last multiple count.

@@ -405,13 +405,16 @@ def generate(
         "quality": quality,
     }
     record = root / RECORD
-    if record.is_file():
+
+    def stands() -> bool:
         try:
-            if json.loads(record.read_text()) == wanted:
-                return root
-        except ValueError:
-            pass  # damaged: made again below
-    elif root.exists() and any(root.iterdir()):
+            return json.loads(record.read_text()) == wanted
+        except (OSError, ValueError):  # missing, or damaged
+            return False
+
+    if stands():
+        return root
+    if not record.is_file() and root.exists() and any(root.iterdir()):
         raise UserError(
             f"{root}: holds files that were not generated here (no {RECORD}); name an empty folder"
         )
@@ -430,6 +433,8 @@ def generate(
         rows = [f"{i},{name},{r},{g},{b}" for i, (name, (r, g, b)) in enumerate(CLASSES)]
         (making / "classes.csv").write_text("\n".join(["index,name,r,g,b", *rows]) + "\n")
         (making / RECORD).write_text(json.dumps(wanted, indent=1) + "\n")
+        if stands():  # another process was faster, and may train on it already
+            return root
         if root.exists():
             shutil.rmtree(root)
         os.replace(making, root)

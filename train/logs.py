@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.errors import UserError
+
+KINDS = ("train", "eval")
 
 
 class RunLog:
@@ -120,13 +123,13 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a last one that a kill cut short."""
+    """The lines of metrics.jsonl, without those that a kill or a full disk cut short, or that somebody else wrote."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and line.get("kind") in KINDS and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 

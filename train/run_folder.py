@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +21,11 @@ FREE_ON_RESUME = (
     "train.log_every", "train.eval_every", "train.save_every", "train.tensorboard", "train.compile",
     "train.score_untrained", "train.deterministic", "model.backend",
     "model.pretrained", "model.checkpoint_path", "model.initial_checkpoint",
+)  # fmt: skip
+# What run.overwrite deletes: the files that training and `eval` write there, and nothing else that lies in the folder.
+WRITTEN = (
+    "config.yaml", "classes.csv", "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/loss.png",
+    "plots/miou.png", "plots/confusion*.png", "plots/overlays.png", "tensorboard/events.*", "*.json.tmp", "*.jsonl.tmp",
 )  # fmt: skip
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 
@@ -57,11 +62,15 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     over = config.run.overwrite
     if over and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: no run folder (it has no config.yaml), so run.overwrite leaves it alone")
-    checkpoint.remove_leftovers(folder)
     path = Path(resume)
     path = path / "last.pt" if path.is_dir() else path
     named = resume not in ("auto", "never")
     own = named and path.resolve().parent == folder.resolve()
+    if own and over:
+        raise UserError(
+            f"run.resume: {path} belongs to the run that run.overwrite true would delete; leave run.overwrite out "
+            "to go on with it, or give another --run.name"
+        )
     if resume == "never":
         if last.exists() and not over:
             raise UserError(
@@ -77,35 +86,91 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
             text
             for text in checkpoint.differences(state["config"], to_dict(config))
             if not text.startswith(FREE_ON_RESUME)
-        ]
+        ] + changed_classes(config, state)
         if changed:
             raise UserError(
                 f"{folder}: holds a run with another configuration ({'; '.join(changed)}). Give another "
                 f"--run.name, --run.overwrite true to start over, or --run.resume {last} to go on with the new values"
             )
-        return state
+        return with_best(state, folder)
     state = checkpoint.load(path)
     if "optimizer" not in state:
         raise UserError(f"{path}: holds weights only; last.pt of a run folder is what training resumes from")
     checkpoint.require(state, path, checkpoint.TRAINING)
-    if over or not own:  # the best checkpoint stays behind in the other folder
+    if not own:  # the best checkpoint stays behind in the other folder
         state |= {"best_miou": -1.0, "best_step": -1, "evaluated_step": -1}
-    return {**state, "file": str(path)}
+    return {**(with_best(state, folder) if own else state), "file": str(path)}
+
+
+def changed_classes(config: Any, state: dict[str, Any]) -> list[str]:
+    """What the class list says otherwise than the checkpoint, in the words of ``checkpoint.differences``."""
+    from train.ade20k import load_classes
+
+    if config.data.root is None:  # the generated data set's never change
+        return []
+    now = list(load_classes(config.data.classes).names)
+    before = state.get("classes", now)
+    if len(before) != len(now):
+        return [f"data.classes: {len(before)} classes in the checkpoint, {len(now)} now"]
+    pairs = enumerate(zip(before, now))
+    return [f"data.classes: class {i} is {a} in the checkpoint, {b} now" for i, (a, b) in pairs if a != b][:1]
+
+
+def with_best(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of ``folder``'s own checkpoint; without a best model where best.pt is missing or damaged."""
+    from train import checkpoint
+
+    if state["best_step"] < 0:
+        return state
+    try:
+        checkpoint.load(folder / "best.pt")
+        return state
+    except UserError as error:
+        print(f"note: {error}; the best model from step {state['step']} on is kept", flush=True)
+    evaluated = min(state["evaluated_step"], state["step"] - 1)  # the last step's model may be it
+    return state | {"best_miou": -1.0, "best_step": -1, "evaluated_step": evaluated}
+
+
+def lock_folder(folder: Path) -> None:
+    """Makes this the only process that trains in ``folder`` until it ends, however it does.
+
+    Raises ``UserError`` where another one does. Without locks (Windows, some file systems) nothing is noticed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would end the lock
+    try:
+        # Of the process alone: a flock would pass to the loader's workers, which outlive a killed run by seconds.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{folder}: another process is training in it; stop that one or give another --run.name (where there "
+                "is none, as after the crash of another machine, delete its file .lock)"
+            ) from None
 
 
 def open_folder(config: Any, folder: Path, classes: Any, world: Any) -> None:
-    """Makes the folder, empties it for ``run.overwrite``, and writes what a start writes.
+    """Makes the folder, deletes the results in it (for ``run.overwrite`` the whole run), writes what a start writes.
 
     To be called once the data and the model were found to be good: a start that fails leaves no empty folder and
     deletes nothing.
     """
+    from train import checkpoint
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    lock_folder(folder)
+    checkpoint.remove_leftovers(folder)
     if config.run.overwrite:
-        for path in folder.iterdir():  # the folder itself may be a link
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
+            path.unlink()
+    # They would pass for this run's, were it interrupted in its last scoring.
+    (folder / "results.json").unlink(missing_ok=True)
     write_run_folder(config, folder, classes, world)
 
 
@@ -155,8 +220,16 @@ def write_results(path: Path, metrics: Any, extra: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def report(folder: Path) -> None:
-    results = json.loads((folder / "results.json").read_text())
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """results.json; None where it is missing or damaged."""
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return results if isinstance(results, dict) and results.keys() >= SCORES.keys() else None
+
+
+def report(folder: Path, results: dict[str, Any]) -> None:
     print("\nresult on the validation split")
     for key, title in SCORES.items():
         print(f"  {title:<16}{results[key]:.4f}")
