@@ -37,11 +37,11 @@ class Generate:
 
     seed: int = number(0, ge=0)
     """Seed of the scenes."""
-    train_images: int = number(400, ge=1)
+    train_images: int = number(600, ge=1)
     """Images in the training split."""
     val_images: int = number(80, ge=1)
     """Images in the validation split."""
-    height: int = number(128, ge=32)
+    height: int = number(96, ge=32)
     """Height of an image in pixels."""
     width: int = number(128, ge=32)
     """Width of an image in pixels."""
