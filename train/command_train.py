@@ -100,6 +100,7 @@ def finish(trainer: Any) -> None:
     state = distributed.on_main(world, lambda: checkpoint.load(path))
     checkpoint.require(state, path, checkpoint.WEIGHTS)
     checkpoint.load_weights(trainer.model, state["model"], path, state["config"], trainer.config)
+    trainer.log.say(f"scoring {path}, of step {state['step']}")
     metrics = trainer.measure(trainer.model)
     if not world.main:
         return

@@ -230,6 +230,8 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def report(folder: Path, results: dict[str, Any]) -> None:
+    from train.metrics import iou_lines
+
     print("\nresult on the validation split")
     for key, title in SCORES.items():
         print(f"  {title:<16}{results[key]:.4f}")
@@ -239,4 +241,5 @@ def report(folder: Path, results: dict[str, Any]) -> None:
     ):
         if key in results:
             print(f"  {title:<55}{results[key]:.4f}")
+    print(*iou_lines(results), sep="\n")
     print(f"see {folder}/results.json, {folder}/plots/, {folder}/metrics.jsonl", flush=True)
