@@ -183,16 +183,18 @@ def test_an_input_is_never_overwritten(tmp_path):
     with pytest.raises(UserError, match="would be overwritten"):
         run([tmp_path / "a.png"], tmp_path / "link")
     assert (tmp_path / "a.png").read_bytes() == before
-    save(halves(), tmp_path / "b.jpg")
-    save(halves(), tmp_path / "b_overlay.png")
-    with pytest.raises(UserError, match=r"b_overlay\.png is an input"):
-        run([tmp_path / "b.jpg", tmp_path / "b_overlay.png"], tmp_path)
 
 
 def test_images_of_one_stem_keep_apart(tmp_path):
     assert output_names([Path("a.jpg"), Path("a.png"), Path("b.png")]) == ["a.jpg", "a.png", "b"]
     with pytest.raises(UserError, match=r"x/a\.jpg and y/a\.jpg"):
         output_names([Path("x/a.jpg"), Path("y/a.jpg")])
+    # whose overlay and whose labels would be one file
+    assert output_names([Path("a.jpg"), Path("a_overlay.png")]) == ["a.jpg", "a_overlay.png"]
+    with pytest.raises(
+        UserError, match=r"a\.png and a\.png_overlay\.jpg .* a\.png_overlay\.png: predict them apart"
+    ):
+        output_names([Path("a.jpg"), Path("a.png"), Path("a.png_overlay.jpg")])
     save(halves(), tmp_path / "a.jpg")
     save(halves(), tmp_path / "a.png")
     run([tmp_path], tmp_path / "out", overlays=False)

@@ -22,6 +22,7 @@ from train.errors import UserError, first_line
 from train.inference import Progress, predict_labels, prefetch
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+ENDINGS = (".png", "_overlay.png")  # of an image's outputs: its labels, the picture to look at
 _PANEL, _TEXT, _FAINT = (255, 255, 255), (32, 32, 32), (110, 110, 110)
 
 
@@ -219,16 +220,25 @@ class PredictReport:
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
-    """A stem for each image's outputs: its own, with its suffix ("a.jpg") where two images share a stem.
+    """What each image's outputs are called: its stem, or its whole name ("a.jpg") where two images would share a file.
 
-    Raises UserError where two images share their whole name.
+    "a.jpg" and "a_overlay.jpg" would: both write "a_overlay.png". Raises UserError where the whole names clash too.
     """
-    stems = Counter(image.stem for image in images)
-    names = [image.stem if stems[image.stem] == 1 else image.name for image in images]
-    for name, count in Counter(names).items():
-        if count > 1:
-            first, second = [image for image, other in zip(images, names) if other == name][:2]
-            raise UserError(f"{first} and {second} would both be written as {name}.png: predict them apart")
+
+    def outputs(name: str) -> tuple[str, ...]:
+        return tuple(f"{name}{ending}" for ending in ENDINGS)
+
+    writers = Counter(file for image in images for file in outputs(image.stem))
+    names = [
+        image.stem if all(writers[file] == 1 for file in outputs(image.stem)) else image.name
+        for image in images
+    ]
+    writer: dict[str, Path] = {}
+    for image, name in zip(images, names):
+        for file in outputs(name):
+            first = writer.setdefault(file, image)
+            if first != image:
+                raise UserError(f"{first} and {image} would both be written as {file}: predict them apart")
     return names
 
 
@@ -271,7 +281,7 @@ def predict_folder(
     names = output_names(images)
     output = Path(output)
     inputs = {image.resolve() for image in images}
-    endings = (".png", "_overlay.png") if overlays else (".png",)
+    endings = ENDINGS if overlays else ENDINGS[:1]
     for name in names:
         for target in (output / f"{name}{ending}" for ending in endings):
             if target.resolve() in inputs:
