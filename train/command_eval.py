@@ -151,7 +151,7 @@ def predict_run(arguments: list[str]) -> int:
     )
     if len(words) < 2:
         raise UserError(f"which images? usage: {PREDICT.usage}")
-    from train import build
+    from train import build, distributed
     from train.inference import print_progress
     from train.predict import predict_folder
 
@@ -171,8 +171,9 @@ def predict_run(arguments: list[str]) -> int:
         progress=print_progress("predicting"),
     )
     by = f" by process {world.rank} of {world.size}" if world.size > 1 else ""
-    print(f"{len(report.written)} files written to {output}{by}")
-    return report.exit_status
+    print(f"{len(report.written)} files written to {output}{by}", flush=True)
+    # Where one process ends with an error torchrun stops the others, so all of them are waited for.
+    return max(distributed.gather(world, report.exit_status))
 
 
 CHECKPOINT = Option(

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
@@ -260,8 +261,8 @@ def predict_folder(
 ) -> PredictReport:
     """Writes ``<stem>.png``, the labels as annotations encode them, and ``<stem>_overlay.png`` for every image.
 
-    A file that cannot be read or written is named on stderr, and the others still get done: see the
-    report's ``exit_status``.
+    A file that cannot be read or written, or that memory does not suffice for, is named on stderr, and the others
+    still get done: see the report's ``exit_status``.
 
     Args:
         model: as in :func:`train.inference.predict_labels`; put into eval mode for the time of the call.
@@ -275,7 +276,8 @@ def predict_folder(
         progress: called with images done, this process's images, images per second.
 
     Raises:
-        UserError: no images; an output that would overwrite an input; two images of one name.
+        UserError: no images; an output that would overwrite an input, or a file that is no earlier prediction; two
+            images of one name. Nothing is written then.
     """
     images = find_images(paths)
     names = output_names(images)
@@ -288,12 +290,16 @@ def predict_folder(
                 raise UserError(
                     f"{target} is an input and would be overwritten: choose another output folder"
                 )
+        if overlays:
+            _refuse_to_overwrite(*(output / f"{name}{ending}" for ending in endings))
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+    if world_size > 1 and dist.is_initialized():  # what one of them writes is no reason for another to stop
+        dist.barrier()
 
     device = torch.device(device if device is not None else next(model.parameters()).device)
     report = PredictReport()
@@ -313,9 +319,12 @@ def predict_folder(
                 pictures = [encode_labels(labels, classes.num_classes, reduce_zero_label)]
                 if overlays:
                     pictures.append(draw_overlay(image, labels, classes))
-                for picture, ending in zip(pictures, endings):
-                    report.written.append(_save(picture, output / f"{name}{ending}"))
-            except UserError as error:
+                report.written += _save(pictures, [output / f"{name}{ending}" for ending in endings])
+            except (UserError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, UserError):
+                    if not _out_of_memory(error):
+                        raise
+                    error = UserError(f"{path}: not enough memory for this image ({first_line(error)})")
                 report.failed.append((path, str(error)))
                 print(f"error: {error}", file=sys.stderr)
             if progress is not None:
@@ -325,13 +334,32 @@ def predict_folder(
     return report
 
 
-def _save(picture: Image.Image, path: Path) -> Path:
-    """Writes a PNG whole or not at all. Raises UserError naming the file."""
-    temporary = path.with_name(f".{path.name}.part")
+def _out_of_memory(error: BaseException) -> bool:
+    # torch has no type of its own for the CPU's
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _refuse_to_overwrite(*outputs: Path) -> None:
+    """Raises UserError where some of an image's outputs exist and others do not: something else wrote those."""
+    there = [path for path in outputs if path.exists()]
+    if there and len(there) < len(outputs):
+        lacking = next(path for path in outputs if path not in there)
+        raise UserError(
+            f"{there[0]}: is no earlier prediction ({lacking.name} is not beside it) and would be overwritten: "
+            "choose another folder with --output"
+        )
+
+
+def _save(pictures: Sequence[Image.Image], paths: Sequence[Path]) -> Sequence[Path]:
+    """Writes an image's PNGs, all whole or none at all. Raises UserError naming the file."""
+    temporary = [path.with_name(f".{path.name}.part") for path in paths]
     try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        for path, picture, part in zip(paths, pictures, temporary):
+            picture.save(part, format="PNG")
+        for path, part in zip(paths, temporary):
+            os.replace(part, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        for part in temporary:
+            part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
-    return path
+    return paths
