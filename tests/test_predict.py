@@ -192,7 +192,9 @@ def test_what_is_no_earlier_prediction_is_never_overwritten(tmp_path):
     annotations.mkdir()
     truth = save(halves()[..., 0], annotations / "b.png")
     before = truth.read_bytes()
-    with pytest.raises(UserError, match=r"b\.png: is no earlier prediction \(b_overlay\.png is not .*--output"):
+    with pytest.raises(
+        UserError, match=r"b\.png: is no earlier prediction \(b_overlay\.png is not .*--output"
+    ):
         run([tmp_path], annotations)
     assert list(annotations.iterdir()) == [truth] and truth.read_bytes() == before
     for _ in range(2):  # the second time over the first
@@ -208,7 +210,8 @@ def test_an_image_that_is_too_large_for_the_memory_stops_no_other(tmp_path, monk
         torch.OutOfMemoryError("CUDA out of memory"),
     ]
     monkeypatch.setattr(
-        "train.predict.predict_labels", lambda *_, **__: raise_next(errors) if errors else torch.zeros(16, 24, dtype=torch.uint8)
+        "train.predict.predict_labels",
+        lambda *_, **__: raise_next(errors) if errors else torch.zeros(16, 24, dtype=torch.uint8),
     )
     report = run([tmp_path], tmp_path / "out")
     assert [path.name for path, _ in report.failed] == ["a.png", "b.png", "c.png"] and report.exit_status == 1
