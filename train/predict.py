@@ -352,14 +352,14 @@ def _refuse_to_overwrite(*outputs: Path) -> None:
 
 def _save(pictures: Sequence[Image.Image], paths: Sequence[Path]) -> Sequence[Path]:
     """Writes an image's PNGs, all whole or none at all. Raises UserError naming the file."""
-    temporary = [path.with_name(f".{path.name}.part") for path in paths]
+    part = {path: path.with_name(f".{path.name}.part") for path in paths}
     try:
-        for path, picture, part in zip(paths, pictures, temporary):
-            picture.save(part, format="PNG")
-        for path, part in zip(paths, temporary):
-            os.replace(part, path)
+        for path, picture in zip(paths, pictures):
+            picture.save(part[path], format="PNG")
+        for path in paths:
+            os.replace(part[path], path)
     except OSError as error:
-        for part in temporary:
-            part.unlink(missing_ok=True)
+        for temporary in part.values():
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
     return paths
