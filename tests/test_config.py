@@ -1,6 +1,7 @@
 """Typed configuration: what is accepted, what is refused, and how the refusal reads."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -332,6 +333,29 @@ def test_other_import_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(run, "show_help", broken)
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
         run.main(["--help"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ctrl_c_while_a_command_imports_is_one_line(compiled, monkeypatch, capsys):
+    from train import run
+
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "train.config":
+                try:
+                    raise KeyboardInterrupt
+                finally:
+                    if compiled:  # which is what pybind11 makes of it
+                        raise ImportError("initialization failed")
+
+    # torch and the like are imported in main, not before it
+    code = "import train.run, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parents[1], check=False).returncode == 0
+    monkeypatch.delitem(sys.modules, "train.config")
+    monkeypatch.delattr("train.config")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert run.main(["--help"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_every_package_of_the_extra_is_known():
