@@ -296,6 +296,14 @@ def test_legend_lists_classes_by_area_in_their_colours():
     assert len(rows[2]) and len(rows[0]) and rows[2].max() < rows[0].min() and not len(rows[1])
 
 
+@pytest.mark.parametrize("size", [(1, 1000), (3000, 2)])
+def test_the_picture_of_a_thin_image_is_no_giant(size):
+    sheet = draw_overlay(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), CLASSES)
+    assert min(sheet.size) > 30 and max(sheet.size) < 4500
+    panel = np.array(sheet)
+    assert (panel == CLASSES.palette[0]).all(-1).sum() > 50  # the legend's swatch is there all the same
+
+
 def test_legend_of_very_many_classes_fits():
     n = 150
     classes = ClassList(

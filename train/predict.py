@@ -101,6 +101,11 @@ def enlarged(factor: int, image: np.ndarray, *maps: np.ndarray) -> tuple[np.ndar
     return smooth, *(labels.repeat(factor, 0).repeat(factor, 1) for labels in maps)
 
 
+def enlargement(wanted: int, shape: tuple[int, int], most: int = 4096) -> int:
+    """The whole factor ``wanted`` of a picture's size, or what keeps its longer side within ``most`` pixels."""
+    return max(1, min(wanted, most // max(shape)))
+
+
 def grey_tones(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> its luma, (H, W, 1) float32."""
     return (image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None]
@@ -158,7 +163,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, classes: ClassList) -> I
 
     Arguments as for :func:`overlay`. Small pictures are enlarged by a whole factor to leave room for text.
     """
-    factor = max(1, -(-240 // min(labels.shape)))
+    factor = enlargement(-(-240 // min(labels.shape)), labels.shape)
     line = max(1, max(labels.shape) // 800)
     picture = Image.fromarray(overlay(*enlarged(factor, image, labels), classes.palette, line=line))
     size = min(max(round(picture.height / 36), 13), 48)
@@ -179,7 +184,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, classes: ClassList) -> I
     ]
     swatch, gap = round(1.1 * size), round(0.6 * size)
     panel = sum(round(a + b) + swatch + 3 * gap + margin for a, b in widths) + margin
-    sheet = Image.new("RGB", (picture.width + panel, picture.height), _PANEL)
+    sheet = Image.new("RGB", (picture.width + panel, max(picture.height, row + 2 * margin)), _PANEL)
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
     x = picture.width + margin
