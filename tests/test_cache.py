@@ -169,7 +169,7 @@ def test_truncated_source_is_named(root, tmp_path):
 
 def test_disk_without_room_is_told_before_building(root, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(UserError, match=r"data\.cache .*training split needs .* GiB, 0\.0 GiB are free"):
+    with pytest.raises(UserError, match=r"data\.cache .*training split needs 1\.\d KiB, 0 bytes are free"):
         open_folder(root, tmp_path / "cache")
 
 
@@ -206,6 +206,30 @@ def test_unwritable_folder_is_named(root, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache .*file"):
         open_folder(root, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_a_cache_that_is_no_folder_is_said_to_be_none(root, tmp_path, kind):
+    cache = tmp_path / "cache"
+    inside = cache_of(open_folder(root, cache)).path
+    for path, words in (
+        (inside, r"out of date .*; delete it"),
+        (cache, r"a file, or a link .*name a folder"),
+    ):
+        shutil.rmtree(path)
+        path.touch() if kind == "file" else path.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=f"data\\.cache {path}: is {words}"):
+            open_folder(root, cache)
+        path.unlink()
+        cache.mkdir(exist_ok=True)
+
+
+def test_a_whole_cache_is_read_without_writing(root, tmp_path, monkeypatch):
+    open_folder(root, tmp_path / "cache")
+    (lock,) = (tmp_path / "cache").glob("*.lock")
+    lock.unlink()
+    lock.mkdir()  # as little to be opened for writing as on a file system for reading
+    assert_same_samples(open_folder(root, tmp_path / "cache"), open_folder(root))
 
 
 def test_interrupted_build_is_no_cache(root, tmp_path, monkeypatch):

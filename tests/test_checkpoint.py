@@ -136,6 +136,12 @@ def test_unreadable_checkpoints_are_named(tmp_path):
         path.write_bytes(junk)
         with pytest.raises(UserError, match=r"last.pt: not a readable checkpoint"):
             checkpoint.load(path)
+    for text in ("hello", "junk", "step 3\n"):
+        path.write_text(text)
+        with pytest.raises(
+            UserError, match="readable checkpoint: it is damaged, or no file that torch.save wrote$"
+        ):
+            checkpoint.load(path)
     checkpoint.save(path, {"model": torch.randn(10_000)})
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(UserError, match=r"last.pt: not a readable checkpoint"):

@@ -1,6 +1,7 @@
 """Typed configuration: what is accepted, what is refused, and how the refusal reads."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def refused(*arguments: str) -> str:
         pytest.param(
             ["--data.crop_size", "64"], ["data.crop_size", "write '[64, 64]' for two of it"], id="one of two"
         ),
-        pytest.param(["--data.crop_size", "64,32"], ["write '[64,32]'"], id="no brackets"),
+        pytest.param(["--data.crop_size", "64,32"], ["write '[64, 32]'"], id="no brackets"),
+        pytest.param(["--data.crop_size", "[32]"], ["write '[32, 32]' for two of it"], id="one in brackets"),
+        pytest.param(["--optim.lr.x", "3"], ["optim.lr: expected a number, got {'x': 3}"], id="below a key"),
         pytest.param(["--eval.scales", "[1,x]"], ["eval.scales", "a list of"], id="list"),
         pytest.param(["--optim", "3"], ["optim", "optim.name"], id="section"),
         pytest.param(["--optim.lr", "0"], ["optim.lr", "above 0"], id="lr 0"),
@@ -110,6 +113,11 @@ def test_null_where_a_value_is_needed(tmp_path):
     assert "optim.lr: expected a number, got null" in refused("--config", str(tmp_path / "c.yaml"))
 
 
+def test_two_values_are_suggested_only_where_that_helps():
+    for value in ("[1,2,3]", "[1,x]", ""):
+        assert refused("--data.crop_size", value).endswith(f"got {value!r}")
+
+
 def test_yaml_errors_name_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     for text, word in [
@@ -118,10 +126,28 @@ def test_yaml_errors_name_the_file(tmp_path):
         ("- 1", "expected sections"),
         ("base: c.yaml", "circle"),
         ("base: d.yaml", "d.yaml: no such"),
+        (
+            "optim:\n  lr: 1e-3\n  momentum: 0\n  lr: 1e-2\n",
+            "not valid YAML: the key lr is given twice at line 4, column 3",
+        ),
+        ("optim: {lr: 1}\ntrain: {seed: 1}\noptim: {momentum: 0}", "the key optim is given twice at line 3"),
     ]:
         file.write_text(text)
         message = refused("--config", str(file))
         assert word in message and str(tmp_path) in message
+
+
+def test_numbers_with_an_exponent_are_numbers_wherever_they_stand(tmp_path):
+    file = tmp_path / "c.yaml"
+    written = "{a: -1e-1, b: [1E3, +.5e2], c: '1e-1', d: 1e-x, e: 3, f: 2e+5}"
+    right = {"a": -0.1, "b": [1000.0, 50.0], "c": "1e-1", "d": "1e-x", "e": 3, "f": 200000.0}
+    file.write_text(f"model: {{decoder_kwargs: {written}}}\nrun: {{name: '1e3'}}")
+    config = load_config([file])
+    assert config.model.decoder_kwargs == right and config.run.name == "1e3"
+    save_config(config, file, {})
+    assert load_config([file]) == config
+    assert load_config([], {"model.decoder_kwargs.a": "-1e-1"}).model.decoder_kwargs == {"a": -0.1}
+    assert load_config([], {"model.decoder_kwargs": written}).model.decoder_kwargs == right
 
 
 def test_precedence_file_over_base_and_command_line_over_file(tmp_path):
@@ -319,6 +345,29 @@ def test_other_import_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(run, "show_help", broken)
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
         run.main(["--help"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ctrl_c_while_a_command_imports_is_one_line(compiled, monkeypatch, capsys):
+    from train import run
+
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "train.config":
+                try:
+                    raise KeyboardInterrupt
+                finally:
+                    if compiled:  # which is what pybind11 makes of it
+                        raise ImportError("initialization failed")
+
+    # torch and the like are imported in main, not before it
+    code = "import train.run, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parents[1], check=False).returncode == 0
+    monkeypatch.delitem(sys.modules, "train.config")
+    monkeypatch.delattr("train.config")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert run.main(["--help"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_every_package_of_the_extra_is_known():

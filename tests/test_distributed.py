@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from tiny_run import configuration, make_data, run_all, settings, torchrun, write_config
+from tiny_run import configuration, make_data, run_all, settings, start_all, torchrun, write_config
 
 from train import distributed
 from train.distributed import World
@@ -62,6 +62,14 @@ def test_two_processes_follow_one(tmp_path):
     assert matrices[0] == matrices[1] and sum(map(sum, matrices[0])) > 0
     saved = json.loads((two / "results.json").read_text())
     assert json.loads(output.read_text())["iou_per_class"] == saved["iou_per_class"]
+
+    # One process meets a bad image: it must not end, with an error, before the other has done its own.
+    photos = data / "images" / "validation"
+    (photos / "bad.png").write_text("no image")
+    started = start_all(["predict", str(two), str(photos)], tmp_path, 2)
+    assert [one.wait() for one in started] == [1, 1], "\n".join(one.text for one in started)
+    assert len(list((two / "predictions").glob("*_overlay.png"))) == 4
+    assert sum("bad.png: cannot be read" in one.text for one in started) == 1
 
 
 def test_resume_with_another_number_of_processes(tmp_path):

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 import train.download
-from train.download import download, extract, fetch, file_sha256
+from train.download import download, extract, fetch, file_sha256, size_text
 from train.errors import UserError
 
 BODY = bytes(range(256)) * 1200  # 300 kB
@@ -131,6 +131,15 @@ def test_finished_part_is_taken(server, tmp_path):
     assert (tmp_path / "a").read_bytes() == BODY
 
 
+@pytest.mark.parametrize("notes", ["", '{"url": "htt', "[1]", "\udcff"])
+def test_damaged_notes_are_none(server, tmp_path, notes):
+    (tmp_path / "a.part").write_bytes(BODY[:1000])
+    (tmp_path / "a.part.json").write_text(notes, errors="surrogateescape")
+    fetch(server.url, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == BODY and ranges(server) == [None]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_errors_of_the_server(server, tmp_path):
     server.plan = [{"status": 404}]
     with pytest.raises(UserError, match="the server answers 404"):
@@ -199,7 +208,7 @@ def test_links_are_refused(tmp_path):
 
 def test_bomb_is_refused(tmp_path):
     path = archive(tmp_path / "a.zip", {"Set/zeros": bytes(8 << 20)})
-    with pytest.raises(UserError, match="would unpack to"):
+    with pytest.raises(UserError, match=r"would unpack to 8\.0 MiB"):
         extract(path, tmp_path, "Set")
     with pytest.raises(UserError, match="would unpack to"):
         extract(path, tmp_path, "Set", max_bytes=1000, max_ratio=10**9)
@@ -233,6 +242,30 @@ def test_damaged_archive(tmp_path, damage):
     with pytest.raises(UserError, match=r"a\.zip: damaged"):
         extract(path, tmp_path, "Set")
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_damage_is_told_in_few_words(tmp_path):
+    """A stream that does not inflate, and names in heading and directory that differ in thousands of bytes."""
+    name = "Set/" + "x" * 40_000
+    for entry, at, wrong in (("Set/a", 30 + len("Set/a"), b"\xff" * 8), (name, 2000, bytes(8))):
+        path = archive(tmp_path / "a.zip", {entry: bytes(range(256)) * 90})
+        data = bytearray(path.read_bytes())
+        data[at : at + 8] = wrong
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.zip: damaged") as error:
+            extract(path, tmp_path, "Set")
+        assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+def test_the_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="has no folder Set/"):
+        extract(archive(tmp_path / "a.zip", {"Set": b"file"}), tmp_path, "Set")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_sizes_are_told_in_a_unit_that_fits():
+    sizes = [size_text(n) for n in (0, 1023, 1536, 5 << 20, 3 << 29)]
+    assert sizes == ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 MiB", "1.5 GiB"]
 
 
 def test_entries_twice_and_folder_missing(tmp_path):
@@ -272,7 +305,7 @@ def test_full_disk(server, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train.download.shutil, "disk_usage", lambda path: train.download.shutil._ntuple_diskusage(9, 9, 0)
     )
-    with pytest.raises(UserError, match=r"0 MiB free"):
+    with pytest.raises(UserError, match=r"to come, 0 bytes free"):
         download(tmp_path / "data", server.url, "Set", progress=False)
     monkeypatch.undo()
 

@@ -244,6 +244,19 @@ def test_enlarged_size_cuts():
     assert enlarged_size((256, 341), 512) == (512, 682)
     assert enlarged_size((200, 200), 512) == (512, 512)
     assert enlarged_size((600, 512), 512) == (600, 512)
+    assert enlarged_size((205, 2048), 512) == (512, 5115)  # 1 : 10, as upstream
+    assert enlarged_size((1, 2048), 512) == (512, 16 * 512)
+    assert enlarged_size((2048, 2), 512) == (16 * 512, 512)
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (3000, 2)])
+@pytest.mark.parametrize("multiscale", [False, True])
+def test_a_thin_image_takes_few_windows(size, multiscale):
+    model, image = TinyModel(), picture(*size)
+    views = window_masks(model, image, settings(), multiscale=multiscale)
+    assert all(len(view.masks) <= 24 and max(view.canvas) <= 16 * 32 for view in views)
+    labels = labels_from_views(views, size)
+    assert labels.shape == size and len(labels.unique()) >= 2
 
 
 def test_image_resizing_gives_whole_grey_levels_without_antialiasing():

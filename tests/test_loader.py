@@ -1,5 +1,7 @@
 """The order of the samples, what a resume and several ranks see, and errors that cross process boundaries."""
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from train import checkpoint, run
 from train.ade20k import SegmentationFolder, load_classes
 from train.errors import UserError
 from train.loader import (
     MOST_WORKERS,
     SampleOrder,
+    dead_worker,
     to_device,
     too_many_workers,
     train_loader,
@@ -210,6 +214,48 @@ def test_worker_that_dies_is_reported(root):
     folder = DyingFolder(root, "training", load_classes(root / "names.txt"))
     with pytest.raises(UserError, match=r"a data worker died .*data\.workers"):
         take(folder, 1, settings(workers=1))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_the_broken_line_to_a_worker_is_reported(folder, error, monkeypatch):
+    def fetch(*_):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fetch)
+    with pytest.raises(UserError, match=r"a data worker died \((\[Errno 104|EOFError).*data\.workers"):
+        take(folder, 1)
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_written(tmp_path, monkeypatch, capsys):
+    """torch's handler of SIGCHLD raises wherever the main process is: one line, and the checkpoint before stays."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"step": 1})
+    before = path.read_bytes()
+
+    def raise_it(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    class Slow(torch.nn.Module):
+        def __reduce__(self):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return torch.nn.Module, ()
+
+    state = {"weights": torch.zeros(1000), "model": Slow()}
+    monkeypatch.setitem(run.COMMANDS, "train", SimpleNamespace(run=lambda _: checkpoint.save(path, state)))
+    handler = signal.signal(signal.SIGUSR1, raise_it)
+    try:
+        assert run.main([]) == 2
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: a data worker died (DataLoader worker (pid 7) is killed")
+        and said.count("\n") == 1
+    )
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+    wrapped = RuntimeError("PytorchStreamWriter failed writing file")
+    wrapped.__context__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "data.workers" in dead_worker(wrapped) and dead_worker(RuntimeError("a worker's own")) is None
 
 
 def test_to_device_moves_everything(folder):

@@ -115,6 +115,16 @@ def test_a_high_score_stays_inside_the_axes():
         assert bottom == 0 and miou <= top <= 1
 
 
+def test_overlays_of_thin_images_are_no_giants():
+    samples = []
+    for size in ((1000, 1), (2, 3000)):
+        labels = np.zeros(size, np.uint8)
+        samples.append(Sample("thin", np.zeros((*size, 3), np.uint8), labels, labels))
+    figure = overlay_figure(samples, ClassList(("a", "b"), make_palette(2)))
+    assert figure.get_figheight() < 20
+    assert all(max(image.get_array().shape) <= 4096 for axes in figure.axes for image in axes.images)
+
+
 def test_confusion_is_normalised_by_row_and_absent_classes_are_grey():
     counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 1, 2]])
     figure = confusion_figure(counts, ["a", "b", "c"])

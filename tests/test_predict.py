@@ -183,16 +183,59 @@ def test_an_input_is_never_overwritten(tmp_path):
     with pytest.raises(UserError, match="would be overwritten"):
         run([tmp_path / "a.png"], tmp_path / "link")
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_what_is_no_earlier_prediction_is_never_overwritten(tmp_path):
+    save(halves(), tmp_path / "a.jpg")
     save(halves(), tmp_path / "b.jpg")
-    save(halves(), tmp_path / "b_overlay.png")
-    with pytest.raises(UserError, match=r"b_overlay\.png is an input"):
-        run([tmp_path / "b.jpg", tmp_path / "b_overlay.png"], tmp_path)
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    truth = save(halves()[..., 0], annotations / "b.png")
+    before = truth.read_bytes()
+    with pytest.raises(
+        UserError, match=r"b\.png: is no earlier prediction \(b_overlay\.png is not .*--output"
+    ):
+        run([tmp_path], annotations)
+    assert list(annotations.iterdir()) == [truth] and truth.read_bytes() == before
+    for _ in range(2):  # the second time over the first
+        assert run([tmp_path], tmp_path / "out").exit_status == 0
+
+
+def test_an_image_that_is_too_large_for_the_memory_stops_no_other(tmp_path, monkeypatch, capsys):
+    for name in "abcd":
+        save(halves(), tmp_path / f"{name}.png")
+    errors = [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ]
+    monkeypatch.setattr(
+        "train.predict.predict_labels",
+        lambda *_, **__: raise_next(errors) if errors else torch.zeros(16, 24, dtype=torch.uint8),
+    )
+    report = run([tmp_path], tmp_path / "out")
+    assert [path.name for path, _ in report.failed] == ["a.png", "b.png", "c.png"] and report.exit_status == 1
+    assert [path.name for path in report.written] == ["d.png", "d_overlay.png"]
+    assert capsys.readouterr().err.count("not enough memory for this image") == 3
+    errors.append(RuntimeError("a fault of the program"))
+    with pytest.raises(RuntimeError, match="a fault"):
+        run([tmp_path], tmp_path / "out")
+
+
+def raise_next(errors):
+    raise errors.pop(0)
 
 
 def test_images_of_one_stem_keep_apart(tmp_path):
     assert output_names([Path("a.jpg"), Path("a.png"), Path("b.png")]) == ["a.jpg", "a.png", "b"]
     with pytest.raises(UserError, match=r"x/a\.jpg and y/a\.jpg"):
         output_names([Path("x/a.jpg"), Path("y/a.jpg")])
+    # whose overlay and whose labels would be one file
+    assert output_names([Path("a.jpg"), Path("a_overlay.png")]) == ["a.jpg", "a_overlay.png"]
+    with pytest.raises(
+        UserError, match=r"a\.png and a\.png_overlay\.jpg .* a\.png_overlay\.png: predict them apart"
+    ):
+        output_names([Path("a.jpg"), Path("a.png"), Path("a.png_overlay.jpg")])
     save(halves(), tmp_path / "a.jpg")
     save(halves(), tmp_path / "a.png")
     run([tmp_path], tmp_path / "out", overlays=False)
@@ -251,6 +294,14 @@ def test_legend_lists_classes_by_area_in_their_colours():
     panel = sheet[:, 300:]
     rows = [np.flatnonzero((panel == colour).all(-1).any(1)) for colour in CLASSES.palette]
     assert len(rows[2]) and len(rows[0]) and rows[2].max() < rows[0].min() and not len(rows[1])
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (3000, 2)])
+def test_the_picture_of_a_thin_image_is_no_giant(size):
+    sheet = draw_overlay(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), CLASSES)
+    assert min(sheet.size) > 30 and max(sheet.size) < 4500
+    panel = np.array(sheet)
+    assert (panel == CLASSES.palette[0]).all(-1).sum() > 50  # the legend's swatch is there all the same
 
 
 def test_legend_of_very_many_classes_fits():

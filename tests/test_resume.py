@@ -305,7 +305,21 @@ def test_evaluation_on_other_data_keeps_the_first_results(interrupted, tmp_path,
     (tmp_path / "three.txt").write_text("a\nb\nc")
     assert run.main(["eval", str(folder), "--data.classes", str(tmp_path / "three.txt")]) == 2
     assert f"three.txt has 3 classes, the model of {folder} has 5" in capsys.readouterr().err
+    for key, value, held in (
+        ("eval.max_images", "1", "images 4, not 1"),
+        ("eval.resize", "8", "eval.resize 32, not 8"),
+        ("eval.scales", "[0.5]", "eval.scales [1.0], not [0.5]"),
+        ("train.precision", "bf16", "train.precision fp32, not bf16"),
+    ):
+        assert run.main(["eval", str(folder), f"--{key}", value]) == 2
+        assert f"results_best.json: holds the results of {held}; name another" in capsys.readouterr().err
+    assert run.main(["eval", str(folder), "--eval.batch_windows", "2"]) == 0  # which changes no score
     assert (folder / "results_best.json").read_text() == results
+    older = json.loads(results)
+    del older["settings"]  # what it was is not known: the same
+    (folder / "results_best.json").write_text(json.dumps(older))
+    assert run.main(["eval", str(folder), "--eval.resize", "16"]) == 0
+    assert json.loads((folder / "results_best.json").read_text())["settings"]["eval.resize"] == 16
     output = tmp_path / "other.json"
     assert run.main(["eval", str(folder), "--data.root", str(other), "--output", str(output)]) == 0
     assert str(other) in output.read_text()
@@ -365,7 +379,8 @@ def test_eval_command_keeps_the_precision_and_writes_its_picture(interrupted, tm
     monkeypatch.setattr(inference, "evaluate", noted)
     assert run.main(["eval", str(folder)]) == 0
     assert (folder / "results_best.json").exists() and (folder / "plots" / "confusion_best.png").exists()
-    assert run.main(["eval", str(folder), "--eval.max_images", "3"]) == 0
+    three = str(tmp_path / "three.json")
+    assert run.main(["eval", str(folder), "--eval.max_images", "3", "--output", three]) == 0
     said = capsys.readouterr().out
     assert f"4 images of {tmp_path}" in said and f"3 images of {tmp_path}" in said
     before = sorted(folder.rglob("*"))

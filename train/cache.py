@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from train.ade20k import UNREADABLE, SegmentationFolder, each_sample
+from train.download import size_text
 from train.errors import UserError
 
 VERSION = 2  # 16-bit grey images are scaled to 8 bits since
@@ -73,6 +74,13 @@ class DecodedCache:
         """
         path = Path(root) / f"{folder.split}-{_key(folder)}"
         sources = _sources(folder)
+        cache = cls._open(
+            path, folder, sources
+        )  # without the lock, which a file system for reading does not give
+        if cache is not None:
+            return cache
+        if os.path.lexists(root) and not os.path.isdir(root):
+            raise UserError(f"data.cache {root}: is a file, or a link to nothing; name a folder")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _lock(path.with_name(path.name + ".lock")):
@@ -212,11 +220,13 @@ def _build(
         end = int(_ends(index[i : i + 1], target_type)[0])
 
     shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        raise UserError(f"data.cache {path}: is out of date and cannot be replaced by a folder; delete it")
     free = shutil.disk_usage(path.parent).free
     if end > free:
         raise UserError(
-            f"data.cache {path.parent}: the decoded {folder.split} split needs {end / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free"
+            f"data.cache {path.parent}: the decoded {folder.split} split needs {size_text(end)}, "
+            f"{size_text(free)} are free"
         )
     building = path.with_name(path.name + ".building")
     shutil.rmtree(building, ignore_errors=True)

@@ -61,10 +61,22 @@ def scored(which: str, multiscale: bool) -> str:
     return stem
 
 
-def check_output(output: Path, of: dict[str, str] | None = None) -> None:
+def score_settings(config: Any, images: int, multiscale: bool) -> dict[str, Any]:
+    """What the scores of one checkpoint on one split depend on, by key, in JSON's types."""
+    cfg = config.eval
+    keys = ["mode", "resize", *(["window", "stride"] if cfg.mode == "slide" else [])]
+    keys += ["multiscale_scales"] if multiscale else ["scales", "flip"]
+    settings = {f"eval.{key}": getattr(cfg, key) for key in keys}
+    return {"images": images, "train.precision": config.train.precision, **settings}
+
+
+def check_output(
+    output: Path, of: dict[str, str] | None = None, settings: dict[str, Any] | None = None
+) -> None:
     """Raises UserError where an evaluation could not write there, or would overwrite anything but results.
 
-    With ``of``, the checkpoint, data or split, where it would overwrite the results of another one.
+    With ``of``, the checkpoint, data or split, where it would overwrite the results of another one; with ``settings``,
+    those of another protocol. Older results do not tell theirs.
     """
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; name a file, e.g. {output / 'results.json'}")
@@ -80,10 +92,14 @@ def check_output(output: Path, of: dict[str, str] | None = None) -> None:
             results = json.loads(output.read_text(encoding="utf-8"))
     if not isinstance(results, dict) or "miou" not in results:
         raise UserError(f"--output {output}: exists and holds no results; name another file")
-    for what, value in (of or {}).items():
-        if results.get(what) != value:
-            held = f"holds the results of {what} {results.get(what)}"
-            raise UserError(f"{output}: {held}; name another file with --output")
+    pairs = [(what, results.get(what), value) for what, value in (of or {}).items()]
+    held = results.get("settings", {})
+    pairs += [(what, held.get(what, value), value) for what, value in (settings or {}).items()]
+    for what, other, value in pairs:
+        if other != value:
+            raise UserError(
+                f"{output}: holds the results of {what} {other}, not {value}; name another file with --output"
+            )
 
 
 def evaluate_run(arguments: list[str]) -> int:
@@ -108,8 +124,9 @@ def evaluate_run(arguments: list[str]) -> int:
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
     data = {"data": str(Path(dataset.root).resolve()), "split": config.data.val_split}
+    settings = score_settings(config, min(len(dataset), config.eval.max_images or len(dataset)), multiscale)
     if "output" not in own:
-        check_output(output, data)
+        check_output(output, data, settings)
     comparison = Comparison() if own.get("compare-stock") else None
     metrics = evaluate(
         model,
@@ -127,14 +144,19 @@ def evaluate_run(arguments: list[str]) -> int:
         results = metrics.results()
         if results["miou"] is None:
             raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
-        count = min(len(dataset), config.eval.max_images or len(dataset))
-        print(f"{folder}, {which} checkpoint (step {state['step']}), {count} images of {dataset.root}"
+        print(f"{folder}, {which} checkpoint (step {state['step']}), {settings['images']} images of {dataset.root}"
               + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
         for key, title in SCORES.items():
             print(f"  {title:<16}{results[key]:.4f}")
         if comparison is not None:
             print(f"  {comparison}")
-        extra = {"step": state["step"], "checkpoint": which, "multiscale": multiscale, **data}
+        extra = {
+            "step": state["step"],
+            "checkpoint": which,
+            "multiscale": multiscale,
+            **data,
+            "settings": settings,
+        }
         write_results(output, metrics, {**extra, "confusion": metrics.confusion.tolist()})
         picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
         if "output" in own:
@@ -151,7 +173,7 @@ def predict_run(arguments: list[str]) -> int:
     )
     if len(words) < 2:
         raise UserError(f"which images? usage: {PREDICT.usage}")
-    from train import build
+    from train import build, distributed
     from train.inference import print_progress
     from train.predict import predict_folder
 
@@ -171,8 +193,9 @@ def predict_run(arguments: list[str]) -> int:
         progress=print_progress("predicting"),
     )
     by = f" by process {world.rank} of {world.size}" if world.size > 1 else ""
-    print(f"{len(report.written)} files written to {output}{by}")
-    return report.exit_status
+    print(f"{len(report.written)} files written to {output}{by}", flush=True)
+    # Where one process ends with an error torchrun stops the others, so all of them are waited for.
+    return max(distributed.gather(world, report.exit_status))
 
 
 CHECKPOINT = Option(

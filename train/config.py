@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -22,6 +23,33 @@ import yaml
 
 from train.errors import UserError, first_line
 from train.schema import Config
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, and takes 1e-3 for a number as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        seen = set()
+        for key in (key for key in keys if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings that :class:`Loader` would take for numbers."""
+
+
+for _either in (Loader, Dumper):
+    _either.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -104,7 +132,8 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def save_config(config: Config, path: Path, versions: dict[str, Any]) -> None:
     """Writes the YAML file that rebuilds ``config``, and the versions it was used with."""
     document = {**to_dict(config), "versions": versions}
-    path.write_text(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110))
+    text = yaml.dump(document, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=110)
+    path.write_text(text)
 
 
 def fill_sizes(config: Config) -> None:
@@ -182,14 +211,15 @@ def _read_yaml(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
         raise UserError(f"{file}: the `base` keys lead in a circle")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader)
     except FileNotFoundError:
         known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
         raise UserError(f"{file}: no such configuration file; {CONFIGS} has {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {first_line(error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        text = str(error).replace('in "<unicode string>", ', "at ")
+        raise UserError(f"{file}: not valid YAML: {' '.join(text.split())}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected sections such as `optim:`, got {type(content).__name__}")
@@ -218,19 +248,13 @@ def _nest(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def _dict_entry(dotted: str, value: Any) -> Any:
-    """Entries of free-form dicts (model.backbone_kwargs.depth) carry no type: YAML's rules decide."""
-    if dotted in _types(Config) or not isinstance(value, str):
+    """Free-form dicts and their entries (model.backbone_kwargs.depth) carry no type: YAML's rules decide."""
+    if _types(Config).get(dotted, dict) is not dict or not isinstance(value, str):
         return value
     try:
-        loaded = yaml.safe_load(value)
+        return yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{dotted}: expected YAML, got {value!r} ({first_line(error)})") from None
-    if isinstance(loaded, str):  # YAML 1.1 takes 1e-6 for a string
-        try:
-            return float(loaded)
-        except ValueError:
-            pass
-    return loaded
 
 
 def _types(schema: type, prefix: str = "") -> dict[str, Any]:
@@ -329,13 +353,22 @@ def _parse(merged: dict[str, Any]) -> dict[str, Any]:
         text = str(error)
         for dotted, hint in known.items():
             if f'key "{dotted}"' in text:
-                value = flatten(merged).get(dotted)
+                value = merged
+                for part in dotted.split("."):
+                    value = value[part]
                 pair = typing.get_origin(hint) is tuple and len(typing.get_args(hint)) == 2
-                alone = pair and value and not isinstance(value, (list, tuple, dict))
-                two = f"[{value}]'" if "," in str(value) else f"[{value}, {value}]' for two of it"
-                example = f"; write '{two}" if alone else ""
+                example = _pair_example(value) if pair else ""
                 raise UserError(f"{dotted}: expected {_readable(hint)}, got {value!r}{example}") from None
         raise UserError(" ".join(text.split())) from None
+
+
+def _pair_example(value: Any) -> str:
+    """How to write two values, where one or both were given in another way."""
+    given = [word.strip() for word in str(value).strip("[]() ").split(",")]
+    right = len(given) == 1 or (len(given) == 2 and not str(value).startswith("["))
+    if not right or not all(given) or isinstance(value, dict):
+        return ""
+    return f"; write '[{', '.join(given * (3 - len(given)))}]'" + " for two of it" * (len(given) == 1)
 
 
 def _readable(hint: Any) -> str:

@@ -18,8 +18,10 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from train.errors import UserError
 
@@ -27,6 +29,14 @@ ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016
 ADE20K_FOLDER = "ADEChallengeData2016"
 BLOCK = 1 << 20
 Advance = Callable[[int, "int | None"], None]  # (bytes so far, bytes in all or None)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes in the largest unit that leaves it above one."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def download(
@@ -70,7 +80,9 @@ def download(
         with _progress(f"extracting {archive.name}", progress) as advance:
             extract(archive, root, folder, advance)
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {(error.strerror or str(error)).lower()}") from None
+        raise UserError(
+            f"{_short(error.filename or root)}: {(error.strerror or str(error)).lower()}"
+        ) from None
     archive.unlink()
     return root / folder
 
@@ -120,7 +132,7 @@ def fetch(url: str, target: Path, advance: Advance | None = None, tries: int = 5
 def _fetch_rest(url: str, part: Path, notes: Path, advance: Advance | None) -> int | None:
     """Appends what is missing to `part`; returns the length of the whole, if the server tells."""
     have = part.stat().st_size if part.is_file() else 0
-    known = json.loads(notes.read_text()) if have and notes.is_file() else {}
+    known = _read_notes(notes) if have else {}
     if known.get("url") != url or not known.get("validator"):
         have = 0  # nothing says that the server still has the same file
     headers = {"User-Agent": "depict_kernels", "Accept-Encoding": "identity"}
@@ -145,12 +157,12 @@ def _fetch_rest(url: str, part: Path, notes: Path, advance: Advance | None) -> i
             etag = answer.headers["ETag"] or ""
             # If-Range takes strong validators only.
             validator = etag if etag and not etag.startswith("W/") else answer.headers["Last-Modified"]
-            notes.write_text(json.dumps({"url": url, "validator": validator, "total": total}))
+            fresh = notes.with_name(notes.name + ".new")
+            fresh.write_text(json.dumps({"url": url, "validator": validator, "total": total}))
+            os.replace(fresh, notes)
         free = shutil.disk_usage(part.parent).free
         if total is not None and total - have > free:
-            raise UserError(
-                f"{part.parent}: {(total - have) / 2**20:.0f} MiB to come, {free / 2**20:.0f} MiB free"
-            )
+            raise UserError(f"{part.parent}: {size_text(total - have)} to come, {size_text(free)} free")
         with open(part, "ab" if resumed else "wb") as file:
             while block := answer.read(BLOCK):
                 file.write(block)
@@ -160,6 +172,15 @@ def _fetch_rest(url: str, part: Path, notes: Path, advance: Advance | None) -> i
     if total is not None and have < total:
         raise ConnectionError(f"the connection broke after {have} of {total} bytes")
     return total
+
+
+def _read_notes(notes: Path) -> dict[str, Any]:
+    """What was written beside a part; empty where that is missing or damaged."""
+    try:
+        known = json.loads(notes.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def file_sha256(path: Path) -> str:
@@ -196,16 +217,16 @@ def extract(
             for entry in entries:
                 _check_entry(archive, entry)
             wanted = [entry for entry in entries if PurePosixPath(entry.filename).parts[0] == folder]
-            if not wanted:
+            if not wanted or any(len(PurePosixPath(entry.filename).parts) == 1 for entry in wanted):
                 raise UserError(f"{archive}: has no folder {folder}/")
             total = sum(entry.file_size for entry in wanted)
             if total > min(max_bytes, max_ratio * archive.stat().st_size):
                 raise UserError(
-                    f"{archive}: would unpack to {total / 2**30:.1f} GiB; it does not look like a data set"
+                    f"{archive}: would unpack to {size_text(total)}; it does not look like a data set"
                 )
             free = shutil.disk_usage(root).free
             if total > free:
-                raise UserError(f"{root}: {total / 2**20:.0f} MiB to unpack, {free / 2**20:.0f} MiB free")
+                raise UserError(f"{root}: {size_text(total)} to unpack, {size_text(free)} free")
             done = 0
             for entry in wanted:
                 path = making.joinpath(*PurePosixPath(entry.filename).parts[1:])
@@ -219,11 +240,17 @@ def extract(
                     advance(done, total)
         os.replace(making, root / folder)
     except FileExistsError as error:
-        raise UserError(f"{archive}: holds {error.filename} twice") from None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{archive}: damaged ({error}); delete it and download again") from None
+        raise UserError(f"{archive}: holds {_short(error.filename)} twice") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise UserError(f"{archive}: damaged ({_short(error)}); delete it and download again") from None
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _short(text: object, most: int = 200) -> str:
+    """In printable characters, cut: what a damaged archive says of itself may be kilobytes of anything."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _check_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
@@ -231,11 +258,13 @@ def _check_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
     parts = PurePosixPath(name).parts
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name or "\0" in name:
-        raise UserError(f"{archive}: entry {name!r} points outside of its folder; nothing was extracted")
+        raise UserError(
+            f"{archive}: entry {_short(repr(name))} points outside of its folder; nothing was extracted"
+        )
     if kind not in (0, stat.S_IFREG):
-        raise UserError(f"{archive}: entry {name!r} is a link or a device; nothing was extracted")
+        raise UserError(f"{archive}: entry {_short(repr(name))} is a link or a device; nothing was extracted")
     if entry.flag_bits & 1:
-        raise UserError(f"{archive}: entry {name!r} is encrypted; nothing was extracted")
+        raise UserError(f"{archive}: entry {_short(repr(name))} is encrypted; nothing was extracted")
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ The protocol is that of DEPICT's and Segmenter's official code (``segm/model/uti
 
 1. For every scale: the image is resized, keeping its aspect, to a shorter side of ``resize * scale``,
    bilinearly without antialiasing; mirrored, for a flip; normalised.
-2. Where its shorter side is below the window, it is enlarged to it. Square windows every ``stride`` pixels, the
-   last one of each row and column moved to the border, go through the model.
+2. Where its shorter side is below the window, it is enlarged to it, the longer one to 16 windows at most. Square
+   windows every ``stride`` pixels, the last one of each row and column moved to the border, go through the model.
 3. Window logits, upsampled to the window, are averaged where windows overlap; the average is resized
    bilinearly to the image's original size, mirrored back, softmax over the classes.
 4. The scales' and flips' probabilities are averaged; the label is their argmax.

@@ -176,13 +176,31 @@ def _raise_errors(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, Any
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+    except (ConnectionError, EOFError) as error:  # of the socket or pipe to a worker: what it holds is gone
+        raise UserError(_WORKER_DIED.format(first_line(error))) from error
     except RuntimeError as error:
-        if "worker" not in str(error):
-            raise
-        raise UserError(
-            f"a data worker died ({first_line(error)}); it may have run out of memory: lower --data.workers "
-            "(0 loads in the training process) or enlarge /dev/shm"
-        ) from error
+        if message := dead_worker(error):
+            raise UserError(message) from error
+        raise
+
+
+_WORKER_DIED = (
+    "a data worker died ({}); it may have run out of memory: lower --data.workers (0 loads in the training process) "
+    "or enlarge /dev/shm"
+)
+
+
+def dead_worker(error: BaseException | None) -> str | None:
+    """What to say where ``error`` comes from the death of a loader process, else None.
+
+    torch's signal handler raises its error wherever the main process happens to be, so that it may be wrapped in one
+    of those whose work it ended.
+    """
+    while error is not None:
+        if "DataLoader worker" in str(error):
+            return _WORKER_DIED.format(first_line(error))
+        error = error.__context__
+    return None
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

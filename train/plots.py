@@ -22,7 +22,7 @@ from train.ade20k import ClassList
 from train.inference import predict_labels
 from train.logs import read_metrics
 from train.metrics import SegmentationMetrics
-from train.predict import borders, classes_by_area, enlarged, grey_tones, overlay, short_name
+from train.predict import borders, classes_by_area, enlarged, enlargement, grey_tones, overlay, short_name
 
 _BLUE, _ORANGE, _GREEN, _GREY, _DARK = "#1f5fa8", "#d1641b", "#2c8a4b", "#8a8f98", "#40454d"
 _WRONG, _UNLABELLED = (205, 30, 45), (125, 135, 155)
@@ -319,7 +319,8 @@ def overlay_figure(samples: Sequence[Sample], classes: ClassList, max_entries: i
     """A row per sample: image, ground truth, prediction, and where they differ; below, the classes present, largest
     area first."""
     width, dpi = 3.1, 130
-    heights = [width * sample.image.shape[0] / sample.image.shape[1] for sample in samples]
+    # a thin picture, drawn small, shall not make the figure endless
+    heights = [width * min(sample.image.shape[0] / sample.image.shape[1], 4) for sample in samples]
     everything = np.concatenate([x.astype(np.int64).ravel() for s in samples for x in (s.target, s.labels)])
     present = classes_by_area(everything, classes.num_classes)
     patch = lambda colour, label: Patch(facecolor=np.divide(colour, 255), edgecolor=_GREY, label=label)
@@ -334,7 +335,8 @@ def overlay_figure(samples: Sequence[Sample], classes: ClassList, max_entries: i
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     grid = figure.add_gridspec(len(samples) + 1, 4, height_ratios=[*heights, legend_height])
     for row, sample in enumerate(samples):
-        factor = max(1, round(width * dpi / sample.image.shape[1]))  # so that borders are thin lines
+        shape = sample.image.shape[:2]
+        factor = enlargement(round(width * dpi / shape[1]), shape)  # so that borders are thin lines
         image, target, labels = enlarged(factor, sample.image, sample.target, sample.labels)
         target = target.astype(np.int64)
         known = (target >= 0) & (target < classes.num_classes)

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
@@ -22,6 +23,7 @@ from train.errors import UserError, first_line
 from train.inference import Progress, predict_labels, prefetch
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+ENDINGS = (".png", "_overlay.png")  # of an image's outputs: its labels, the picture to look at
 _PANEL, _TEXT, _FAINT = (255, 255, 255), (32, 32, 32), (110, 110, 110)
 
 
@@ -99,6 +101,11 @@ def enlarged(factor: int, image: np.ndarray, *maps: np.ndarray) -> tuple[np.ndar
     return smooth, *(labels.repeat(factor, 0).repeat(factor, 1) for labels in maps)
 
 
+def enlargement(wanted: int, shape: tuple[int, int], most: int = 4096) -> int:
+    """The whole factor ``wanted`` of a picture's size, or what keeps its longer side within ``most`` pixels."""
+    return max(1, min(wanted, most // max(shape)))
+
+
 def grey_tones(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> its luma, (H, W, 1) float32."""
     return (image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None]
@@ -156,7 +163,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, classes: ClassList) -> I
 
     Arguments as for :func:`overlay`. Small pictures are enlarged by a whole factor to leave room for text.
     """
-    factor = max(1, -(-240 // min(labels.shape)))
+    factor = enlargement(-(-240 // min(labels.shape)), labels.shape)
     line = max(1, max(labels.shape) // 800)
     picture = Image.fromarray(overlay(*enlarged(factor, image, labels), classes.palette, line=line))
     size = min(max(round(picture.height / 36), 13), 48)
@@ -177,7 +184,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, classes: ClassList) -> I
     ]
     swatch, gap = round(1.1 * size), round(0.6 * size)
     panel = sum(round(a + b) + swatch + 3 * gap + margin for a, b in widths) + margin
-    sheet = Image.new("RGB", (picture.width + panel, picture.height), _PANEL)
+    sheet = Image.new("RGB", (picture.width + panel, max(picture.height, row + 2 * margin)), _PANEL)
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
     x = picture.width + margin
@@ -219,16 +226,25 @@ class PredictReport:
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
-    """A stem for each image's outputs: its own, with its suffix ("a.jpg") where two images share a stem.
+    """What each image's outputs are called: its stem, or its whole name ("a.jpg") where two images would share a file.
 
-    Raises UserError where two images share their whole name.
+    "a.jpg" and "a_overlay.jpg" would: both write "a_overlay.png". Raises UserError where the whole names clash too.
     """
-    stems = Counter(image.stem for image in images)
-    names = [image.stem if stems[image.stem] == 1 else image.name for image in images]
-    for name, count in Counter(names).items():
-        if count > 1:
-            first, second = [image for image, other in zip(images, names) if other == name][:2]
-            raise UserError(f"{first} and {second} would both be written as {name}.png: predict them apart")
+
+    def outputs(name: str) -> tuple[str, ...]:
+        return tuple(f"{name}{ending}" for ending in ENDINGS)
+
+    writers = Counter(file for image in images for file in outputs(image.stem))
+    names = [
+        image.stem if all(writers[file] == 1 for file in outputs(image.stem)) else image.name
+        for image in images
+    ]
+    writer: dict[str, Path] = {}
+    for image, name in zip(images, names):
+        for file in outputs(name):
+            first = writer.setdefault(file, image)
+            if first != image:
+                raise UserError(f"{first} and {image} would both be written as {file}: predict them apart")
     return names
 
 
@@ -250,8 +266,8 @@ def predict_folder(
 ) -> PredictReport:
     """Writes ``<stem>.png``, the labels as annotations encode them, and ``<stem>_overlay.png`` for every image.
 
-    A file that cannot be read or written is named on stderr, and the others still get done: see the
-    report's ``exit_status``.
+    A file that cannot be read or written, or that memory does not suffice for, is named on stderr, and the others
+    still get done: see the report's ``exit_status``.
 
     Args:
         model: as in :func:`train.inference.predict_labels`; put into eval mode for the time of the call.
@@ -265,25 +281,30 @@ def predict_folder(
         progress: called with images done, this process's images, images per second.
 
     Raises:
-        UserError: no images; an output that would overwrite an input; two images of one name.
+        UserError: no images; an output that would overwrite an input, or a file that is no earlier prediction; two
+            images of one name. Nothing is written then.
     """
     images = find_images(paths)
     names = output_names(images)
     output = Path(output)
     inputs = {image.resolve() for image in images}
-    endings = (".png", "_overlay.png") if overlays else (".png",)
+    endings = ENDINGS if overlays else ENDINGS[:1]
     for name in names:
         for target in (output / f"{name}{ending}" for ending in endings):
             if target.resolve() in inputs:
                 raise UserError(
                     f"{target} is an input and would be overwritten: choose another output folder"
                 )
+        if overlays:
+            _refuse_to_overwrite(*(output / f"{name}{ending}" for ending in endings))
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+    if world_size > 1 and dist.is_initialized():  # what one of them writes is no reason for another to stop
+        dist.barrier()
 
     device = torch.device(device if device is not None else next(model.parameters()).device)
     report = PredictReport()
@@ -303,9 +324,12 @@ def predict_folder(
                 pictures = [encode_labels(labels, classes.num_classes, reduce_zero_label)]
                 if overlays:
                     pictures.append(draw_overlay(image, labels, classes))
-                for picture, ending in zip(pictures, endings):
-                    report.written.append(_save(picture, output / f"{name}{ending}"))
-            except UserError as error:
+                report.written += _save(pictures, [output / f"{name}{ending}" for ending in endings])
+            except (UserError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, UserError):
+                    if not _out_of_memory(error):
+                        raise
+                    error = UserError(f"{path}: not enough memory for this image ({first_line(error)})")
                 report.failed.append((path, str(error)))
                 print(f"error: {error}", file=sys.stderr)
             if progress is not None:
@@ -315,13 +339,32 @@ def predict_folder(
     return report
 
 
-def _save(picture: Image.Image, path: Path) -> Path:
-    """Writes a PNG whole or not at all. Raises UserError naming the file."""
-    temporary = path.with_name(f".{path.name}.part")
+def _out_of_memory(error: BaseException) -> bool:
+    # torch has no type of its own for the CPU's
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _refuse_to_overwrite(*outputs: Path) -> None:
+    """Raises UserError where some of an image's outputs exist and others do not: something else wrote those."""
+    there = [path for path in outputs if path.exists()]
+    if there and len(there) < len(outputs):
+        lacking = next(path for path in outputs if path not in there)
+        raise UserError(
+            f"{there[0]}: is no earlier prediction ({lacking.name} is not beside it) and would be overwritten: "
+            "choose another folder with --output"
+        )
+
+
+def _save(pictures: Sequence[Image.Image], paths: Sequence[Path]) -> Sequence[Path]:
+    """Writes an image's PNGs, all whole or none at all. Raises UserError naming the file."""
+    part = {path: path.with_name(f".{path.name}.part") for path in paths}
     try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        for path, picture in zip(paths, pictures):
+            picture.save(part[path], format="PNG")
+        for path in paths:
+            os.replace(part[path], path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        for temporary in part.values():
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
-    return path
+    return paths

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file run
 # run several times slower on a machine that does anything else besides.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from depict_kernels.backends import BackendUnavailable
+# What takes long to import (torch, matplotlib, ...) is imported in main, where Ctrl-C is one line.
 from train.command_data import CACHE_DATA, CHECK_DATA, DOWNLOAD_DATA, GENERATE_DATA
 from train.command_eval import EVAL, PREDICT
 from train.command_line import PROGRAM
@@ -36,6 +36,21 @@ WORDS = (*COMMANDS, "keys", "help")
 
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit status. Bad input is one line on stderr and status 2."""
+    try:
+        return run_command(arguments)
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise
+        print("stopped", file=sys.stderr)  # what Ctrl-C becomes while a compiled module is imported
+        return 130
+
+
+def run_command(arguments: list[str]) -> int:
+    """As :func:`main`, but for Ctrl-C."""
+    from depict_kernels.backends import BackendUnavailable
     from train import distributed
 
     try:
@@ -64,15 +79,17 @@ def main(arguments: list[str]) -> int:
     except BackendUnavailable as error:
         print(f"error: model.backend: {first_line(error)}", file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt as error:
-        print(str(error) or "stopped", file=sys.stderr)
-        return 130
     except OSError as error:
         if error.errno is None:  # not the operating system's word about a file
             raise
         print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
+        from train.loader import dead_worker
+
+        if message := dead_worker(error):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            return 2
         if not distributed.lost_a_process(error):
             raise
         rank = os.environ.get("RANK", 0)

@@ -15,6 +15,9 @@ from train.transforms import resized_size
 # The longer side is at most this many times the shorter one's target (mmsegmentation's img_scale
 # (2048, 512)): a panorama is made smaller instead of giving endless windows.
 MAX_RATIO = 4
+# A canvas is at most so many windows long: what is thinner is squeezed along its length, since keeping its aspect, as
+# upstream does, takes any amount of memory.
+MAX_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,14 @@ def scaled_size(size: tuple[int, int], shorter: int, scale: float = 1.0) -> tupl
 def enlarged_size(size: tuple[int, int], window: int) -> tuple[int, int]:
     """``size``, or where its shorter side is below ``window``, enlarged to it.
 
-    The longer side is cut to an integer, not rounded, as upstream does at this place.
+    The longer side is cut to an integer, not rounded, as upstream does at this place; it is at most
+    ``MAX_LENGTH * window``.
     """
     height, width = size
     if min(size) >= window:
         return size
-    if height < width:
-        return window, int(width / height * window)
-    return int(height / width * window), window
+    longer = int(min(max(size) / min(size), MAX_LENGTH) * window)
+    return (window, longer) if height < width else (longer, window)
 
 
 def anchors(length: int, window: int, stride: int) -> tuple[int, ...]:

@@ -40,7 +40,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: not a readable checkpoint: it is damaged, or holds more than tensors and plain values"
         ) from None
     except Exception as error:  # torch.load reads an arbitrary file as one of several formats
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Of the others' texts (of a text file it is its first letter's number) nobody would learn anything.
+        told = isinstance(error, (OSError, RuntimeError)) and str(error).strip()
+        reason = told.splitlines()[0] if told else "it is damaged, or no file that torch.save wrote"
         raise ValueError(f"{path}: not a readable checkpoint: {reason}") from None
     if damaged:
         raise ValueError(f"{path}: is damaged: the checksum of its part {damaged} is wrong")
