@@ -103,6 +103,18 @@ def test_ctrl_c_saves_the_step_that_it_lets_end(tmp_path):
     assert [key for key in differing(one, other) if key != ".config.run.name"] == []
 
 
+def test_termination_saves_as_ctrl_c_does(tmp_path):
+    keys = settings(make_data(tmp_path / "data"), tmp_path / "runs", train__steps=300)
+    run = Started(arguments(keys), tmp_path / "first.txt")
+    limit = time.monotonic() + 120
+    while "step 2/300" not in run.text and run.process.is_alive() and time.monotonic() < limit:
+        time.sleep(0.002)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 130, run.text
+    step = checkpoint.load(tmp_path / "runs" / "tiny" / "last.pt")["step"]
+    assert 2 <= step < 300 and f"holds step {step}" in run.text
+
+
 @pytest.fixture
 def ctrl_c():
     """Presses it. Shells start jobs in the background with SIGINT ignored, and CI may be such a job."""

@@ -26,7 +26,12 @@ def open_run(
     folder = Path(words[0])
     if not (folder / "config.yaml").exists():
         raise UserError(
-            f"{folder}: no run folder (it has no config.yaml); training writes one, e.g. runs/demo"
+            f"{folder}: no run folder (it has no config.yaml); "
+            + (
+                f"try {folder.parent}"
+                if (folder.parent / "config.yaml").exists()
+                else "training writes one, e.g. runs/demo"
+            )
         )
     files, overrides = configuration.parse_overrides(rest)
     config = configuration.load_config([folder / "config.yaml", *files], overrides)
@@ -119,6 +124,7 @@ def evaluate_run(arguments: list[str]) -> int:
     folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
     from train import build
     from train.inference import Comparison, evaluate, print_progress
+    from train.metrics import iou_lines
     from train.plots import plot_confusion
 
     root = build.data_root(config, world)
@@ -148,6 +154,7 @@ def evaluate_run(arguments: list[str]) -> int:
               + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
         for key, title in SCORES.items():
             print(f"  {title:<16}{results[key]:.4f}")
+        print(*iou_lines(results), sep="\n")
         if comparison is not None:
             print(f"  {comparison}")
         extra = {

@@ -98,6 +98,8 @@ def run_command(arguments: list[str]) -> int:
 
 
 def unknown_command(name: str) -> UserError:
+    if "=" in name:
+        return UserError(f"unexpected argument {name!r}; keys are given as --section.key VALUE")
     close = difflib.get_close_matches(name, WORDS, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return UserError(f"unknown command {name!r}; {hint}commands are {', '.join(WORDS)}")
