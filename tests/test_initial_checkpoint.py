@@ -96,7 +96,7 @@ def test_position_embeddings_are_resized(tmp_path):
 def test_another_model_is_refused_and_nothing_is_loaded(trained):
     kwargs = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
     for name, options, words in (
-        ("segmenter_mask_vit_tiny", kwargs, "depict_sa_vit_tiny.*it lacks decoder.proj_patch"),
+        ("segmenter_mask_vit_tiny", kwargs, "depict_sa_vit_tiny.*decoder.proj_patch is missing"),
         ("segmenter_mask_vit_tiny", kwargs | {"embed_dim": 96}, "shape"),
         ("depict_sa_vit_tiny", kwargs | {"patch_size": 16}, "has shape"),
     ):

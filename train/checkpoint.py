@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from depict_kernels.models.checkpoints import FORMAT, read_checkpoint
+from depict_kernels.models.checkpoints import FORMAT, misfits, read_checkpoint
 from train.config import flatten, to_dict
 from train.errors import UserError
 from train.schema import Config
@@ -85,15 +85,7 @@ def load_weights(
 
     Raises ``UserError`` naming the differing configuration keys, or else the first tensor that does not fit.
     """
-    own = model.state_dict()
-    wrong = [
-        f"{name} has shape {tuple(weights[name].shape)}, this model's {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    wrong += [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is not part of this model" for name in weights if name not in own]
-    if wrong:
+    if wrong := misfits(weights, model.state_dict()):
         keys = differences(saved, to_dict(config), ("model.", "data.classes"))
         named = f" ({'; '.join(keys)})" if keys else ""
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""

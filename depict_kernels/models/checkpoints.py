@@ -113,20 +113,24 @@ def start_from(model: SegmentationModel, path: str | Path) -> list[str]:
         weights |= {name: own[name] for name in kept if name in weights}
     if _POSITIONS in weights and _POSITIONS in own:
         weights[_POSITIONS] = _resized(weights[_POSITIONS], model, state["config"])
-    wrong = [
-        f"{name} has shape {tuple(weights[name].shape)}, this model's {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    wrong += [f"it lacks {name}" for name in own if name not in weights]
-    wrong += [f"{name} is not part of this model" for name in weights if name not in own]
-    if wrong:
+    if wrong := misfits(weights, own):
         more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
         raise ValueError(
             f"{path}: checkpoint of another model ({state['config']['model']['name']}): {'; '.join(wrong[:2])}{more}"
         )
     model.load_state_dict(weights)
     return kept
+
+
+def misfits(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``weights`` from being loaded into a model whose state dict is ``own``, a tensor each."""
+    wrong = [
+        f"{name} has shape {tuple(weights[name].shape)}, this model's {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    wrong += [f"{name} is missing" for name in own if name not in weights]
+    return wrong + [f"{name} is not part of this model" for name in weights if name not in own]
 
 
 def _file(path: str | Path) -> Path:
