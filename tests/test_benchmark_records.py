@@ -162,6 +162,18 @@ def test_auto_is_slower_only_beyond_the_spread():
     assert verdict_of([row("torch", 1.0)], "never slower").met is None
 
 
+def test_auto_is_judged_as_it_was_run():
+    times = {"eager": 2.0, "torch": 1.8, "compile(torch)": 1.5, "auto": 1.7, "compile(auto)": 1.0}
+    verdict = lambda **other: verdict_of(
+        [row(name, time) for name, time in (times | other).items()], "never slower"
+    )
+    assert verdict().met
+    slow = verdict(auto=3.0)
+    assert slow.met is False and "(0.60 of torch)" in slow.found
+    slow = verdict(**{"compile(auto)": 1.9})
+    assert slow.met is False and "(compiled, 0.79 of compile(torch))" in slow.found
+
+
 def test_share_of_bandwidth_and_rate():
     able = {"copy_bytes_per_s": 1e12, "flop_per_s": {"float32": 5e13, "bfloat16": 1e15}}
     loss = row("triton", 1.0, bytes=5e8, flops=1e10)

@@ -206,6 +206,8 @@ def test_sizes_follow_from_the_crop_alone(tmp_path):
     assert sizes(config) == (64, 64, 80, 48)
     save_config(config, tmp_path / "config.yaml", {})
     assert sizes(load_config([tmp_path / "config.yaml"], {"eval.resize": "null"})) == (64, 64, 80, 48)
+    for key in ("data.base_size", "eval.resize", "eval.window", "eval.stride"):
+        assert f"{key}: 0 is out of range" in refused(f"--{key}", "0")
     small = load_config([], {"data.crop_size": "[32, 32]", "eval.window": "null", "eval.stride": "null"})
     assert sizes(small) == (512, 512, 32, 16)
 

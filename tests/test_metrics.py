@@ -129,11 +129,7 @@ def test_wrong_shapes_and_dtypes_are_refused():
 
 
 def test_console_lines_have_all_classes_or_the_lowest():
-    scores = {"sky": 0.5, "door": None, "wall": 0.25}
-    assert iou_lines({"iou_per_class": scores}) == [
-        "  IoU of each class",
-        "    0.5000  sky",
-        "    0.2500  wall",
-    ]
-    few = iou_lines({"iou_per_class": scores}, most=1)
-    assert few == ["  IoU of the lowest 1 of 2 classes", "    0.2500  wall"]
+    results = {"iou_per_class": {"sky": 0.5, "door": None, "wall": 0.25}}
+    absent = "    neither annotated nor predicted: door"
+    assert iou_lines(results) == ["  IoU of each class", "    0.5000  sky", "    0.2500  wall", absent]
+    assert iou_lines(results, most=1) == ["  IoU of the lowest 1 of 2 classes", "    0.2500  wall", absent]

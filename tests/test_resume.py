@@ -103,13 +103,18 @@ def test_ctrl_c_saves_the_step_that_it_lets_end(tmp_path):
     assert [key for key in differing(one, other) if key != ".config.run.name"] == []
 
 
-def test_termination_saves_as_ctrl_c_does(tmp_path):
-    keys = settings(make_data(tmp_path / "data"), tmp_path / "runs", train__steps=300)
-    run = Started(arguments(keys), tmp_path / "first.txt")
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"])
+def test_termination_saves_as_ctrl_c_does(tmp_path, ctrl_c):
+    """Also where Ctrl-C is ignored, as in the background of a script."""
+    keys = settings(make_data(tmp_path / "data"), tmp_path / "runs", train__steps=300, data__workers=1)
+    run = Started(arguments(keys), tmp_path / "first.txt", ctrl_c=ctrl_c)
     limit = time.monotonic() + 120
     while "step 2/300" not in run.text and run.process.is_alive() and time.monotonic() < limit:
         time.sleep(0.002)
-    os.kill(run.process.pid, signal.SIGTERM)
+    # To the whole group, as schedulers send it: the loader's processes end too.
+    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
+    for pid in (run.process.pid, *(children.read_text().split() if children.exists() else ())):
+        os.kill(int(pid), signal.SIGTERM)
     assert run.wait() == 130, run.text
     step = checkpoint.load(tmp_path / "runs" / "tiny" / "last.pt")["step"]
     assert 2 <= step < 300 and f"holds step {step}" in run.text
@@ -249,9 +254,9 @@ def test_overwrite_leaves_other_folders_alone(interrupted, tmp_path, capsys):
 def test_overwrite_waits_for_good_input(interrupted, tmp_path, capsys, overrides):
     keys, _ = interrupted
     (tmp_path / "tiny" / "config.yaml").write_text("{}")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "tiny").glob("*.*")}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tiny").glob("[!.]*.*")}
     refusal(capsys, keys | {"run.overwrite": True} | overrides)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").glob("*.*")} == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").glob("[!.]*.*")} == before
 
 
 def resumed(keys: dict, folder: Path) -> Trainer:

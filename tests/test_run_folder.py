@@ -102,7 +102,7 @@ def test_an_extended_run_does_not_keep_the_results_of_the_shorter_one(data, tmp_
     assert (results["step"], results["miou"]) == (best["step"], best["miou"])
     assert train(data, tmp_path, train__steps=4, eval__flip=True) == 0
     said = capsys.readouterr().out
-    assert "is finished" in said and "other keys (eval.flip: False in the checkpoint, True now)" in said
+    assert "is finished" in said and "other settings (eval.flip: False in the checkpoint, True now)" in said
 
 
 def interrupt(*_) -> None:

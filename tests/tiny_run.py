@@ -104,11 +104,19 @@ class Started:
     """
 
     def __init__(
-        self, arguments: list[str], output: Path, rank: int = 0, size: int = 1, port: int = 0
+        self,
+        arguments: list[str],
+        output: Path,
+        rank: int = 0,
+        size: int = 1,
+        port: int = 0,
+        ctrl_c: Any = signal.default_int_handler,
     ) -> None:
         self.output = output
         self.output.write_text("")
-        self.process = _context().Process(target=_run, args=(arguments, str(output), rank, size, port))
+        self.process = _context().Process(
+            target=_run, args=(arguments, str(output), rank, size, port, ctrl_c)
+        )
         self.process.start()
 
     def wait(self, timeout: float = 120) -> int:
@@ -152,7 +160,7 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _run(arguments: list[str], output: str, rank: int, size: int, port: int) -> None:
+def _run(arguments: list[str], output: str, rank: int, size: int, port: int, ctrl_c: Any) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -163,9 +171,7 @@ def _run(arguments: list[str], output: str, rank: int, size: int, port: int) -> 
     if size > 1:
         values = (rank, rank, size, "127.0.0.1", port)
         os.environ.update({name: str(value) for name, value in zip(LAUNCHER, values)})
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a job in the background does not start with
+    signal.signal(signal.SIGINT, ctrl_c)  # a job in the background starts with it ignored
     from train import run
 
     sys.exit(run.main(arguments))

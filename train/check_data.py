@@ -99,7 +99,11 @@ class DataReport:
 
     def _may_be_0_and_255(self) -> bool:
         """Whether the only class seen is 0 and the rest is 255, as in a binary mask made for looking at."""
-        if self.reduce_zero_label or not any(s.ignored for s in self.splits):
+        if (
+            self.reduce_zero_label
+            or self.classes.num_classes > 255
+            or not any(s.ignored for s in self.splits)
+        ):
             return False
         return [*np.flatnonzero(sum(s.images_with for s in self.splits))] == [0]
 

@@ -72,6 +72,7 @@ def score_settings(config: Any, images: int, multiscale: bool) -> dict[str, Any]
     keys = ["mode", "resize", *(["window", "stride"] if cfg.mode == "slide" else [])]
     keys += ["multiscale_scales"] if multiscale else ["scales", "flip"]
     settings = {f"eval.{key}": getattr(cfg, key) for key in keys}
+    settings["data.reduce_zero_label"] = config.data.reduce_zero_label
     return {"images": images, "train.precision": config.train.precision, **settings}
 
 
@@ -98,7 +99,7 @@ def check_output(
     if not isinstance(results, dict) or "miou" not in results:
         raise UserError(f"--output {output}: exists and holds no results; name another file")
     pairs = [(what, results.get(what), value) for what, value in (of or {}).items()]
-    held = results.get("settings", {})
+    held = results.get("settings") or {}
     pairs += [(what, held.get(what, value), value) for what, value in (settings or {}).items()]
     for what, other, value in pairs:
         if other != value:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from train.command_line import Command
 from train.errors import UserError
-from train.run_folder import open_folder, prepare_folder, read_results, report, write_results
+from train.interrupts import termination_as_ctrl_c
+from train.run_folder import open_folder, prepare_folder, read_results, report, unlock_folders, write_results
 
 
 def train_run(arguments: list[str]) -> int:
+    try:
+        return _train(arguments)
+    finally:
+        unlock_folders()
+
+
+def _train(arguments: list[str]) -> int:
     from train import build, distributed
     from train import config as configuration
 
@@ -44,8 +49,8 @@ def train_run(arguments: list[str]) -> int:
     if finished:
         trainer.log.say(f"{folder} is finished; --run.overwrite true starts over")
         if trainer.scored_otherwise:
-            trainer.log.say(f"note        its scores are of other keys ({'; '.join(trainer.scored_otherwise)}); "
-                            "`eval` scores it under these")  # fmt: skip
+            trainer.log.say(f"note        its scores are of other settings ({'; '.join(trainer.scored_otherwise)}): "
+                            "give them to `eval` to score it so")  # fmt: skip
     else:
         with termination_as_ctrl_c() if world.size == 1 else contextlib.nullcontext():
             trainer.train()
@@ -53,32 +58,6 @@ def train_run(arguments: list[str]) -> int:
     if world.main:
         report(folder, read_results(folder))
     return 0
-
-
-@contextlib.contextmanager
-def termination_as_ctrl_c() -> Iterator[None]:
-    """Within the context SIGTERM, by which schedulers and containers end a job, does what Ctrl-C does.
-
-    Not among several processes, which a launcher ends so where one has failed: some of them wait for that one.
-    """
-
-    def end(*_: object) -> None:
-        if (
-            signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        ):  # as in a shell's background jobs: nothing would end
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 TRAIN = Command(

@@ -140,10 +140,14 @@ def fill_sizes(config: Config) -> None:
     """Sizes that are null follow from ``data.crop_size``, as those of the paper's protocol do."""
     data, evaluation = config.data, config.eval
     shorter = min(data.crop_size)
-    data.base_size = data.base_size or shorter
-    evaluation.resize = evaluation.resize or data.base_size
-    evaluation.window = evaluation.window or shorter
-    evaluation.stride = evaluation.stride or max(evaluation.window - 32, (evaluation.window + 1) // 2)
+    if data.base_size is None:
+        data.base_size = shorter
+    if evaluation.resize is None:
+        evaluation.resize = data.base_size
+    if evaluation.window is None:
+        evaluation.window = shorter
+    if evaluation.stride is None:
+        evaluation.stride = max(evaluation.window - 32, (evaluation.window + 1) // 2)
 
 
 def check(config: Config) -> None:

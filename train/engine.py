@@ -14,10 +14,7 @@ import contextlib
 import copy
 import math
 import random
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from train.config import to_dict
 from train.distributed import World, gather, on_main, sum_over
 from train.errors import UserError
 from train.inference import evaluate
+from train.interrupts import undivided
 from train.loader import to_device, train_loader
 from train.logs import RunLog
 from train.metrics import SegmentationMetrics
@@ -183,7 +181,7 @@ class Trainer:
         try:
             while self.step < self.total_steps:
                 micro_batches = [next(batches) for _ in range(settings.accumulate)]
-                with _undivided() if self.world.size == 1 else contextlib.nullcontext():
+                with undivided() if self.world.size == 1 else contextlib.nullcontext():
                     self._update(micro_batches)
                     self.step += 1
                 self.log.advance(self.step)
@@ -431,7 +429,7 @@ class Trainer:
         if self.best_step >= 0:
             changed = checkpoint.differences(state["config"], to_dict(self.config), SCORING)
             self.scored_otherwise = [text for text in changed if not text.startswith(NOT_SCORING)]
-        self.untrained_miou = state["untrained_miou"]
+        self.untrained_miou = None if self.scored_otherwise else state["untrained_miou"]
         self.images_before = state.get("images")
         self.skipped.copy_(torch.tensor(state["skipped"]))
         # The losses are already summed over the processes: the main process carries them on. Where log_every was
@@ -463,34 +461,6 @@ class Trainer:
             raise refusal from None
         for group, settings in zip(self.optimizer.param_groups, own):
             group.update(settings)
-
-
-@contextlib.contextmanager
-def _undivided() -> Iterator[None]:
-    """Ctrl-C within the context is raised at its end; a second one at once.
-
-    Where it is ignored, as by a job in the background, or somebody else handles it, it stays so.
-    """
-    # Handlers are set in the main thread alone.
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    pressed = False
-
-    def wait(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    before = signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 def _seed(seed: int) -> None:

@@ -42,7 +42,12 @@ def iou_lines(results: dict, most: int = 30) -> list[str]:
     lowest = dict(sorted(known.items(), key=lambda item: item[1])[:most])
     shown = known if len(known) <= most else lowest
     head = "IoU of each class" if shown is known else f"IoU of the lowest {most} of {len(known)} classes"
-    return [f"  {head}", *(f"    {value:.4f}  {name}" for name, value in shown.items())]
+    lines = [f"  {head}", *(f"    {value:.4f}  {name}" for name, value in shown.items())]
+    absent = [name for name, value in results["iou_per_class"].items() if value is None]
+    if absent:
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        lines.append(f"    neither annotated nor predicted: {', '.join(absent[:8])}{more}")
+    return lines
 
 
 class SegmentationMetrics:

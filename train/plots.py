@@ -268,7 +268,7 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
     axes.set_ylabel("annotated class", fontsize=heading)
     axes.set_title(
         "Confusion matrix: per cent of each annotated class's pixels"
-        + (f"\n(without {left_out} classes that occur nowhere)" if len(seen) and left_out else ""),
+        + (f"\n(classes that occur nowhere, and are left out: {left_out})" if len(seen) and left_out else ""),
         fontweight="bold",
         fontsize=heading,
     )

@@ -350,13 +350,13 @@ def _refuse_to_overwrite(*outputs: Path) -> None:
     if there and len(there) < len(outputs):
         lacking = next(path for path in outputs if path not in there)
         raise UserError(
-            f"{there[0]}: is no earlier prediction ({lacking.name} is not beside it) and would be overwritten: "
+            f"{there[0]}: may be no earlier prediction ({lacking.name} is not beside it) and would be overwritten: "
             "choose another folder with --output"
         )
 
 
 def _save(pictures: Sequence[Image.Image], paths: Sequence[Path]) -> Sequence[Path]:
-    """Writes an image's PNGs, all whole or none at all. Raises UserError naming the file."""
+    """Writes an image's PNGs, each of them whole. Raises UserError naming the file."""
     part = {path: path.with_name(f".{path.name}.part") for path in paths}
     try:
         for path, picture in zip(paths, pictures):
@@ -364,7 +364,8 @@ def _save(pictures: Sequence[Image.Image], paths: Sequence[Path]) -> Sequence[Pa
         for path in paths:
             os.replace(part[path], path)
     except OSError as error:
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
+    finally:
         for temporary in part.values():
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
     return paths

@@ -22,9 +22,10 @@ FREE_ON_RESUME = (
     "train.score_untrained", "train.deterministic", "model.backend",
     "model.pretrained", "model.checkpoint_path", "model.initial_checkpoint",
 )  # fmt: skip
-# What run.overwrite deletes: the files that training and `eval` write there, and nothing else that lies in the folder.
+# What run.overwrite deletes: files called as training and `eval` call theirs. config.yaml and classes.csv, which every
+# start writes anew, stay until then: a folder without them is taken for no run's.
 WRITTEN = (
-    "config.yaml", "classes.csv", "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/loss.png",
+    "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/loss.png",
     "plots/miou.png", "plots/confusion*.png", "plots/overlays.png", "tensorboard/events.*", "*.json.tmp", "*.jsonl.tmp",
 )  # fmt: skip
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
@@ -60,7 +61,9 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     check_writable(folder, "--run.root")
     resume, last = config.run.resume, folder / "last.pt"
     over = config.run.overwrite
-    if over and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+    if (folder / "config.yaml").exists():
+        lock_folder(folder)  # before last.pt is read: another process may still be writing it
+    elif over and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder}: no run folder (it has no config.yaml), so run.overwrite leaves it alone")
     path = Path(resume)
     path = path / "last.pt" if path.is_dir() else path
@@ -131,8 +134,17 @@ def with_best(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return state | {"best_miou": -1.0, "best_step": -1, "evaluated_step": evaluated}
 
 
+_locks: list[int] = []  # descriptors of the locks that this process holds
+
+
+def unlock_folders() -> None:
+    """Gives back what :func:`lock_folder` took."""
+    while _locks:
+        os.close(_locks.pop())
+
+
 def lock_folder(folder: Path) -> None:
-    """Makes this the only process that trains in ``folder`` until it ends, however it does.
+    """Makes this the only process that trains in ``folder`` until :func:`unlock_folders`, or its end, however it ends.
 
     Raises ``UserError`` where another one does. Without locks (Windows, some file systems) nothing is noticed.
     """
@@ -140,7 +152,8 @@ def lock_folder(folder: Path) -> None:
         import fcntl
     except ImportError:
         return
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would end the lock
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    _locks.append(descriptor)
     try:
         # Of the process alone: a flock would pass to the loader's workers, which outlive a killed run by seconds.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,7 +239,8 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         results = json.loads((folder / "results.json").read_text())
     except (OSError, ValueError):
         return None
-    return results if isinstance(results, dict) and results.keys() >= SCORES.keys() else None
+    whole = isinstance(results, dict) and isinstance(results.get("iou_per_class"), dict)
+    return results if whole and all(isinstance(results.get(key), (int, float)) for key in SCORES) else None
 
 
 def report(folder: Path, results: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from train.transforms import resized_size
 # The longer side is at most this many times the shorter one's target (mmsegmentation's img_scale
 # (2048, 512)): a panorama is made smaller instead of giving endless windows.
 MAX_RATIO = 4
-# A canvas is at most so many windows long: what is thinner is squeezed along its length, since keeping its aspect, as
-# upstream does, takes any amount of memory.
+# A canvas is enlarged to at most so many windows' length: what is thinner is squeezed along its length, since keeping
+# its aspect, as upstream does, takes any amount of memory.
 MAX_LENGTH = 16
 
 

@@ -39,6 +39,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a readable checkpoint: it is damaged, or holds more than tensors and plain values"
         ) from None
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load reads an arbitrary file as one of several formats
         # Of the others' texts (of a text file it is its first letter's number) nobody would learn anything.
         told = isinstance(error, (OSError, RuntimeError)) and str(error).strip()
@@ -66,24 +68,20 @@ def load_model(path: str | Path, *, backend: str = "auto") -> SegmentationModel:
         ValueError: the file is damaged, no checkpoint of the training pipeline, or one of a version with other models.
     """
     path = _file(path)
-    state = read_checkpoint(path)
-    weights, config = weights_of(state), state["config"]
+    weights, config, num_classes = _parts(path)
     made = config["model"]
+    given = ("drop_path_rate", "upstream_backbone", "backbone", "backbone_kwargs", "decoder_kwargs")
+    if missing := [key for key in given if key not in made]:
+        raise ValueError(f"{path}: lacks {missing[0]}: another version of the trainer wrote it")
+    model = create_model(
+        made["name"],
+        num_classes,
+        backend=backend,
+        img_size=made["img_size"] or tuple(config["data"]["crop_size"]),
+        **{key: made[key] for key in given},
+    )
     try:
-        model = create_model(
-            made["name"],
-            _num_classes(weights),
-            backend=backend,
-            img_size=made["img_size"] or tuple(config["data"]["crop_size"]),
-            drop_path_rate=made["drop_path_rate"],
-            upstream_backbone=made["upstream_backbone"],
-            backbone=made["backbone"],
-            backbone_kwargs=made["backbone_kwargs"],
-            decoder_kwargs=made["decoder_kwargs"],
-        )
         model.load_state_dict(weights)
-    except KeyError as error:
-        raise ValueError(f"{path}: lacks {error}: another version of the trainer wrote it") from None
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit {made['name']}: {error}") from None
     return model.eval()
@@ -105,18 +103,17 @@ def start_from(model: SegmentationModel, path: str | Path) -> list[str]:
             nothing is loaded.
     """
     path = _file(path)
-    state = read_checkpoint(path)
-    weights, own = dict(weights_of(state)), model.state_dict()
-    kept = []
-    if _num_classes(weights) != model.num_classes:
+    weights, config, num_classes = _parts(path)
+    own, kept = model.state_dict(), []
+    if num_classes != model.num_classes:
         kept = [f"decoder.{name}" for name in model.decoder.class_parameters]
         weights |= {name: own[name] for name in kept if name in weights}
     if _POSITIONS in weights and _POSITIONS in own:
-        weights[_POSITIONS] = _resized(weights[_POSITIONS], model, state["config"])
+        weights[_POSITIONS] = _resized(weights[_POSITIONS], model, config)
     if wrong := misfits(weights, own):
         more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
         raise ValueError(
-            f"{path}: checkpoint of another model ({state['config']['model']['name']}): {'; '.join(wrong[:2])}{more}"
+            f"{path}: checkpoint of another model ({config['model']['name']}): {'; '.join(wrong[:2])}{more}"
         )
     model.load_state_dict(weights)
     return kept
@@ -138,9 +135,16 @@ def _file(path: str | Path) -> Path:
     return path / "best.pt" if path.is_dir() else path
 
 
-def _num_classes(weights: Mapping[str, Tensor]) -> int:
-    head = weights.get("decoder.head.weight")
-    return head.shape[0] if head is not None else weights["decoder.class_embed"].shape[1]
+def _parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    """Of a checkpoint file: the weights to score, the run's configuration, and the number of classes."""
+    state = read_checkpoint(path)
+    try:
+        weights, config = dict(weights_of(state)), state["config"]
+        config["model"]["name"], config["model"]["img_size"], config["data"]["crop_size"]
+        head = weights.get("decoder.head.weight")
+        return weights, config, len(head) if head is not None else weights["decoder.class_embed"].shape[1]
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error}: another version of the trainer wrote it") from None
 
 
 def _resized(positions: Tensor, model: SegmentationModel, config: Mapping[str, Any]) -> Tensor:
