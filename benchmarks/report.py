@@ -103,11 +103,7 @@ def _where_not(data: dict, device: str) -> list[str]:
         lines[0] += (
             " Nor do they help attention, mask head and decoder on a CPU, which have no kernel there: what they gain "
             "over eager torch is SDPA's"
-            + (
-                f"; what `auto` takes is slower than eager for {', '.join(lost)}, in times eager"
-                if lost
-                else ""
-            )
+            + (f"; `auto` is slower than plain eager torch there for {', '.join(lost)}" if lost else "")
             + ". Backbone and optimizer are counted with the smaller of their two times: on "
             f"this shared machine the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "
             "column than in the other."
