@@ -116,7 +116,9 @@ def main() -> int:
     print(f"{len(rows)} kernels; spills where there must be none: {', '.join(spilled) or 'none'}")
     faults = [fault for r in rows for fault in r.get("overwritten", [])]
     if not args.triton_only and cuda_report.why_not() is None:
-        faults += cuda_report.wgmma_inputs()[1]
+        count, more = cuda_report.wgmma_inputs()
+        print(f"{count} of the library's wgmma read registers")
+        faults += more
     print(f"registers of wgmma overwritten: {', '.join(faults) or 'none'}")
     return 1 if spilled or faults else 0
 

@@ -1,5 +1,6 @@
 """The report on the CUDA C++ kernels' resources."""
 
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,9 @@ def test_of_the_library():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "attention" in done.stdout or "mask_forward" in done.stdout
+    assert "registers of wgmma overwritten: none" in done.stdout
+    if "sm_90a" in done.stdout:  # both kernels, three widths, two types
+        assert int(re.search(r"(\d+) of the library's wgmma read registers", done.stdout)[1]) >= 24
 
 
 def test_no_spills_of_the_mask_head():
