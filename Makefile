@@ -27,7 +27,7 @@ install: $(VENV)/.installed
 # The CUDA kernels are compiled for the emulator too, which runs them on the CPU in the tests.
 # torch, torchvision and timm in one resolution: torchvision's wheel matches one build of torch only.
 $(VENV)/.requirements: pyproject.toml $(CONSTRAINTS)
-	@echo "1 of 3: torch, torchvision and timm into $(VENV), about 5 GB the first time"
+	@echo "1 of 3: torch, torchvision and timm into $(VENV), gigabytes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) 'setuptools>=77' wheel ninja torch torchvision timm
 	touch $@
