@@ -59,7 +59,18 @@ def test_two_processes_follow_one(tmp_path):
         run_all(["eval", str(two), "--output", str(output)], tmp_path, processes)
         matrices.append(json.loads(output.read_text())["confusion"])
         assert (tmp_path / f"eval_{processes}_confusion.png").stat().st_size > 1000
+        words = [
+            "--sigmas",
+            "0.1",
+            "--images",
+            "2",
+            "--output",
+            str(output.with_name(f"look_{processes}.json")),
+        ]
+        run_all(["analyse", str(two), *words], tmp_path, processes)
     assert matrices[0] == matrices[1] and sum(map(sum, matrices[0])) > 0
+    looks = [json.loads((tmp_path / f"look_{processes}.json").read_text()) for processes in (1, 2)]
+    assert looks[0] == looks[1] and looks[0]["miou"] == json.loads(output.read_text())["miou"]
     saved = json.loads((two / "results.json").read_text())
     assert json.loads(output.read_text())["iou_per_class"] == saved["iou_per_class"]
 

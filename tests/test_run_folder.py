@@ -49,7 +49,7 @@ def trained(data, tmp_path, resume=None, **overrides) -> Trainer:
 def test_overwrite_deletes_what_a_run_writes_and_nothing_else(data, tmp_path):
     folder = tmp_path / "tiny"
     assert train(data, tmp_path, train__steps=2, train__tensorboard=True) == 0
-    assert run.main(["eval", str(folder)]) == 0
+    assert run.main(["eval", str(folder)]) == run.main(["analyse", str(folder), "--sigmas", "0.1"]) == 0
     written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert len(written) > 12
     own = [

@@ -2,6 +2,7 @@
 
 python train/run.py [--config FILE] [--section.key VALUE ...]      train (without arguments: the demo)
 python train/run.py eval RUN [--multiscale] [--compare-stock]      score a run folder's model
+python train/run.py analyse RUN                                    coding rates, orthogonality, robustness
 python train/run.py predict RUN PATH ... [--output DIR]            label maps and overlays of any images
 python train/run.py check-data | generate-data | download-data | cache-data [--section.key VALUE ...]
 python train/run.py COMMAND --help                                 what a command takes
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file run
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What takes long to import (torch, matplotlib, ...) is imported in main, where Ctrl-C is one line.
+from train.command_analyse import ANALYSE
 from train.command_data import CACHE_DATA, CHECK_DATA, DOWNLOAD_DATA, GENERATE_DATA
 from train.command_eval import EVAL, PREDICT
 from train.command_line import PROGRAM
@@ -29,7 +31,7 @@ from train.errors import UserError, first_line, missing_extra
 
 COMMANDS = {
     command.name: command
-    for command in (TRAIN, EVAL, PREDICT, CHECK_DATA, GENERATE_DATA, DOWNLOAD_DATA, CACHE_DATA)
+    for command in (TRAIN, EVAL, ANALYSE, PREDICT, CHECK_DATA, GENERATE_DATA, DOWNLOAD_DATA, CACHE_DATA)
 }
 WORDS = (*COMMANDS, "keys", "help")
 

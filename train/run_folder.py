@@ -22,11 +22,12 @@ FREE_ON_RESUME = (
     "train.score_untrained", "train.deterministic", "model.backend",
     "model.pretrained", "model.checkpoint_path", "model.initial_checkpoint",
 )  # fmt: skip
-# What run.overwrite deletes: files called as training and `eval` call theirs. config.yaml and classes.csv, which every
-# start writes anew, stay until then: a folder without them is taken for no run's.
+# What run.overwrite deletes: files called as training, `eval` and `analyse` call theirs. config.yaml and classes.csv, which
+# every start writes anew, stay until then: a folder without them is taken for no run's.
 WRITTEN = (
-    "last.pt", "best.pt", "metrics.jsonl", "results*.json", "plots/loss.png",
-    "plots/miou.png", "plots/confusion*.png", "plots/overlays.png", "tensorboard/events.*", "*.json.tmp", "*.jsonl.tmp",
+    "last.pt", "best.pt", "metrics.jsonl", "results*.json", "analysis*.json", "plots/loss.png",
+    "plots/miou.png", "plots/confusion*.png", "plots/analysis*.png", "plots/overlays.png",
+    "tensorboard/events.*", "*.json.tmp", "*.jsonl.tmp",
 )  # fmt: skip
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 

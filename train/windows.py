@@ -75,7 +75,7 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0].round_()
 
 
-def _normalise(image: Tensor, model: nn.Module) -> Tensor:
+def normalised(image: Tensor, model: nn.Module) -> Tensor:
     mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (model.mean, model.std))
     return (image / 255 - mean) / std
 
@@ -123,7 +123,7 @@ def window_masks(
     layouts: list[dict] = []
     for scale, flip in _scales_and_flips(cfg, multiscale):
         scaled = resize_image(image, scaled_size(tuple(image.shape[-2:]), cfg.resize, scale))
-        scaled = _normalise(scaled.flip(-1) if flip else scaled, model)
+        scaled = normalised(scaled.flip(-1) if flip else scaled, model)
         canvas = window = tuple(scaled.shape[-2:])
         tops = lefts = (0,)
         if cfg.mode == "slide":

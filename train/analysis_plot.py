@@ -1,0 +1,116 @@
+"""The picture of :mod:`train.analysis`'s report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from train.analysis import mean_coherence, random_coherence, stage_names
+from train.plots import _BLUE, _DARK, _GREEN, _ORANGE, _axes
+from train.predict import short_name
+
+
+def analysis_figure(report: dict[str, Any], names: Sequence[str]) -> Figure:
+    """Coding rates and variance layer by layer, coherence of the class embeddings, scores against noise."""
+    figure = Figure(figsize=(12.5, 9.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
+    _draw_rates(_axes(figure, grid[0, 0]), report)
+    _draw_variance(_axes(figure, grid[0, 1]), report)
+    _draw_coherence(figure, figure.add_subplot(grid[1, 0]), report["classes"], report["width"], names)
+    _draw_noise(_axes(figure, grid[1, 1]), report)
+    return figure
+
+
+def _draw_rates(axes: Axes, report: dict[str, Any]) -> None:
+    stages = stage_names(report)
+    at = np.arange(len(stages))
+    for key, name, colour in (
+        ("coding_rate", "coding rate", _BLUE),
+        ("rate_reduction", "reduction by annotated class", _ORANGE),
+    ):
+        values = [np.nan if stage[key] is None else stage[key] for stage in report["embeddings"]]
+        axes.plot(at, values, color=colour, linewidth=2, marker="o", label=name)
+    for i, layer in enumerate(report["layers"]):
+        label = "rate in each layer's subspaces, before and after it" if i == 0 else None
+        axes.plot(
+            at[i : i + 2], layer["subspace_coding_rate"], color=_GREEN, linewidth=2, marker="o", label=label
+        )
+    axes.set_xticks(at, stages)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("nats")
+    axes.set_title("Coding rate of the image embeddings", loc="left", fontweight="bold")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_variance(axes: Axes, report: dict[str, Any]) -> None:
+    stages = list(zip(stage_names(report), report["embeddings"]))
+    for i, (name, stage) in enumerate(stages):
+        shares = stage["cumulative_variance"]
+        colour = _ORANGE if i == len(stages) - 1 else _BLUE
+        strength = 1.0 if i == len(stages) - 1 else 0.35 + 0.65 * i / len(stages)
+        label = f"{name}: effective rank {stage['effective_rank']:.1f}"
+        axes.plot(range(1, len(shares) + 1), shares, color=colour, alpha=strength, linewidth=2, label=label)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("principal components")
+    axes.set_ylabel("share of the variance")
+    axes.set_title("Principal components of the image embeddings", loc="left", fontweight="bold")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+
+
+def _draw_coherence(
+    figure: Figure, axes: Axes, classes: dict[str, Any], width: int, names: Sequence[str]
+) -> None:
+    matrix = np.array(classes["coherence"])
+    shown = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if len(names) <= 25:
+        labels = [short_name(name, 20) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
+    else:
+        axes.set_xlabel("class")
+        axes.set_ylabel("class")
+    figure.colorbar(shown, ax=axes, shrink=0.8).set_label("|cosine|")
+    mean = mean_coherence(classes)
+    told = (
+        ""
+        if mean is None
+        else f"\nmean of two {mean:.2f}, of random directions {random_coherence(width):.2f}"
+    )
+    axes.set_title(f"Class embeddings: orthogonal where white{told}", loc="left", fontweight="bold")
+
+
+def _draw_noise(axes: Axes, report: dict[str, Any]) -> None:
+    rows = [(row["sigma"], [score for score in row["miou"] if score is not None]) for row in report["noise"]]
+    rows = sorted((sigma, scores) for sigma, scores in rows if sigma > 0 and scores)
+    label = f"without noise: {100 * report['miou']:.1f} %"
+    axes.axhline(report["miou"], color=_DARK, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
+    if rows:
+        sigmas = [sigma for sigma, _ in rows]
+        axes.plot(
+            sigmas,
+            [np.mean(scores) for _, scores in rows],
+            color=_BLUE,
+            linewidth=2,
+            marker="o",
+            label="mIoU",
+        )
+        draws = max(len(scores) for _, scores in rows)
+        if draws > 1:
+            lowest, highest = zip(*((min(scores), max(scores)) for _, scores in rows))
+            axes.fill_between(
+                sigmas, lowest, highest, color=_BLUE, alpha=0.15, label=f"range of {draws} draws"
+            )
+        axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axes.set_xlabel("standard deviation of the noise on the decoder's parameters")
+    axes.set_ylabel("mIoU (per cent)")
+    axes.set_title("Robustness to noise", loc="left", fontweight="bold")
+    axes.legend(frameon=False, fontsize=9, loc="lower left")

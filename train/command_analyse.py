@@ -1,0 +1,127 @@
+"""The command `analyse`: what a run's decoder does to its embeddings, and how robust it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from train.command_eval import CHECKPOINT, KEYS, check_output, open_run, scored
+from train.command_line import CONFIG, Command, Option
+from train.errors import UserError
+
+SIGMAS = (0.001, 0.01, 0.02, 0.04)  # the paper's
+
+
+def analyse_run(arguments: list[str]) -> int:
+    words, own, rest = ANALYSE.split(arguments)
+    which = own.get("checkpoint", "best")
+    if len(words) > 1:
+        raise UserError(f"unexpected argument {words[1]!r}; usage: {ANALYSE.usage}")
+    sigmas = _sigmas(own.get("sigmas"))
+    repeats, count = (_count(own, name, default) for name, default in (("repeats", 1), ("images", 16)))
+    folder, config, classes, model, state, world = open_run(ANALYSE, words, rest, which)
+    ending = "" if which == "best" else scored(which, False)
+    output = Path(own.get("output", folder / f"analysis{ending}.json"))
+
+    from train import analysis, build
+    from train.analysis_plot import analysis_figure
+    from train.inference import evaluate, print_progress
+    from train.plots import _save
+
+    dataset = build.split(config, build.data_root(config, world), config.data.val_split, classes)
+    data = {"data": str(Path(dataset.root).resolve()), "split": config.data.val_split}
+    check_output(output, None if "output" in own else {"checkpoint": which, **data})
+    if output.exists() and "embeddings" not in json.loads(output.read_text(encoding="utf-8")):
+        raise UserError(f"{output}: holds the results of `eval`; name another file with --output")
+    amp_dtype = build.autocast_dtype(config)
+
+    def score(label: str = "evaluating with noise") -> float | None:
+        return evaluate(
+            model,
+            dataset,
+            config.eval,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.size,
+            amp_dtype=amp_dtype,
+            progress=print_progress(label) if world.main else None,
+        ).results()["miou"]
+
+    report: dict[str, Any] = {
+        "checkpoint": which,
+        "step": state["step"],
+        **data,
+        "images": min(count, len(dataset)),
+        "width": model.decoder.embed_dim,
+    }
+    try:
+        report |= analysis.measure(
+            model, dataset, config.eval, count, device=world.device, amp_dtype=amp_dtype
+        )
+    except ValueError as error:
+        raise UserError(f"{folder}: {config.model.name}: {error}") from None
+    report["miou"] = score("evaluating")
+    if report["miou"] is None:
+        raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
+    report["noise"] = analysis.noise_scores(model, sigmas, repeats, score)
+    if world.main:
+        print(
+            f"{folder}, {which} checkpoint (step {state['step']}), embeddings of {report['images']} images "
+            f"of {dataset.root}"
+        )
+        print(*analysis.lines(report), sep="\n")
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        picture = folder / "plots" / f"analysis{ending}.png"
+        if "output" in own:
+            picture = output.with_name(f"{output.stem}_analysis.png")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        _save(analysis_figure(report, classes.names), picture)
+        print(f"written to {output} and {picture}")
+    return 0
+
+
+def _sigmas(text: str | None) -> list[float]:
+    if text is None:
+        return list(SIGMAS)
+    try:
+        sigmas = [float(part) for part in text.strip("[]").split(",") if part.strip()]
+        if not all(0 <= sigma < math.inf for sigma in sigmas):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"--sigmas {text}: expected standard deviations as 0.001,0.01, none negative"
+        ) from None
+    return sigmas
+
+
+def _count(own: dict[str, Any], name: str, default: int) -> int:
+    value = own.get(name, default)
+    try:
+        if int(value) >= 1:
+            return int(value)
+    except ValueError:
+        pass
+    raise UserError(f"--{name} {value}: expected a whole number, at least 1")
+
+
+ANALYSE = Command(
+    "analyse",
+    analyse_run,
+    "Look into a run folder's decoder: coding rates, principal components, orthogonality, robustness to noise",
+    words="RUN",
+    text="Of some images of the validation split: the coding rate and the principal components of the image embeddings "
+    "layer by layer, and whether the class embeddings are orthogonal and span the principal subspace, as DEPICT's "
+    "derivation wants them; then mIoU with Gaussian noise on the decoder's parameters, an evaluation for each sigma "
+    "and repeat. Writes RUN/analysis.json and RUN/plots/analysis.png (analysis_<checkpoint> where that is not best).",
+    options=(
+        Option("sigmas", "Standard deviations of the noise, by default 0.001,0.01,0.02,0.04.", "S,S,..."),
+        Option("repeats", "Draws of the noise for each, by default 1.", "N"),
+        Option("images", "Images whose embeddings are measured, by default 16.", "N"),
+        CHECKPOINT,
+        Option("output", "Write there, and FILE_analysis.png beside it, instead of into RUN.", "FILE"),
+        CONFIG,
+    ),
+    keys=(*KEYS[:1], "data.val_split", *KEYS[1:], "eval.max_images"),
+)
