@@ -22,8 +22,8 @@ FREE_ON_RESUME = (
     "train.score_untrained", "train.deterministic", "model.backend",
     "model.pretrained", "model.checkpoint_path", "model.initial_checkpoint",
 )  # fmt: skip
-# What run.overwrite deletes: files called as training, `eval` and `analyse` call theirs. config.yaml and classes.csv, which
-# every start writes anew, stay until then: a folder without them is taken for no run's.
+# What run.overwrite deletes: files called as training, `eval` and `analyse` call theirs. config.yaml and classes.csv,
+# which every start writes anew, stay until then: a folder without them is taken for no run's.
 WRITTEN = (
     "last.pt", "best.pt", "metrics.jsonl", "results*.json", "analysis*.json", "plots/loss.png",
     "plots/miou.png", "plots/confusion*.png", "plots/analysis*.png", "plots/overlays.png",
