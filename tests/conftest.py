@@ -34,7 +34,12 @@ EXTRAS = {
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+GPU_FILES = pytest.StashKey[set]()  # where tests for a GPU were collected, before any of them is deselected
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    config.stash[GPU_FILES] = {f"tests/{item.path.name}" for item in items if "gpu" in item.keywords}
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
