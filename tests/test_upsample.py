@@ -118,7 +118,8 @@ def test_zero_weight_of_all_present_classes_is_zero(backend):
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"], indirect=True)
 def test_unusual_class_weights_count_where_their_class_occurs(backend, value, reduction):
     """As in stock torch: the weight of a class that no pixel has changes nothing without label smoothing."""
-    logits, target = logits_and_target(1, 4, (2, 3), (8, 12))
+    grid = (1, 2) if backend == "triton" else (2, 3)  # the interpreter takes its time for every cell
+    logits, target = logits_and_target(1, 4, grid, (8, 12))
     target = target.clamp(max=2)  # no pixel of class 3, ...
     weight = torch.tensor([1.0, 2.0, 0.5, value])
     ours = lambda x: ops.upsample_cross_entropy(x, target, None, weight, 0.0, reduction, backend=backend)
@@ -142,7 +143,10 @@ def test_unusual_class_weights_count_where_their_class_occurs(backend, value, re
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"], indirect=True)
 def test_infinite_class_weights_give_the_loss_of_stock_torch(backend, smoothing, value):
     # Not so sharp that a probability rounds to 1: its logarithm, 0, times infinity is NaN.
-    for sharpness, size in itertools.product((1.0, 3.0), ((9, 14), (3, 5))):
+    cases = itertools.product((1.0, 3.0), ((9, 14), (3, 5)))
+    for sharpness, size in (
+        [(1.0, (9, 14)), (3.0, (3, 5))] if backend == "triton" else cases
+    ):  # the interpreter is slow
         logits, target = logits_and_target(1, 5, (3, 4), size, sharpness=sharpness)
         assert target.eq(2).any() and target.eq(255).any()
         weight = torch.tensor([1.0, 2.0, value, 0.5, 0.0])
