@@ -129,7 +129,8 @@ def run(jobs: list[Job], end: float, at_once: int = 1) -> list[Job]:
 
 def gpu_tests() -> list[Job]:
     """The files with tests for a GPU, the longest first."""
-    known = re.compile(r"mark\.gpu|def test.*(device|kernels)")
+    devices = "device|cuda_device|triton_device|triton_case|kernels|kernels32"  # fixtures of tests/conftest.py
+    known = re.compile(rf"mark\.gpu|def test\w*\([^)]*\b({devices})\b")
     files = [f.stem for f in sorted((ROOT / "tests").glob("test_*.py")) if known.search(f.read_text())]
     command = lambda name: [*PYTEST, "--tb=short", f"tests/{name}.py"]
     return [
