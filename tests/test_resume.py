@@ -332,11 +332,11 @@ def test_evaluation_on_other_data_keeps_the_first_results(interrupted, tmp_path,
         assert f"results_best.json: holds the results of {held}; name another" in capsys.readouterr().err
     assert run.main(["eval", str(folder), "--eval.batch_windows", "2"]) == 0  # which changes no score
     assert (folder / "results_best.json").read_text() == results
-    older = json.loads(results)
-    del older["settings"]  # what it was is not known: the same
-    (folder / "results_best.json").write_text(json.dumps(older))
-    assert run.main(["eval", str(folder), "--eval.resize", "16"]) == 0
-    assert json.loads((folder / "results_best.json").read_text())["settings"]["eval.resize"] == 16
+    assert run.main(["eval", str(folder), "--eval.resize", "8", "--eval.flip", "true"]) == 2
+    assert (
+        "holds the results of eval.resize 32, not 8; eval.flip False, not True; name"
+        in capsys.readouterr().err
+    )
     output = tmp_path / "other.json"
     assert run.main(["eval", str(folder), "--data.root", str(other), "--output", str(output)]) == 0
     assert str(other) in output.read_text()

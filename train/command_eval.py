@@ -66,23 +66,10 @@ def scored(which: str, multiscale: bool) -> str:
     return stem
 
 
-def score_settings(config: Any, images: int, multiscale: bool) -> dict[str, Any]:
-    """What the scores of one checkpoint on one split depend on, by key, in JSON's types."""
-    cfg = config.eval
-    keys = ["mode", "resize", *(["window", "stride"] if cfg.mode == "slide" else [])]
-    keys += ["multiscale_scales"] if multiscale else ["scales", "flip"]
-    settings = {f"eval.{key}": getattr(cfg, key) for key in keys}
-    settings["data.reduce_zero_label"] = config.data.reduce_zero_label
-    return {"images": images, "train.precision": config.train.precision, **settings}
-
-
-def check_output(
-    output: Path, of: dict[str, str] | None = None, settings: dict[str, Any] | None = None
-) -> None:
+def check_output(output: Path, of: dict[str, Any] | None = None) -> None:
     """Raises UserError where an evaluation could not write there, or would overwrite anything but results.
 
-    With ``of``, the checkpoint, data or split, where it would overwrite the results of another one; with ``settings``,
-    those of another protocol. Older results do not tell theirs.
+    With ``of``, entries of the results such as their checkpoint or data, also where it would overwrite others' results.
     """
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; name a file, e.g. {output / 'results.json'}")
@@ -98,14 +85,12 @@ def check_output(
             results = json.loads(output.read_text(encoding="utf-8"))
     if not isinstance(results, dict) or "miou" not in results:
         raise UserError(f"--output {output}: exists and holds no results; name another file")
-    pairs = [(what, results.get(what), value) for what, value in (of or {}).items()]
-    held = results.get("settings") or {}
-    pairs += [(what, held.get(what, value), value) for what, value in (settings or {}).items()]
-    for what, other, value in pairs:
-        if other != value:
-            raise UserError(
-                f"{output}: holds the results of {what} {other}, not {value}; name another file with --output"
-            )
+    wanted = (of or {}).items()
+    others = [f"{key} {results.get(key)}, not {value}" for key, value in wanted if results.get(key) != value]
+    if others:
+        raise UserError(
+            f"{output}: holds the results of {'; '.join(others)}; name another file with --output"
+        )
 
 
 def evaluate_run(arguments: list[str]) -> int:
@@ -124,16 +109,17 @@ def evaluate_run(arguments: list[str]) -> int:
         check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
     folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
     from train import build
+    from train.config import scoring
     from train.inference import Comparison, evaluate, print_progress
     from train.metrics import iou_lines
     from train.plots import plot_confusion
 
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
-    data = {"data": str(Path(dataset.root).resolve()), "split": config.data.val_split}
-    settings = score_settings(config, min(len(dataset), config.eval.max_images or len(dataset)), multiscale)
+    of = {"data": str(dataset.root.resolve()), **scoring(config, multiscale)}
+    of["images"] = min(len(dataset), of.pop("eval.max_images") or len(dataset))
     if "output" not in own:
-        check_output(output, data, settings)
+        check_output(output, of)
     comparison = Comparison() if own.get("compare-stock") else None
     metrics = evaluate(
         model,
@@ -151,21 +137,15 @@ def evaluate_run(arguments: list[str]) -> int:
         results = metrics.results()
         if results["miou"] is None:
             raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
-        print(f"{folder}, {which} checkpoint (step {state['step']}), {settings['images']} images of {dataset.root}"
+        print(f"{folder}, {which} checkpoint (step {state['step']}), {of['images']} images of {dataset.root}"
               + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
         for key, title in SCORES.items():
             print(f"  {title:<16}{results[key]:.4f}")
         print(*iou_lines(results), sep="\n")
         if comparison is not None:
             print(f"  {comparison}")
-        extra = {
-            "step": state["step"],
-            "checkpoint": which,
-            "multiscale": multiscale,
-            **data,
-            "settings": settings,
-        }
-        write_results(output, metrics, {**extra, "confusion": metrics.confusion.tolist()})
+        of = {"step": state["step"], "checkpoint": which, "multiscale": multiscale, **of}
+        write_results(output, metrics, {**of, "confusion": metrics.confusion.tolist()})
         picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
         if "output" in own:
             picture = output.with_name(f"{output.stem}_confusion.png")

@@ -129,6 +129,19 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def scoring(config: Config, multiscale: bool = False) -> dict[str, Any]:
+    """The keys that a model's scores on the validation split depend on, by their dotted names, in JSON's types."""
+    flat = flatten(to_dict(config))
+    others = ["eval.batch_windows", "eval.strip_rows"]  # which change the memory alone
+    others += ["eval.scales", "eval.flip"] if multiscale else ["eval.multiscale_scales"]
+    if config.eval.mode == "whole":
+        others += ["eval.window", "eval.stride"]
+    keys = ["eval.", "data.val_split", "data.reduce_zero_label", "train.precision"]
+    if config.data.root is None:
+        keys.append("data.generate.")
+    return {key: flat[key] for key in flat if key.startswith(tuple(keys)) and key not in others}
+
+
 def save_config(config: Config, path: Path, versions: dict[str, Any]) -> None:
     """Writes the YAML file that rebuilds ``config``, and the versions it was used with."""
     document = {**to_dict(config), "versions": versions}

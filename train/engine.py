@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from depict_kernels import ops
 from train import build, checkpoint, optim
-from train.config import to_dict
+from train.config import scoring, to_dict
 from train.distributed import World, gather, on_main, sum_over
 from train.errors import UserError
 from train.inference import evaluate
@@ -39,9 +39,6 @@ from train.transforms import DeviceAugment
 
 # So many updates in a row without a finite gradient are no longer the loss scaler looking for its scale.
 MOST_SKIPPED_IN_A_ROW = 50
-# Keys that the score of a model depends on, and among them those that change nothing but memory or --multiscale.
-SCORING = ("eval.", "data.val_split", "data.reduce_zero_label", "data.generate.", "train.precision")
-NOT_SCORING = ("eval.batch_windows", "eval.strip_rows", "eval.multiscale_scales")
 
 
 class LossModule(nn.Module):
@@ -427,8 +424,8 @@ class Trainer:
             self.saved_step = self.step
         self.best_miou, self.best_step = state["best_miou"], state["best_step"]
         if self.best_step >= 0:
-            changed = checkpoint.differences(state["config"], to_dict(self.config), SCORING)
-            self.scored_otherwise = [text for text in changed if not text.startswith(NOT_SCORING)]
+            keys = tuple(scoring(self.config))
+            self.scored_otherwise = checkpoint.differences(state["config"], to_dict(self.config), keys)
         self.untrained_miou = None if self.scored_otherwise else state["untrained_miou"]
         self.images_before = state.get("images")
         self.skipped.copy_(torch.tensor(state["skipped"]))
