@@ -62,7 +62,8 @@ def test_what_has_a_row_per_class_starts_anew(name, tmp_path):
 
     source = make(7)
     config = {"model": {"name": f"{name}_vit_tiny", "img_size": None}, "data": {"crop_size": [32, 32]}}
-    checkpoint.save(tmp_path / "a.pt", {"model": source.state_dict(), "config": config})
+    state = {"model": source.state_dict(), "config": config, "classes": list("abcdefg")}
+    checkpoint.save(tmp_path / "a.pt", state)
     same = make(7)
     assert start_from(same, tmp_path / "a.pt") == []
     for key, value in same.state_dict().items():
@@ -86,7 +87,8 @@ def test_position_embeddings_are_resized(tmp_path):
         "model": {"name": "depict_sa_vit_tiny", "img_size": None},
         "data": {"crop_size": [32, 64]},
     }
-    checkpoint.save(tmp_path / "a.pt", {"model": source.state_dict(), "config": config})
+    state = {"model": source.state_dict(), "config": config, "classes": list("abc")}
+    checkpoint.save(tmp_path / "a.pt", state)
     start_from(wide, tmp_path / "a.pt")
     expected = resample_abs_pos_embed(source.backbone.vit.pos_embed, [4, 2], [2, 4], 1)
     torch.testing.assert_close(wide.backbone.vit.pos_embed, expected)
@@ -118,7 +120,7 @@ def test_a_checkpoint_of_another_version_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match="lacks drop_path_rate: another version"):
         load_model(tmp_path / "a.pt")
     model = load_model(trained)
-    for key in ("model", "config"):
+    for key in ("model", "config", "classes"):
         checkpoint.save(tmp_path / "a.pt", {name: value for name, value in state.items() if name != key})
         for read in (load_model, lambda path: start_from(model, path)):
             with pytest.raises(ValueError, match=f"lacks '{key}': another version"):

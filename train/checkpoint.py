@@ -22,10 +22,10 @@ from train.errors import UserError
 from train.schema import Config
 
 # What scoring takes from a checkpoint, and what training goes on from.
-WEIGHTS = ("step", "model", "config")
+WEIGHTS = ("step", "model", "config", "classes")
 TRAINING = (
     *WEIGHTS, "optimizer", "scaler", "ema", "rng", "window", "skipped", "evaluated_step", "best_miou", "best_step",
-    "untrained_miou",
+    "untrained_miou", "images",
 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def describe(trainer: Any) -> None:
             f"learning rate never reaches optim.lr ({config.optim.lr:g})")  # fmt: skip
     if trainer.step:
         say(f"resumed     at step {trainer.step}")
-        if trainer.images_before not in (None, now := len(trainer.train_set)):
+        if trainer.images_before != (now := len(trainer.train_set)):
             say(f"note        {now} training images, {trainer.images_before} up to the checkpoint: their order is "
                 "another one from here on")  # fmt: skip
 

@@ -107,7 +107,7 @@ class Trainer:
 
         self.step = 0
         self.saved_step: int | None = None  # what last.pt holds
-        self.images_before: int | None = None  # in the training split, at the checkpoint
+        self.images_before = len(self.train_set)  # at the checkpoint
         self.evaluated_step = -1
         self.best_miou, self.best_step = -1.0, -1
         self.scored_otherwise: list[str] = []  # why best_miou is no score of this configuration
@@ -427,7 +427,7 @@ class Trainer:
             keys = tuple(scoring(self.config))
             self.scored_otherwise = checkpoint.differences(state["config"], to_dict(self.config), keys)
         self.untrained_miou = None if self.scored_otherwise else state["untrained_miou"]
-        self.images_before = state.get("images")
+        self.images_before = state["images"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
         # The losses are already summed over the processes: the main process carries them on. Where log_every was
         # another one, those since its last multiple count.

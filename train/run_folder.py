@@ -112,8 +112,7 @@ def changed_classes(config: Any, state: dict[str, Any]) -> list[str]:
 
     if config.data.root is None:  # the generated data set's never change
         return []
-    now = list(load_classes(config.data.classes).names)
-    before = state.get("classes", now)
+    before, now = state["classes"], list(load_classes(config.data.classes).names)
     if len(before) != len(now):
         return [f"data.classes: {len(before)} classes in the checkpoint, {len(now)} now"]
     pairs = enumerate(zip(before, now))

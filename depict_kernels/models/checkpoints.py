@@ -141,8 +141,7 @@ def _parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     try:
         weights, config = dict(weights_of(state)), state["config"]
         config["model"]["name"], config["model"]["img_size"], config["data"]["crop_size"]
-        head = weights.get("decoder.head.weight")
-        return weights, config, len(head) if head is not None else weights["decoder.class_embed"].shape[1]
+        return weights, config, len(state["classes"])
     except KeyError as error:
         raise ValueError(f"{path}: lacks {error}: another version of the trainer wrote it") from None
 
