@@ -147,7 +147,7 @@ def test_unreadable_checkpoints_are_named(tmp_path):
     with pytest.raises(UserError, match=r"last.pt: not a readable checkpoint"):
         checkpoint.load(path)
     torch.save({"model": {}}, path)
-    with pytest.raises(UserError, match=r"last.pt: not a checkpoint of this trainer"):
+    with pytest.raises(UserError, match=r"last.pt: not a checkpoint of this version of the trainer"):
         checkpoint.load(path)
 
 
@@ -206,11 +206,3 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     assert torch.load(path, weights_only=True)["model"]["weight"].count_nonzero() == 1  # torch alone takes it
     with pytest.raises(UserError, match=r"last\.pt: is damaged: the checksum"):
         checkpoint.load(path)
-
-
-def test_a_checkpoint_of_another_version_names_what_it_lacks(tmp_path):
-    state = dict.fromkeys(checkpoint.TRAINING)
-    checkpoint.require(state, tmp_path / "last.pt", checkpoint.TRAINING)
-    del state["rng"]
-    with pytest.raises(UserError, match=r"last\.pt: lacks rng: another version"):
-        checkpoint.require(state, tmp_path / "last.pt", checkpoint.TRAINING)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from depict_kernels import backends
-from depict_kernels.models import PretrainedWeightsError, SegmentationModel, create_model, start_from
-from depict_kernels.models.checkpoints import read_checkpoint
+from depict_kernels.models import PretrainedWeightsError, SegmentationModel, start_from
+from depict_kernels.models.checkpoints import described_model, read_checkpoint
 from train.ade20k import ClassList, SegmentationFolder, load_classes
+from train.config import to_dict
 from train.distributed import World, on_main
 from train.errors import UserError, first_line
 from train.schema import Config, Generate
@@ -104,18 +105,12 @@ def model(config: Config, num_classes: int, weights: bool = True) -> Segmentatio
         )
     backbone_weights = weights and wanted.initial_checkpoint is None
     try:
-        return create_model(
-            wanted.name,
+        return described_model(
+            to_dict(config),
             num_classes,
             pretrained=wanted.pretrained and backbone_weights,
             checkpoint_path=wanted.checkpoint_path if backbone_weights else None,
             backend=wanted.backend,
-            img_size=wanted.img_size or config.data.crop_size,
-            upstream_backbone=wanted.upstream_backbone,
-            drop_path_rate=wanted.drop_path_rate,
-            backbone=wanted.backbone,
-            backbone_kwargs=wanted.backbone_kwargs,
-            decoder_kwargs=wanted.decoder_kwargs,
         )
     except PretrainedWeightsError as error:
         if wanted.checkpoint_path is not None and _is_checkpoint(wanted.checkpoint_path):

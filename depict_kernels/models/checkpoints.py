@@ -15,7 +15,7 @@ from torch import Tensor
 from depict_kernels.models.factory import create_model
 from depict_kernels.models.segmentation import SegmentationModel
 
-FORMAT = "depict_kernels checkpoint 1"
+FORMAT = "depict_kernels checkpoint 1"  # another number where files lack what a reader needs
 _POSITIONS = "backbone.vit.pos_embed"
 
 
@@ -49,7 +49,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if damaged:
         raise ValueError(f"{path}: is damaged: the checksum of its part {damaged} is wrong")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this trainer (key 'format' is not {FORMAT!r})")
+        raise ValueError(
+            f"{path}: not a checkpoint of this version of the trainer ('format' is not {FORMAT!r})"
+        )
     return state
 
 
@@ -65,26 +67,26 @@ def load_model(path: str | Path, *, backend: str = "auto") -> SegmentationModel:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the file is damaged, no checkpoint of the training pipeline, or one of a version with other models.
+        ValueError: the file is damaged or no checkpoint of this version's training pipeline.
     """
     path = _file(path)
-    weights, config, num_classes = _parts(path)
-    made = config["model"]
-    given = ("drop_path_rate", "upstream_backbone", "backbone", "backbone_kwargs", "decoder_kwargs")
-    if missing := [key for key in given if key not in made]:
-        raise ValueError(f"{path}: lacks {missing[0]}: another version of the trainer wrote it")
-    model = create_model(
-        made["name"],
-        num_classes,
-        backend=backend,
-        img_size=made["img_size"] or tuple(config["data"]["crop_size"]),
-        **{key: made[key] for key in given},
-    )
+    state = read_checkpoint(path)
+    model = described_model(state["config"], len(state["classes"]), backend=backend)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights_of(state))
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit {made['name']}: {error}") from None
+        raise ValueError(f"{path}: its weights do not fit its configuration: {error}") from None
     return model.eval()
+
+
+def described_model(config: Mapping[str, Any], num_classes: int, **options: Any) -> SegmentationModel:
+    """The model of a run's configuration; ``options`` are :func:`create_model`'s others (backend and weights)."""
+    made = config["model"]
+    keys = ("drop_path_rate", "upstream_backbone", "backbone", "backbone_kwargs", "decoder_kwargs")
+    size = made["img_size"] or config["data"]["crop_size"]
+    return create_model(
+        made["name"], num_classes, img_size=size, **{key: made[key] for key in keys}, **options
+    )
 
 
 def start_from(model: SegmentationModel, path: str | Path) -> list[str]:
@@ -103,9 +105,10 @@ def start_from(model: SegmentationModel, path: str | Path) -> list[str]:
             nothing is loaded.
     """
     path = _file(path)
-    weights, config, num_classes = _parts(path)
+    state = read_checkpoint(path)
+    weights, config = dict(weights_of(state)), state["config"]
     own, kept = model.state_dict(), []
-    if num_classes != model.num_classes:
+    if len(state["classes"]) != model.num_classes:
         kept = [f"decoder.{name}" for name in model.decoder.class_parameters]
         weights |= {name: own[name] for name in kept if name in weights}
     if _POSITIONS in weights and _POSITIONS in own:
@@ -133,17 +136,6 @@ def misfits(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path / "best.pt" if path.is_dir() else path
-
-
-def _parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
-    """Of a checkpoint file: the weights to score, the run's configuration, and the number of classes."""
-    state = read_checkpoint(path)
-    try:
-        weights, config = dict(weights_of(state)), state["config"]
-        config["model"]["name"], config["model"]["img_size"], config["data"]["crop_size"]
-        return weights, config, len(state["classes"])
-    except KeyError as error:
-        raise ValueError(f"{path}: lacks {error}: another version of the trainer wrote it") from None
 
 
 def _resized(positions: Tensor, model: SegmentationModel, config: Mapping[str, Any]) -> Tensor:
