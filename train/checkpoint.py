@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ from depict_kernels.models.checkpoints import FORMAT, misfits, read_checkpoint
 from train.config import flatten, to_dict
 from train.errors import UserError
 from train.schema import Config
-
-# What scoring takes from a checkpoint, and what training goes on from.
-WEIGHTS = ("step", "model", "config", "classes")
-TRAINING = (
-    *WEIGHTS, "optimizer", "scaler", "ema", "rng", "window", "skipped", "evaluated_step", "best_miou", "best_step",
-    "untrained_miou", "images",
-)  # fmt: skip
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -69,13 +61,6 @@ def load(path: Path) -> dict[str, Any]:
         return read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-
-
-def require(state: dict[str, Any], path: Path, keys: Sequence[str]) -> None:
-    """Raises ``UserError`` where checkpoint ``path`` lacks one of ``keys``."""
-    missing = [key for key in keys if key not in state]
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}: another version of this trainer wrote it")
 
 
 def load_weights(

@@ -52,7 +52,6 @@ def open_run(
     model = build.model(config, classes.num_classes, weights=False)
     path = folder / f"{which}.pt" if which in ("best", "last") else Path(which)
     state = checkpoint.load(path)
-    checkpoint.require(state, path, checkpoint.WEIGHTS)
     checkpoint.load_weights(model, weights_of(state), path, state["config"], config)
     model.to(world.device).eval()
     return folder, config, classes, model, state, world

@@ -108,7 +108,6 @@ def finish(trainer: Any) -> None:
     folder, world = trainer.folder, trainer.world
     path = folder / "best.pt"
     state = distributed.on_main(world, lambda: checkpoint.load(path))
-    checkpoint.require(state, path, checkpoint.WEIGHTS)
     checkpoint.load_weights(trainer.model, state["model"], path, state["config"], trainer.config)
     trainer.log.say(f"scoring {path}, of step {state['step']}")
     metrics = trainer.measure(trainer.model)

@@ -85,7 +85,6 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
         return None
     if not over and last.exists() and not own:
         state = checkpoint.load(last)
-        checkpoint.require(state, last, checkpoint.TRAINING)
         changed = [
             text
             for text in checkpoint.differences(state["config"], to_dict(config))
@@ -100,7 +99,6 @@ def prepare_folder(config: Any, folder: Path) -> dict[str, Any] | None:
     state = checkpoint.load(path)
     if "optimizer" not in state:
         raise UserError(f"{path}: holds weights only; last.pt of a run folder is what training resumes from")
-    checkpoint.require(state, path, checkpoint.TRAINING)
     if not own:  # the best checkpoint stays behind in the other folder
         state |= {"best_miou": -1.0, "best_step": -1, "evaluated_step": -1}
     return {**(with_best(state, folder) if own else state), "file": str(path)}
