@@ -175,13 +175,6 @@ def test_global_random_state_is_left_alone(folder, workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_batch_that_ranks_cannot_share(folder):
-    with pytest.raises(
-        UserError, match=r"data\.batch_size is 4: need a positive multiple of the 3 processes"
-    ):
-        train_loader(folder, settings(), seed=0, world_size=3)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_file_is_one_clear_error(root, tmp_path, workers):
     for kind in ("images", "annotations"):

@@ -30,7 +30,7 @@ def _train(arguments: list[str]) -> int:
     build.check_backend(config, world.device, training=True)
     if config.data.batch_size % world.size:  # said before anything is made, read or deleted
         raise UserError(
-            f"data.batch_size is {config.data.batch_size}: need a positive multiple of the {world.size} processes"
+            f"data.batch_size is {config.data.batch_size}: need a multiple of the {world.size} processes"
         )
     folder = Path(config.run.root) / config.run.name
     resume = distributed.on_main(world, lambda: prepare_folder(config, folder))

@@ -133,12 +133,8 @@ def train_loader(
         width that the image fills); "index": (b,) int64 sample numbers.
 
     Raises:
-        UserError: a bad file, a batch that the ranks cannot share, or a worker that died.
+        UserError: a bad file, or a worker that died.
     """
-    if data.batch_size < 1 or data.batch_size % world_size:
-        raise UserError(
-            f"data.batch_size is {data.batch_size}: need a positive multiple of the {world_size} processes"
-        )
     transform = TrainTransform(
         crop_size=tuple(data.crop_size),
         base_size=data.base_size,
