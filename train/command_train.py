@@ -102,16 +102,13 @@ def describe(trainer: Any) -> None:
 
 def finish(trainer: Any) -> None:
     """Scores the best checkpoint and writes results.json and the plots."""
-    from train import checkpoint, distributed
     from train.plots import collect_samples, plot_run
 
-    folder, world = trainer.folder, trainer.world
-    path = folder / "best.pt"
-    state = distributed.on_main(world, lambda: checkpoint.load(path))
-    checkpoint.load_weights(trainer.model, state["model"], path, state["config"], trainer.config)
-    trainer.log.say(f"scoring {path}, of step {state['step']}")
+    folder = trainer.folder
+    state = trainer.load_best(trainer.model)
+    trainer.log.say(f"scoring {folder / 'best.pt'}, of step {state['step']}")
     metrics = trainer.measure(trainer.model)
-    if not world.main:
+    if not trainer.world.main:
         return
     extra: dict[str, Any] = {"step": state["step"], "checkpoint": "best"}
     if trainer.untrained_miou is not None:

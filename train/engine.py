@@ -362,14 +362,20 @@ class Trainer:
 
     def _score_best_again(self) -> None:
         """Later models are compared with best.pt under this configuration, not with its score under another one."""
-        path = self.folder / "best.pt"
-        state = on_main(self.world, lambda: checkpoint.load(path))
-        best = copy.deepcopy(self.model)
-        checkpoint.load_weights(best, state["model"], path, state["config"], self.config)
+        best = copy.deepcopy(self.model)  # its memory is that of the gradients, which are not there yet
+        state = self.load_best(best)
         self.best_miou, self.best_step = self._scores(best)["miou"], state["step"]
-        on_main(self.world, lambda: checkpoint.save(path, state | {"miou": self.best_miou}))
+        state |= {"miou": self.best_miou}
+        on_main(self.world, lambda: checkpoint.save(self.folder / "best.pt", state))
         why = "; ".join(self.scored_otherwise)
         self.log.say(f"best.pt of step {self.best_step} scored again ({why}): miou {self.best_miou:.4f}")
+
+    def load_best(self, model: nn.Module) -> dict[str, Any]:
+        """Loads the weights of best.pt into ``model``; the whole checkpoint."""
+        path = self.folder / "best.pt"
+        state = on_main(self.world, lambda: checkpoint.load(path))
+        checkpoint.load_weights(model, state["model"], path, state["config"], self.config)
+        return state
 
     @property
     def averaged(self) -> nn.Module:
