@@ -405,9 +405,17 @@ def test_new_optimiser_settings_hold_on_resume(data, tmp_path):
         trainer(data, tmp_path, state, train__steps=2, optim__name="sgd")
 
 
-def test_a_whole_epoch_without_a_label_stops(tmp_path):
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_split_without_a_label_is_refused_at_the_start(split, tmp_path):
     root = make_data(tmp_path / "data")
-    for path in (root / "annotations" / "training").iterdir():
+    first, *others = sorted((root / "annotations" / split).iterdir())
+    good = first.read_bytes()
+    for path in (first, *others):
         Image.new("L", Image.open(path).size, 0).save(path)
-    with pytest.raises(UserError, match=r"no labelled pixel .* training"):
-        trainer(root, tmp_path).train()
+    with pytest.raises(UserError, match=f"no labelled pixel in {split}; .*check-data"):
+        trainer(root, tmp_path)
+    others[-1].write_bytes(good)
+    trainer(root, tmp_path)
+    if split == "validation":
+        with pytest.raises(UserError, match="no labelled pixel in validation"):
+            trainer(root, tmp_path, eval__max_images=1)

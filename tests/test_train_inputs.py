@@ -112,9 +112,9 @@ def test_more_workers_than_cores_are_kept_and_said_once(data, tmp_path, capsys, 
 
 
 def test_bad_files_are_named(tmp_path, capsys):
-    data = make_data(tmp_path / "data", train_images=1, val_images=1)
-    keys = settings(data, tmp_path, data__batch_size=1)
-    image, annotation = data / "images/training/image_000.jpg", data / "annotations/training/image_000.png"
+    data = make_data(tmp_path / "data", train_images=2, val_images=1)
+    keys = settings(data, tmp_path, data__batch_size=2)
+    image, annotation = data / "images/training/image_001.jpg", data / "annotations/training/image_001.png"
     good = image.read_bytes(), annotation.read_bytes()
     for workers in (0, 1):
         keys["data.workers"] = workers

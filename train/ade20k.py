@@ -365,6 +365,15 @@ class SegmentationFolder:
         """Like ``decode``, but from the cache where there is one; the arrays may then be read-only."""
         return self._cache.read(i) if self._cache is not None else self.decode(i)
 
+    def require_labels(self, count: int | None = None) -> None:
+        """Raises UserError where no pixel of the first ``count`` samples is labelled. Reads up to one that is."""
+        targets = (self.arrays(i)[1] for i in range(len(self))[:count])
+        if not any((target != self.ignore_index).any() for target in targets):
+            raise UserError(
+                f"{self.root}: no labelled pixel in {self.split}; `python train/run.py check-data` shows what the "
+                "annotations hold"
+            )
+
     def read(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (3, H, W) uint8 and target (H, W) uint8 (int32 above 255 classes), both writable."""
         image, target = self.arrays(i)

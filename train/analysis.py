@@ -121,7 +121,7 @@ def _mean_of(measures: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def noise_scores(
-    model: SegmentationModel, sigmas: Sequence[float], repeats: int, score: Callable[[], float | None]
+    model: SegmentationModel, sigmas: Sequence[float], repeats: int, score: Callable[[], float]
 ) -> list[dict[str, Any]]:
     """mIoU with Gaussian noise on the decoder's parameters: {"sigma", "miou": one for each of ``repeats`` draws}."""
     rows = []
@@ -176,6 +176,5 @@ def lines(report: dict[str, Any]) -> list[str]:
     text.append("  mIoU with Gaussian noise on the decoder's parameters")
     text.append(f"    {'none':<10}{report['miou']:.4f}")
     for row in report["noise"]:
-        scores = [score for score in row["miou"] if score is not None]
-        text.append(f"    {row['sigma']:<10g}" + "  ".join(f"{score:.4f}" for score in scores))
+        text.append(f"    {row['sigma']:<10g}" + "  ".join(f"{score:.4f}" for score in row["miou"]))
     return text

@@ -35,9 +35,10 @@ def analyse_run(arguments: list[str]) -> int:
     check_output(output, None if "output" in own else {"checkpoint": which, **data})
     if output.exists() and "embeddings" not in json.loads(output.read_text(encoding="utf-8")):
         raise UserError(f"{output}: holds the results of `eval`; name another file with --output")
+    dataset.require_labels(config.eval.max_images)
     amp_dtype = build.autocast_dtype(config)
 
-    def score(label: str = "evaluating with noise") -> float | None:
+    def score(label: str = "evaluating with noise") -> float:
         return evaluate(
             model,
             dataset,
@@ -63,8 +64,6 @@ def analyse_run(arguments: list[str]) -> int:
     except ValueError as error:
         raise UserError(f"{folder}: {config.model.name}: {error}") from None
     report["miou"] = score("evaluating")
-    if report["miou"] is None:
-        raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
     report["noise"] = analysis.noise_scores(model, sigmas, repeats, score)
     if world.main:
         print(

@@ -119,6 +119,7 @@ def evaluate_run(arguments: list[str]) -> int:
     of["images"] = min(len(dataset), of.pop("eval.max_images") or len(dataset))
     if "output" not in own:
         check_output(output, of)
+    dataset.require_labels(config.eval.max_images)
     comparison = Comparison() if own.get("compare-stock") else None
     metrics = evaluate(
         model,
@@ -134,8 +135,6 @@ def evaluate_run(arguments: list[str]) -> int:
     )
     if world.main:
         results = metrics.results()
-        if results["miou"] is None:
-            raise UserError(f"{dataset.root}: no labelled pixel in {config.data.val_split}")
         print(f"{folder}, {which} checkpoint (step {state['step']}), {of['images']} images of {dataset.root}"
               + (", multi-scale with flip" if multiscale else ""))  # fmt: skip
         for key, title in SCORES.items():

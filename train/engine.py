@@ -88,6 +88,8 @@ class Trainer:
         self.classes = build.class_list(config, root)
         self.train_set = build.split(config, root, config.data.train_split, self.classes)
         self.val_set = build.split(config, root, config.data.val_split, self.classes)
+        self.train_set.require_labels()
+        self.val_set.require_labels(config.eval.max_images)
 
         _seed(config.train.seed)
         self.model = build.model(config, self.classes.num_classes, weights=resume is None)
@@ -117,9 +119,6 @@ class Trainer:
         self.window_images: list[list[int]] = []
         # Steps without a finite gradient: in all, and in a row.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
-        # Updates since this start, and the labelled pixels (times their class weights) in them over all processes.
-        self.updates = 0
-        self.labelled = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = RunLog(folder, self.total_steps, main=world.main, tensorboard=config.train.tensorboard)
 
         # Different from here on: each process drops other paths.
@@ -208,8 +207,6 @@ class Trainer:
         batches = [to_device(batch, self.device) for batch in batches]
         valid = sum(self.loss_module.valid_weight(batch["target"]) for batch in batches)
         sum_over(self.world, valid)
-        self.labelled += valid
-        self.updates += 1
         # Gradients are averaged over the processes, hence the factor; nothing valid anywhere gives 0, not NaN.
         scale = torch.where(valid > 0, self.world.size / valid, 0.0).float()
 
@@ -254,11 +251,6 @@ class Trainer:
             raise UserError(
                 f"up to step {self.step}: {error}; `python train/run.py check-data` names the file"
             ) from None
-        if self.updates >= self.steps_per_epoch and not self.labelled:
-            raise UserError(
-                f"{self.train_set.root}: no labelled pixel in a whole epoch of {self.config.data.train_split}; "
-                "`python train/run.py check-data` shows what the annotations hold"
-            )
         window = self.window[: len(self.window_images)].clone()
         window[:, 0] = sum_over(self.world, window[:, 0].contiguous())
         rows = window.tolist()
@@ -329,8 +321,6 @@ class Trainer:
         before = checkpoint.rng_state(self.device)
         results = self.measure(model).results()
         checkpoint.set_rng_state(before, self.device)
-        if results["miou"] is None:
-            raise UserError(f"{self.val_set.root}: no labelled pixel in {self.config.data.val_split}")
         return results
 
     def measure(self, model: nn.Module) -> SegmentationMetrics:
