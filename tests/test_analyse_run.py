@@ -97,9 +97,7 @@ def test_bad_arguments_are_one_line(trained, words, message, capsys):
 
 def test_other_decoders(tmp_path, capsys):
     dataset = OneImage(torch.randint(0, 5, (32, 64), dtype=torch.uint8))
-    report = measure(
-        tiny("segmenter_mask_vit_tiny"), dataset, settings(mode="whole"), 1, device=torch.device("cpu")
-    )
+    report = measure(tiny("segmenter_mask_vit_tiny"), dataset, settings(mode="whole"), 1)
     assert len(report["embeddings"]) == 3 and report["layers"] == []
     assert len(lines(report | {"width": 48, "miou": 0.5, "noise": []})) == 8
     data = make_data(tmp_path / "data", train_images=4, val_images=2)
@@ -150,7 +148,7 @@ def test_measures_by_hand():
     model, cfg = tiny(), settings(mode="whole")
     target = torch.randint(0, 5, (32, 64), dtype=torch.uint8)
     dataset = OneImage(target)
-    report = measure(model, dataset, cfg, 4, device=torch.device("cpu"))
+    report = measure(model, dataset, cfg, 4)
     patches, labels = patches_and_labels(model, dataset.read(0)[0], target, cfg)
     x = analysis.layer_embeddings(model.decoder, patches)[0][0].double()
     z = F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
@@ -160,7 +158,7 @@ def test_measures_by_hand():
     assert stage["rate_reduction"] == pytest.approx(expected.item(), rel=1e-3)
     images, classes = (e[0] for e in model.decoder.embeddings(patches))
     assert report["classes"]["span_energy"] == pytest.approx(analysis.span_energy(images, classes)[0].item())
-    unlabelled = measure(model, OneImage(torch.full_like(target, 255)), cfg, 1, device=torch.device("cpu"))
+    unlabelled = measure(model, OneImage(torch.full_like(target, 255)), cfg, 1)
     assert unlabelled["embeddings"][0]["rate_reduction"] is None
     assert unlabelled["embeddings"][0]["coding_rate"] == pytest.approx(stage["coding_rate"])
 

@@ -8,6 +8,7 @@ from tiny_inference import TinyModel, picture, settings
 
 from train import command_eval, inference
 from train.ade20k import ClassList
+from train.distributed import World
 from train.errors import UserError
 from train.inference import (
     Comparison,
@@ -135,7 +136,7 @@ def test_comparison_sees_a_wrong_label_and_forgives_a_tie():
 def _evaluate_as(rank, init_file, out=None):
     torch.distributed.init_process_group("gloo", f"file://{init_file}", rank=rank, world_size=2)
     try:
-        metrics = evaluate(TinyModel(), Pictures(), settings(), rank=rank, world_size=2)
+        metrics = evaluate(TinyModel(), Pictures(), settings(), world=World(torch.device("cpu"), rank, 2))
         if out is not None:
             torch.save(metrics.confusion, out)
     finally:

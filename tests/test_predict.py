@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from train.ade20k import ClassList, load_classes, read_labels, to_target
+from train.distributed import World
 from train.errors import UserError
 from train.inference import predict_labels
 from train.predict import (
@@ -51,13 +52,12 @@ class BrightestChannel(nn.Module):
         return self.scale * nn.functional.avg_pool2d(images, 4)
 
 
-def test_processes_share_the_images(tmp_path):
+def test_processes_share_the_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     for name in "abcde":
         Image.fromarray(halves()).save(tmp_path / f"{name}.png")
     written = [
-        predict_folder(
-            BrightestChannel(), [tmp_path], CLASSES, CFG, tmp_path / "out", rank=rank, world_size=2
-        ).written
+        run([tmp_path], tmp_path / "out", world=World(torch.device("cpu"), rank, 2)).written
         for rank in range(2)
     ]
     stems = [[path.stem for path in paths if "overlay" not in path.stem] for paths in written]

@@ -47,7 +47,6 @@ def measure(
     cfg,
     count: int,
     *,
-    device: torch.device,
     amp_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Measures of the embeddings, means over ``count`` images spread evenly over ``dataset``; ``model`` evaluates.
@@ -62,6 +61,7 @@ def measure(
         embeddings it takes. All by :mod:`depict_kernels.analysis`.
     """
     ignored = default_ignore_index(model.num_classes)
+    device = next(model.parameters()).device
     depict_layers = getattr(model.decoder, "layers", ())
     count = min(count, len(dataset))
     embeddings, rates, classes = [], [], []

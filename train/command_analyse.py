@@ -43,9 +43,7 @@ def analyse_run(arguments: list[str]) -> int:
             model,
             dataset,
             config.eval,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.size,
+            world=world,
             amp_dtype=amp_dtype,
             progress=print_progress(label) if world.main else None,
         ).results()["miou"]
@@ -58,9 +56,7 @@ def analyse_run(arguments: list[str]) -> int:
         "width": model.decoder.embed_dim,
     }
     try:
-        report |= analysis.measure(
-            model, dataset, config.eval, count, device=world.device, amp_dtype=amp_dtype
-        )
+        report |= analysis.measure(model, dataset, config.eval, count, amp_dtype=amp_dtype)
     except ValueError as error:
         raise UserError(f"{folder}: {config.model.name}: {error}") from None
     report["miou"] = score("evaluating")

@@ -126,9 +126,7 @@ def evaluate_run(arguments: list[str]) -> int:
         dataset,
         config.eval,
         multiscale=multiscale,
-        device=world.device,
-        rank=world.rank,
-        world_size=world.size,
+        world=world,
         amp_dtype=build.autocast_dtype(config),
         progress=print_progress() if world.main else None,
         comparison=comparison,
@@ -172,10 +170,8 @@ def predict_run(arguments: list[str]) -> int:
         output,
         multiscale=own.get("multiscale", False),
         reduce_zero_label=config.data.reduce_zero_label,
-        device=world.device,
         amp_dtype=build.autocast_dtype(config),
-        rank=world.rank,
-        world_size=world.size,
+        world=world,
         progress=print_progress("predicting"),
     )
     by = f" by process {world.rank} of {world.size}" if world.size > 1 else ""

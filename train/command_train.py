@@ -121,5 +121,5 @@ def finish(trainer: Any) -> None:
         baselines["per-pixel classifier of colour and position"] = extra["pixel_baseline_miou"]
     write_results(folder / "results.json", metrics, extra)
     with trainer.autocast():
-        samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval, device=trainer.device)
+        samples = collect_samples(trainer.model, trainer.val_set, trainer.config.eval)
     plot_run(folder, metrics=metrics, samples=samples, classes=trainer.classes, baselines=baselines)

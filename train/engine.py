@@ -329,9 +329,7 @@ class Trainer:
             model,
             self.val_set,
             self.config.eval,
-            device=self.device,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            world=self.world,
             amp_dtype=build.autocast_dtype(self.config),
             progress=self.log.evaluating,
         )

@@ -35,12 +35,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depict_kernels import backends
 from depict_kernels.ops import upsample_argmax, upsample_confusion
+from train.distributed import World, sum_over
 from train.metrics import SegmentationMetrics
 from train.windows import View, window_masks
 
@@ -228,14 +228,13 @@ def predict_labels(
     cfg,
     *,
     multiscale: bool = False,
-    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Label map (H, W) of one image (3, H, W) uint8 at its own size, by the module's protocol, on ``device``.
+    """Label map (H, W) of one image (3, H, W) uint8 at its own size, by the module's protocol, on the model's device.
 
     Memory beyond the model's own: every window's masks, and C x ``cfg.strip_rows`` x W scores. Arguments and
     errors as in :func:`window_masks` and :func:`labels_from_views`; the model should be in eval mode.
     """
-    views = window_masks(model, image, cfg, multiscale=multiscale, device=device)
+    views = window_masks(model, image, cfg, multiscale=multiscale)
     return labels_from_views(views, tuple(image.shape[-2:]), strip_rows=cfg.strip_rows)
 
 
@@ -293,12 +292,10 @@ class Comparison:
         gap = ((top - exact.gather(0, pair)) / top).amax(0)
         self.not_ties += int((gap[differ] > 4 * error).sum())
 
-    def reduce(self, device: torch.device) -> None:
+    def reduce(self, world: World) -> None:
         """Sums the counts over all processes: once, on every one of them."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = torch.tensor([self.pixels, self.differing, self.not_ties], device=device)
-            dist.all_reduce(counts)
-            self.pixels, self.differing, self.not_ties = counts.tolist()
+        counts = torch.tensor([self.pixels, self.differing, self.not_ties], device=world.device)
+        self.pixels, self.differing, self.not_ties = sum_over(world, counts).tolist()
 
     def __str__(self) -> str:
         return (
@@ -375,22 +372,21 @@ def evaluate(
     cfg,
     *,
     multiscale: bool = False,
-    device: torch.device | str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World | None = None,
     amp_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     comparison: Comparison | None = None,
 ) -> SegmentationMetrics:
     """Scores of ``model`` on ``dataset`` at the annotations' own sizes.
 
-    Image i is evaluated by process ``i % world_size``, none of them twice, and the counts are summed over the
+    Image i is evaluated by process ``i % world.size``, none of them twice, and the counts are summed over the
     processes: the matrix holds the same integers for any number of them. Reading overlaps with computing.
 
     Args:
         model: as in :func:`window_masks`; put into eval mode for the time of the call.
         dataset: ``read(i)`` gives image (3, H, W) uint8 and target (H, W) uint8 or int32; has ``classes``.
         cfg: the ``eval`` section; the first ``cfg.max_images`` images, or all.
+        world: the processes that evaluate together; None for this one alone.
         amp_dtype: dtype of autocast around the model, None for none.
         progress: called after every image of this process with about what all of them did; :func:`print_progress`
             makes one.
@@ -399,11 +395,12 @@ def evaluate(
     Returns:
         The metrics over all processes, on every process.
     """
-    device = torch.device(device if device is not None else next(model.parameters()).device)
+    device = next(model.parameters()).device
+    world = world or World(device)
     total = len(dataset) if cfg.max_images is None else min(len(dataset), cfg.max_images)
     names = dataset.classes.names
     metrics = SegmentationMetrics(len(names), names, device=device)
-    mine = range(rank, total, world_size)
+    mine = range(world.rank, total, world.size)
     start = time.monotonic()
     training = model.training
     model.eval()
@@ -411,7 +408,7 @@ def evaluate(
         for done, (_, get) in enumerate(prefetch(dataset.read, mine), 1):
             image, target = get()
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                views = window_masks(model, image, cfg, multiscale=multiscale, device=device)
+                views = window_masks(model, image, cfg, multiscale=multiscale)
             if comparison is None:
                 _count(metrics, views, target.to(device), cfg.strip_rows)
             else:
@@ -420,11 +417,11 @@ def evaluate(
                 comparison.add(views, size, labels)
                 metrics.update_labels(labels, target)
             if progress is not None:
-                all_done = min(done * world_size, total)  # the other processes are about as far
+                all_done = min(done * world.size, total)  # the other processes are about as far
                 progress(all_done, total, all_done / max(time.monotonic() - start, 1e-9))
     finally:
         model.train(training)
-    metrics.reduce()
+    sum_over(world, metrics.confusion)  # integers, so that the sum is the same for any number of processes
     if comparison is not None:
-        comparison.reduce(device)
+        comparison.reduce(world)
     return metrics

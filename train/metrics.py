@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -117,14 +116,6 @@ class SegmentationMetrics:
                 f"nor the ignored {self.ignore_index}"
             )
         self._matrix.update(labels, target)
-
-    def reduce(self) -> None:
-        """Sums the matrix over all processes: once, at the end, on every one of them.
-
-        Integers, so the sum is the same for any number of processes. Without torch.distributed: nothing.
-        """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.confusion)
 
     def results(self) -> dict:
         """{"miou", "pixel_accuracy", "mean_accuracy": float | None, "iou_per_class": {name: float | None}}.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,14 +37,7 @@ class Sample:
     labels: np.ndarray  # (H, W)
 
 
-def collect_samples(
-    model: nn.Module,
-    dataset,
-    cfg,
-    count: int = 4,
-    *,
-    device: torch.device | str | None = None,
-) -> list[Sample]:
+def collect_samples(model: nn.Module, dataset, cfg, count: int = 4) -> list[Sample]:
     """Predictions for ``count`` images, spread evenly over ``dataset``: the same ones every time."""
     count = min(count, len(dataset))
     training = model.training
@@ -54,7 +46,7 @@ def collect_samples(
     for i in range(count):
         index = i * len(dataset) // count
         image, target = dataset.read(index)
-        labels = predict_labels(model, image, cfg, device=device)
+        labels = predict_labels(model, image, cfg)
         pixels = image.permute(1, 2, 0).numpy()
         samples.append(Sample(dataset.names[index], pixels, target.numpy(), labels.cpu().numpy()))
     model.train(training)

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from train.ade20k import UNREADABLE, ClassList, to_rgb
+from train.distributed import World
 from train.errors import UserError, first_line
 from train.inference import Progress, predict_labels, prefetch
 
@@ -257,11 +258,9 @@ def predict_folder(
     *,
     reduce_zero_label: bool = True,
     multiscale: bool = False,
-    device: torch.device | str | None = None,
     amp_dtype: torch.dtype | None = None,
     overlays: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World | None = None,
     progress: Progress | None = None,
 ) -> PredictReport:
     """Writes ``<stem>.png``, the labels as annotations encode them, and ``<stem>_overlay.png`` for every image.
@@ -277,7 +276,7 @@ def predict_folder(
         output: folder, made where it is missing.
         reduce_zero_label: class c is stored as c + 1, as in ADE20K's annotations.
         amp_dtype: dtype of autocast around the model, None for none.
-        rank, world_size: which share of the images this process does, of how many.
+        world: the processes that share the images; None for this one alone.
         progress: called with images done, this process's images, images per second.
 
     Raises:
@@ -303,23 +302,24 @@ def predict_folder(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made: {error.strerror}") from None
-    if world_size > 1 and dist.is_initialized():  # what one of them writes is no reason for another to stop
+    device = next(model.parameters()).device
+    world = world or World(device)
+    if world.size > 1:  # what one of them writes is no reason for another to stop
         dist.barrier()
 
-    device = torch.device(device if device is not None else next(model.parameters()).device)
     report = PredictReport()
     start = time.monotonic()
     training = model.training
     model.eval()
     try:
-        mine = list(zip(images, names))[rank::world_size]
+        mine = list(zip(images, names))[world.rank :: world.size]
         jobs = prefetch(lambda job: read_any_image(job[0]), mine, workers=2)
         for done, ((path, name), get) in enumerate(jobs, 1):
             try:
                 image = get()
                 pixels = torch.from_numpy(image).permute(2, 0, 1)
                 with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                    labels = predict_labels(model, pixels, cfg, multiscale=multiscale, device=device)
+                    labels = predict_labels(model, pixels, cfg, multiscale=multiscale)
                 labels = labels.cpu().numpy()
                 pictures = [encode_labels(labels, classes.num_classes, reduce_zero_label)]
                 if overlays:

@@ -93,7 +93,6 @@ def window_masks(
     cfg,
     *,
     multiscale: bool = False,
-    device: torch.device | str | None = None,
 ) -> list[View]:
     """Steps 1 and 2 of :mod:`train.inference`'s protocol: the masks of every window of every scale and flip.
 
@@ -117,7 +116,7 @@ def window_masks(
         raise UserError(f"eval.mode {cfg.mode!r}: choose slide or whole")
     if cfg.mode == "slide" and cfg.stride > cfg.window:
         raise UserError(f"eval.stride {cfg.stride} leaves gaps: at most eval.window ({cfg.window}) fits")
-    image = image.to(device if device is not None else next(model.parameters()).device)
+    image = image.to(next(model.parameters()).device)
 
     crops: list[Tensor] = []
     layouts: list[dict] = []
