@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 import train.download
-from train.download import download, extract, fetch, file_sha256, size_text
+from train.download import download, extract, fetch, size_text
 from train.errors import UserError
 
 BODY = bytes(range(256)) * 1200  # 300 kB
@@ -285,20 +285,12 @@ def test_download_extracts_and_records_the_checksum(server, tmp_path):
     server.body = archive(tmp_path / "made.zip", GOOD).read_bytes()
     digest = hashlib.sha256(server.body).hexdigest()
     server.plan = [{"send": 50}]
-    root = download(tmp_path / "data", server.url, "Set", sha256=digest.upper(), progress=True)
+    root = download(tmp_path / "data", server.url, "Set", progress=True)
     assert (root / "images/a.jpg").read_bytes() == b"jpeg"
     assert (tmp_path / "data" / "set.zip.sha256").read_text() == f"{digest}  set.zip\n"
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["Set", "set.zip.sha256"]
     count = len(server.requests)
     assert download(tmp_path / "data", server.url, "Set") == root and len(server.requests) == count
-
-
-def test_wrong_checksum(server, tmp_path):
-    server.body = archive(tmp_path / "made.zip", GOOD).read_bytes()
-    with pytest.raises(UserError, match=r"SHA-256 is .*, expected 00; the file was put aside"):
-        download(tmp_path / "data", server.url, "Set", sha256="00", progress=False)
-    assert not (tmp_path / "data" / "Set").exists()
-    assert file_sha256(tmp_path / "data" / "set.zip.wrong") == hashlib.sha256(server.body).hexdigest()
 
 
 def test_full_disk(server, tmp_path, monkeypatch):

@@ -96,9 +96,8 @@ def test_labels_are_stored_as_annotations_and_the_overlay_beside_them(tmp_path):
 
 def test_without_reduce_zero_label_the_values_are_the_classes(tmp_path):
     save(halves(), tmp_path / "a.png")
-    run([tmp_path / "a.png"], tmp_path / "out", reduce_zero_label=False, overlays=False)
+    run([tmp_path / "a.png"], tmp_path / "out", reduce_zero_label=False)
     assert set(np.unique(read_labels(tmp_path / "out/a.png"))) == {0, 2}
-    assert not (tmp_path / "out/a_overlay.png").exists()
 
 
 @pytest.mark.parametrize("num_classes, dtype", [(150, np.uint8), (255, np.uint8), (256, np.uint16)])
@@ -238,8 +237,9 @@ def test_images_of_one_stem_keep_apart(tmp_path):
         output_names([Path("a.jpg"), Path("a.png"), Path("a.png_overlay.jpg")])
     save(halves(), tmp_path / "a.jpg")
     save(halves(), tmp_path / "a.png")
-    run([tmp_path], tmp_path / "out", overlays=False)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.jpg.png", "a.png.png"]
+    run([tmp_path], tmp_path / "out")
+    names = ["a.jpg.png", "a.jpg_overlay.png", "a.png.png", "a.png_overlay.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
 
 
 def test_find_images(tmp_path):

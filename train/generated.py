@@ -345,11 +345,9 @@ def make_scene(height: int, width: int, rng: np.random.Generator) -> tuple[np.nd
 class _Painting(torch.utils.data.Dataset):
     """Paints scene i of a split into its two files; value: None, or a UserError."""
 
-    def __init__(
-        self, images: Path, annotations: Path, count: int, seed: tuple[int, int], size, quality: int
-    ):
+    def __init__(self, images: Path, annotations: Path, count: int, seed: tuple[int, int], size):
         self.images, self.annotations, self.count = images, annotations, count
-        self.seed, self.size, self.quality = seed, size, quality
+        self.seed, self.size = seed, size
 
     def __len__(self) -> int:
         return self.count
@@ -357,7 +355,7 @@ class _Painting(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> UserError | None:
         image, labels = make_scene(*self.size, np.random.default_rng([*self.seed, i]))
         try:
-            Image.fromarray(image).save(self.images / f"scene_{i:06d}.jpg", quality=self.quality)
+            Image.fromarray(image).save(self.images / f"scene_{i:06d}.jpg", quality=90)
             Image.fromarray(labels).save(self.annotations / f"scene_{i:06d}.png")
         except OSError as error:
             return UserError(f"{self.images}: cannot be written: {error.strerror or error}")
@@ -370,7 +368,6 @@ def generate(
     train_images: int = 600,
     val_images: int = 80,
     size: tuple[int, int] = (128, 128),
-    quality: int = 90,
     workers: int | None = None,
     progress: bool = False,
 ) -> Path:
@@ -380,7 +377,6 @@ def generate(
         root: its folder. A folder that this function did not make is never touched.
         seed: image i of a split depends on (seed, split, i) alone.
         size: (H, W) in pixels, at least 32 each.
-        quality: of the JPEG files.
         workers: processes that paint; None takes one per core. The result does not depend on it.
         progress: whether to show a progress bar.
 
@@ -402,7 +398,6 @@ def generate(
         "training": train_images,
         "validation": val_images,
         "size": list(size),
-        "quality": quality,
     }
     record = root / RECORD
 
@@ -426,7 +421,7 @@ def generate(
             images, annotations = making / "images" / split, making / "annotations" / split
             images.mkdir(parents=True)
             annotations.mkdir(parents=True)
-            job = _Painting(images, annotations, wanted[split], (seed, number), size, quality)
+            job = _Painting(images, annotations, wanted[split], (seed, number), size)
             for error in each_sample(job, workers, f"painting {split}", progress):
                 if error is not None:
                     raise error

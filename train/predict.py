@@ -259,7 +259,6 @@ def predict_folder(
     reduce_zero_label: bool = True,
     multiscale: bool = False,
     amp_dtype: torch.dtype | None = None,
-    overlays: bool = True,
     world: World | None = None,
     progress: Progress | None = None,
 ) -> PredictReport:
@@ -287,15 +286,14 @@ def predict_folder(
     names = output_names(images)
     output = Path(output)
     inputs = {image.resolve() for image in images}
-    endings = ENDINGS if overlays else ENDINGS[:1]
     for name in names:
-        for target in (output / f"{name}{ending}" for ending in endings):
+        targets = [output / f"{name}{ending}" for ending in ENDINGS]
+        for target in targets:
             if target.resolve() in inputs:
                 raise UserError(
                     f"{target} is an input and would be overwritten: choose another output folder"
                 )
-        if overlays:
-            _refuse_to_overwrite(*(output / f"{name}{ending}" for ending in endings))
+        _refuse_to_overwrite(*targets)
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
     try:
@@ -321,10 +319,11 @@ def predict_folder(
                 with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                     labels = predict_labels(model, pixels, cfg, multiscale=multiscale)
                 labels = labels.cpu().numpy()
-                pictures = [encode_labels(labels, classes.num_classes, reduce_zero_label)]
-                if overlays:
-                    pictures.append(draw_overlay(image, labels, classes))
-                report.written += _save(pictures, [output / f"{name}{ending}" for ending in endings])
+                pictures = (
+                    encode_labels(labels, classes.num_classes, reduce_zero_label),
+                    draw_overlay(image, labels, classes),
+                )
+                report.written += _save(pictures, [output / f"{name}{ending}" for ending in ENDINGS])
             except (UserError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, UserError):
                     if not _out_of_memory(error):
@@ -344,13 +343,12 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def _refuse_to_overwrite(*outputs: Path) -> None:
-    """Raises UserError where some of an image's outputs exist and others do not: something else wrote those."""
-    there = [path for path in outputs if path.exists()]
-    if there and len(there) < len(outputs):
-        lacking = next(path for path in outputs if path not in there)
+def _refuse_to_overwrite(labels: Path, picture: Path) -> None:
+    """Raises UserError where one of an image's outputs exists without the other: something else wrote it."""
+    if labels.exists() != picture.exists():
+        there, lacking = (labels, picture) if labels.exists() else (picture, labels)
         raise UserError(
-            f"{there[0]}: may be no earlier prediction ({lacking.name} is not beside it) and would be overwritten: "
+            f"{there}: may be no earlier prediction ({lacking.name} is not beside it) and would be overwritten: "
             "choose another folder with --output"
         )
 
