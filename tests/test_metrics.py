@@ -1,12 +1,10 @@
 """The confusion matrix and the scores formed from it."""
 
-import math
-
 import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from train.metrics import SegmentationMetrics, iou_lines, unique_names
+from train.metrics import SegmentationMetrics, iou_lines
 
 
 def loop_scores(labels, target, num_classes, ignore):
@@ -35,7 +33,7 @@ def test_scores_follow_the_definitions(dtype):
     target[torch.rand(target.shape, generator=g) < 0.2] = 255
     metrics = SegmentationMetrics(num_classes)
     for y, t in zip(labels, target):  # streamed, image by image
-        metrics.update_labels(y.to(dtype), t.to(dtype))
+        metrics.update(y.to(dtype), t.to(dtype))
     miou, pixel, mean, iou = loop_scores(labels, target, num_classes, 255)
     got = metrics.results()
     assert got["miou"] == pytest.approx(miou, rel=1e-12)
@@ -54,40 +52,27 @@ def test_scores_follow_the_definitions(dtype):
 
 def test_ignored_pixels_count_on_neither_side():
     metrics = SegmentationMetrics(2)
-    metrics.update_labels(torch.tensor([0, 1, 1]), torch.tensor([0, 255, 1]))
+    metrics.update(torch.tensor([0, 1, 1]), torch.tensor([0, 255, 1]))
     assert metrics.confusion.tolist() == [[1, 0], [0, 1]]
 
 
 def test_above_255_classes_255_is_a_class():
     metrics = SegmentationMetrics(300)
-    metrics.update_labels(
-        torch.tensor([255, 7], dtype=torch.int32), torch.tensor([255, -100], dtype=torch.int32)
-    )
+    metrics.update(torch.tensor([255, 7], dtype=torch.int32), torch.tensor([255, -100], dtype=torch.int32))
     assert metrics.confusion[255, 255] == 1 and metrics.confusion.sum() == 1
-
-
-def test_matrices_and_label_maps_add_to_the_same_counts():
-    labels, target = torch.randint(0, 4, (50,)), torch.randint(0, 4, (50,))
-    whole, parts = SegmentationMetrics(4), SegmentationMetrics(4)
-    whole.update_labels(labels, target)
-    parts.update_labels(labels[:20], target[:20])
-    second = SegmentationMetrics(4)
-    second.update_labels(labels[20:], target[20:])
-    parts.update(second.confusion)
-    assert torch.equal(whole.confusion, parts.confusion)
 
 
 def test_counts_above_two_to_the_31_stay_exact():
     metrics = SegmentationMetrics(2)
-    metrics.update(torch.tensor([[2**40 + 1, 2**40], [0, 3]]))
-    metrics.update(torch.tensor([[1, 0], [0, 0]]))
+    metrics.confusion.add_(torch.tensor([[2**40 + 1, 2**40], [0, 3]]))
+    metrics.update(torch.tensor([0]), torch.tensor([0]))
     assert metrics.confusion[0, 0].item() == 2**40 + 2
     assert metrics.results()["iou_per_class"]["0"] == (2**40 + 2) / (2**41 + 2)
 
 
 def test_nothing_valid_gives_null_not_nan():
     metrics = SegmentationMetrics(3, ["a", "b", "c"])
-    metrics.update_labels(torch.zeros(4, dtype=torch.uint8), torch.full((4,), 255, dtype=torch.uint8))
+    metrics.update(torch.zeros(4, dtype=torch.uint8), torch.full((4,), 255, dtype=torch.uint8))
     assert metrics.results() == {
         "miou": None,
         "pixel_accuracy": None,
@@ -96,34 +81,16 @@ def test_nothing_valid_gives_null_not_nan():
     }
 
 
-def test_classes_of_one_name_keep_their_own_scores():
-    metrics = SegmentationMetrics(3, ["screen", "wall", "screen"])
-    metrics.update_labels(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
-    iou = metrics.results()["iou_per_class"]
-    assert iou == {"screen [0]": 1.0, "wall": 0.5, "screen [2]": 0.0}
-    assert math.isclose(metrics.results()["miou"], 0.5)
-
-
-def test_unique_names_survive_a_planted_collision():
-    names = ["x", "x [0]", "x"]
-    assert len(set(unique_names(names))) == 3
-    assert unique_names(["b", "a"]) == ["b", "a"]
-
-
 @pytest.mark.parametrize("value", [150, 254, -1])
 def test_target_out_of_range_is_named(value):
     with pytest.raises(ValueError, match=f"target value {value} .*0..149.*255"):
-        SegmentationMetrics(150).update_labels(torch.zeros(3), torch.tensor([0, value, 255]))
+        SegmentationMetrics(150).update(torch.zeros(3), torch.tensor([0, value, 255]))
 
 
-def test_wrong_shapes_and_dtypes_are_refused():
+def test_wrong_shapes_are_refused():
     metrics = SegmentationMetrics(3)
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
-        metrics.update_labels(torch.zeros(2, 3), torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="3 square"):
-        metrics.update(torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match="integers"):
-        metrics.update(torch.zeros(3, 3))
+        metrics.update(torch.zeros(2, 3), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         SegmentationMetrics(3, ["a", "b"])
 

@@ -235,7 +235,7 @@ def test_plot_run_writes_what_there_is_material_for(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + cut_short)
     assert [p.name for p in plot_run(tmp_path)] == ["loss.png", "miou.png"]
     metrics = SegmentationMetrics(5)
-    metrics.update(torch.eye(5, dtype=torch.int64))
+    metrics.confusion.add_(torch.eye(5, dtype=torch.int64))
     classes = ClassList(tuple("abcde"), make_palette(5))
     written = plot_run(tmp_path, metrics=metrics, samples=[sample()], classes=classes)
     assert [p.name for p in written] == ["loss.png", "miou.png", "confusion.png", "overlays.png"]

@@ -384,14 +384,9 @@ def generate(
         the root: images/, annotations/, classes.csv and generated.json with the parameters.
 
     Raises:
-        UserError: parameters out of range, or a folder with something else in it.
+        UserError: a folder with something else in it.
     """
     root = Path(root)
-    if min(size) < 32 or train_images < 1 or val_images < 1 or seed < 0:
-        raise UserError(
-            f"generated data: size {size[0]} x {size[1]}, {train_images} + {val_images} images, seed {seed}: "
-            "need sides of 32 pixels or more, an image per split or more, and a seed of 0 or more"
-        )
     wanted = {
         "version": VERSION,
         "seed": seed,
@@ -488,6 +483,6 @@ def pixel_baseline(root: str | Path) -> float:
         metrics = SegmentationMetrics(count)
         for i in range(len(validation)):
             image, target = validation.decode(i)
-            metrics.update_labels(torch.from_numpy(best[bins(image)]), torch.from_numpy(target))
+            metrics.update(torch.from_numpy(best[bins(image)]), torch.from_numpy(target))
         scores.append(metrics.results()["miou"])
     return max(scores)

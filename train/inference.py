@@ -363,7 +363,7 @@ def _count(metrics: SegmentationMetrics, views: list[View], target: Tensor, stri
         padded = F.pad(target, pad, value=metrics.ignore_index)
         upsample_confusion(view.masks, padded[None], ignore_index=metrics.ignore_index, out=metrics.confusion)
     else:
-        metrics.update_labels(labels_from_views(views, size, strip_rows=strip_rows), target)
+        metrics.update(labels_from_views(views, size, strip_rows=strip_rows), target)
 
 
 def evaluate(
@@ -415,7 +415,7 @@ def evaluate(
                 size = tuple(target.shape)
                 labels = labels_from_views(views, size, strip_rows=cfg.strip_rows)
                 comparison.add(views, size, labels)
-                metrics.update_labels(labels, target)
+                metrics.update(labels, target)
             if progress is not None:
                 all_done = min(done * world.size, total)  # the other processes are about as far
                 progress(all_done, total, all_done / max(time.monotonic() - start, 1e-9))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,20 +9,6 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from depict_kernels.ops import default_ignore_index
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """The class names as keys: a name that several classes share gets each one's index, "screen [130]".
-
-    A dictionary keyed by the bare names would keep only the last of them.
-    """
-    count = Counter(names)
-    keys = [f"{name} [{i}]" if count[name] > 1 else name for i, name in enumerate(names)]
-    # A class may itself be called "screen [130]"; the index makes any name unique in the end.
-    while len(set(keys)) < len(keys):
-        count = Counter(keys)
-        keys = [f"{key} [{i}]" if count[key] > 1 else key for i, key in enumerate(keys)]
-    return keys
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -59,7 +44,7 @@ class SegmentationMetrics:
 
     Args:
         num_classes: C.
-        class_names: C names, the keys of ``iou_per_class``.
+        class_names: C names, all different: the keys of ``iou_per_class``.
         device: where the matrix lives (NCCL reduces only tensors on the GPU).
     """
 
@@ -73,10 +58,10 @@ class SegmentationMetrics:
         if len(class_names) != num_classes:
             raise ValueError(f"{len(class_names)} class names for {num_classes} classes")
         self.num_classes = num_classes
-        self.class_names = unique_names(class_names)
+        self.class_names = class_names
         self.ignore_index = default_ignore_index(num_classes)
-        # validate_args sorts all pixels to find foreign values (update_labels looks cheaper), and a sync
-        # inside compute() would hang as soon as one process alone asks for the results.
+        # validate_args would sort all pixels to find foreign values, which update does for less; a sync inside
+        # compute() would hang as soon as one process alone asks for the results.
         self._matrix = MulticlassConfusionMatrix(
             num_classes, ignore_index=self.ignore_index, validate_args=False, sync_on_compute=False
         ).to(device)
@@ -86,17 +71,7 @@ class SegmentationMetrics:
         """(C, C) int64, rows = target, columns = label; ``upsample_confusion`` may add into it."""
         return self._matrix.confmat
 
-    def update(self, confusion: Tensor) -> None:
-        """Adds a confusion matrix: (C, C) of an integer dtype, rows = target."""
-        if confusion.shape != self.confusion.shape:
-            raise ValueError(
-                f"confusion matrix of shape {tuple(confusion.shape)}, not {self.num_classes} square"
-            )
-        if confusion.is_floating_point():
-            raise TypeError(f"counts must be integers, not {confusion.dtype}")
-        self.confusion.add_(confusion.to(self.confusion.device))
-
-    def update_labels(self, labels: Tensor, target: Tensor) -> None:
+    def update(self, labels: Tensor, target: Tensor) -> None:
         """Adds label maps: ``labels`` and ``target`` of one shape and any integer dtypes.
 
         Raises ValueError where the shapes differ, or a target is neither a class nor ``ignore_index``.
