@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 import train.download
-from train.download import download, extract, fetch, size_text
+from train.download import download, extract, fetch
 from train.errors import UserError
 
 BODY = bytes(range(256)) * 1200  # 300 kB
@@ -208,7 +208,7 @@ def test_links_are_refused(tmp_path):
 
 def test_bomb_is_refused(tmp_path):
     path = archive(tmp_path / "a.zip", {"Set/zeros": bytes(8 << 20)})
-    with pytest.raises(UserError, match=r"would unpack to 8\.0 MiB"):
+    with pytest.raises(UserError, match=r"would unpack to 8\.4 MB"):
         extract(path, tmp_path, "Set")
     with pytest.raises(UserError, match="would unpack to"):
         extract(path, tmp_path, "Set", max_bytes=1000, max_ratio=10**9)
@@ -261,11 +261,6 @@ def test_the_folder_is_no_file(tmp_path):
     with pytest.raises(UserError, match="has no folder Set/"):
         extract(archive(tmp_path / "a.zip", {"Set": b"file"}), tmp_path, "Set")
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
-
-
-def test_sizes_are_told_in_a_unit_that_fits():
-    sizes = [size_text(n) for n in (0, 1023, 1536, 5 << 20, 3 << 29)]
-    assert sizes == ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 MiB", "1.5 GiB"]
 
 
 def test_entries_twice_and_folder_missing(tmp_path):

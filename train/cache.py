@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rich.filesize import decimal as size_text
 
 from train.ade20k import UNREADABLE, SegmentationFolder, each_sample
-from train.download import size_text
 from train.errors import UserError
 
 VERSION = 2  # 16-bit grey images are scaled to 8 bits since

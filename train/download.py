@@ -23,20 +23,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rich.filesize import decimal as size_text
+
 from train.errors import UserError
 
 ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_FOLDER = "ADEChallengeData2016"
 BLOCK = 1 << 20
 Advance = Callable[[int, "int | None"], None]  # (bytes so far, bytes in all or None)
-
-
-def size_text(count: int) -> str:
-    """A number of bytes in the largest unit that leaves it above one."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
 
 
 def download(

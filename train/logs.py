@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=text)
         else:
-            remaining = (self.total_steps - step) * values["seconds_per_step"]
-            self.say(f"{text}  {duration(remaining)} left")
+            remaining = timedelta(seconds=round((self.total_steps - step) * values["seconds_per_step"]))
+            self.say(f"{text}  {remaining} left")
 
     def evaluating(self, done: int, total: int, images_per_s: float) -> None:
         """Progress of an evaluation: on a terminal beside the bar, elsewhere a line a minute and one at the end."""
@@ -140,10 +141,3 @@ def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(temporary, path)
-
-
-def duration(seconds: float) -> str:
-    """``3:05:09``, ``5:09``."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -112,11 +112,8 @@ def _axes(figure: Figure, *args, **kwargs):
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
     """Centred moving average over ``span`` values, fewer at the ends: it does not lag behind a falling loss."""
-    half = span // 2
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    sums, counts = (np.convolve(x, np.ones(span), "same") for x in (values, np.ones(len(values))))
+    return sums / counts
 
 
 def _step_axis(axes: Axes, steps_per_epoch: float | None) -> None:
