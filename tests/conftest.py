@@ -9,7 +9,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as train/ru
 
 import pytest
 import torch
-from small_folder import classes, folder  # noqa: F401  (fixtures)
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # "sm_90": kernels on CPU tensors are compiled for that architecture, and their PTX is executed (tests/ptx).

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_folder import png
+from small_folder import classes, folder, png
 
 from depict_kernels.ops import default_ignore_index
 from train.ade20k import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_folder import png
+from small_folder import classes, folder, png
 
 from train.ade20k import SegmentationFolder, exif_orientation, load_classes, read_image
 from train.check_data import check_data
