@@ -53,9 +53,6 @@ for _either in (Loader, Dumper):
 
 CONFIGS = Path(__file__).parent / "configs"
 
-# Top-level keys of a run folder's config.yaml that describe the run and configure nothing.
-INFORMATION = ("versions",)
-
 
 def load_config(files: list[str | Path] = (), overrides: dict[str, Any] | None = None) -> Config:
     """The configuration from YAML files (later ones win) and dotted overrides ``{"optim.lr": "1e-3"}``.
@@ -64,22 +61,14 @@ def load_config(files: list[str | Path] = (), overrides: dict[str, Any] | None =
     """
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge(merged, read_yaml(file))
-    for key in INFORMATION:
-        merged.pop(key, None)
+        merged = _merge(merged, _read_yaml(Path(file)))
     for key, value in (overrides or {}).items():
         _refuse_unknown(_nest(key, value), Config)
         merged = _merge(merged, _nest(key, _dict_entry(key, value)))
-    _refuse_unknown(merged, Config)
     config = _build(Config, _parse(merged))
     fill_sizes(config)
     check(config)
     return config
-
-
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """One YAML file merged over the file that its ``base`` key names."""
-    return _read_yaml(Path(file), ())
 
 
 def parse_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -224,7 +213,8 @@ def _help_lines(section: Any, prefix: str, wanted: Callable[[str], bool]) -> lis
     return lines
 
 
-def _read_yaml(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file merged over the file that its ``base`` key names."""
     if file.resolve() in above:
         raise UserError(f"{file}: the `base` keys lead in a circle")
     try:
@@ -241,8 +231,9 @@ def _read_yaml(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected sections such as `optim:`, got {type(content).__name__}")
     base = content.pop("base", None)
+    content.pop("versions", None)  # in a run folder's config.yaml they configure nothing
     try:
-        _refuse_unknown({key: value for key, value in content.items() if key not in INFORMATION}, Config)
+        _refuse_unknown(content, Config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if base is None:
