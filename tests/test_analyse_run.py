@@ -86,7 +86,7 @@ def test_again_and_elsewhere(trained, tmp_path, capsys):
         (["--sigmas", "nan"], "--sigmas nan: expected"),
         (["--repeats", "0"], "--repeats 0: expected a whole number"),
         (["--images", "two"], "--images two: expected a whole number"),
-        (["more"], "unexpected argument 'more'"),
+        (["more"], "takes one run, got"),
         (["--sigma", "1"], "did you mean --sigmas"),
     ],
 )

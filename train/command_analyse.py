@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from train.command_eval import CHECKPOINT, KEYS, check_output, open_run, scored
+from train.command_eval import CHECKPOINT, KEYS, check_output, one_run, open_run, scored
 from train.command_line import CONFIG, Command, Option
 from train.errors import UserError
 
@@ -17,11 +17,10 @@ SIGMAS = (0.001, 0.01, 0.02, 0.04)  # the paper's
 def analyse_run(arguments: list[str]) -> int:
     words, own, rest = ANALYSE.split(arguments)
     which = own.get("checkpoint", "best")
-    if len(words) > 1:
-        raise UserError(f"unexpected argument {words[1]!r}; usage: {ANALYSE.usage}")
+    folder = one_run(ANALYSE, words)
     sigmas = _sigmas(own.get("sigmas"))
     repeats, count = (_count(own, name, default) for name, default in (("repeats", 1), ("images", 16)))
-    folder, config, classes, model, state, world = open_run(ANALYSE, words, rest, which)
+    config, classes, model, state, world = open_run(folder, rest, which)
     ending = "" if which == "best" else scored(which, False)
     output = Path(own.get("output", folder / f"analysis{ending}.json"))
 

@@ -12,18 +12,19 @@ from train.errors import UserError
 from train.run_folder import SCORES, check_writable, write_results
 
 
-def open_run(
-    command: Command, words: list[str], rest: list[str], which: str
-) -> tuple[Path, Any, Any, Any, dict[str, Any], Any]:
-    """The run folder's path, configuration, class list, model with weights, checkpoint, and the world."""
+def one_run(command: Command, words: list[str]) -> Path:
+    if len(words) != 1:
+        raise UserError(f"takes one run, got {' '.join(words) or 'none'}; usage: {command.usage}")
+    return Path(words[0])
+
+
+def open_run(folder: Path, rest: list[str], which: str) -> tuple[Any, Any, Any, dict[str, Any], Any]:
+    """The run folder's configuration, class list, model with weights, checkpoint, and the world."""
     from depict_kernels.models.checkpoints import weights_of
     from train import build, checkpoint, distributed
     from train import config as configuration
     from train.ade20k import load_classes
 
-    if not words:
-        raise UserError(f"which run? usage: {command.usage}")
-    folder = Path(words[0])
     if not (folder / "config.yaml").exists():
         raise UserError(
             f"{folder}: no run folder (it has no config.yaml); "
@@ -54,7 +55,7 @@ def open_run(
     state = checkpoint.load(path)
     checkpoint.load_weights(model, weights_of(state), path, state["config"], config)
     model.to(world.device).eval()
-    return folder, config, classes, model, state, world
+    return config, classes, model, state, world
 
 
 def scored(which: str, multiscale: bool) -> str:
@@ -95,18 +96,14 @@ def check_output(output: Path, of: dict[str, Any] | None = None) -> None:
 def evaluate_run(arguments: list[str]) -> int:
     words, own, rest = EVAL.split(arguments)
     which = own.get("checkpoint", "best")
-    if len(words) > 1:
-        raise UserError(f"unexpected argument {words[1]!r}; usage: {EVAL.usage}")
+    folder = one_run(EVAL, words)
     multiscale = own.get("multiscale", False)
-    output = None
-    if words:
-        folder = Path(words[0])
-        for name in ("best", "last"):  # however they are called, they are the run's own
-            if Path(which).resolve() == (folder / f"{name}.pt").resolve():
-                which = name
-        output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
-        check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
-    folder, config, classes, model, state, world = open_run(EVAL, words, rest, which)
+    for name in ("best", "last"):  # however they are called, they are the run's own
+        if Path(which).resolve() == (folder / f"{name}.pt").resolve():
+            which = name
+    output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
+    check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
+    config, classes, model, state, world = open_run(folder, rest, which)
     from train import build
     from train.config import scoring
     from train.inference import Comparison, evaluate, print_progress
@@ -152,11 +149,10 @@ def evaluate_run(arguments: list[str]) -> int:
 
 def predict_run(arguments: list[str]) -> int:
     words, own, rest = PREDICT.split(arguments)
-    folder, config, classes, model, _, world = open_run(
-        PREDICT, words[:1], rest, own.get("checkpoint", "best")
-    )
     if len(words) < 2:
-        raise UserError(f"which images? usage: {PREDICT.usage}")
+        raise UserError(f"takes a run and images, got {' '.join(words) or 'none'}; usage: {PREDICT.usage}")
+    folder = Path(words[0])
+    config, classes, model, _, world = open_run(folder, rest, own.get("checkpoint", "best"))
     from train import build, distributed
     from train.inference import print_progress
     from train.predict import predict_folder
