@@ -300,7 +300,7 @@ def launches(request, kernels32) -> list[str]:
 @pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN (and extreme integers): an output element nobody wrote shows itself."""
-    filled, deterministic = torch.utils.deterministic.fill_uninitialized_memory, None
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

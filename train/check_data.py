@@ -49,6 +49,7 @@ class DataReport:
     def text(self) -> str:
         """Counts, the label histogram and every bad file, ready to print."""
         lines = []
+        values = _unlabelled(self.classes.num_classes, self.reduce_zero_label)
         for s in self.splits:
             lines.append(
                 f"{s.split}: {s.images} images, {s.annotations} annotations, {_bad_files(len(s.problems))}"
@@ -57,7 +58,7 @@ class DataReport:
                 (h, w), (lh, lw) = s.smallest, s.largest
                 lines.append(f"  smallest {w} x {h}, largest {lw} x {lh} pixels (width x height)")
                 share = s.ignored / (s.ignored + s.pixels.sum())
-                lines.append(f"  unlabelled pixels ({self._unlabelled()}): {share:.2%}")
+                lines.append(f"  unlabelled pixels ({values}): {share:.2%}")
         names = self.classes.names
         width = 24
         unseen = [c for c in range(len(names)) if not any(s.images_with[c] for s in self.splits)]
@@ -91,12 +92,6 @@ class DataReport:
         lines.append(_bad_files(len(self.problems)))
         return "\n".join(lines)
 
-    def _unlabelled(self) -> str:
-        """The annotations' values that count as unlabelled."""
-        c = self.classes.num_classes
-        free = [f"{void}" for void in (255, 65535) if void > c - (not self.reduce_zero_label)]
-        return " or ".join([*(["0"] if self.reduce_zero_label else []), *free[:1]])
-
     def _may_be_0_and_255(self) -> bool:
         """Whether the only class seen is 0 and the rest is 255, as in a binary mask made for looking at."""
         if (
@@ -113,6 +108,12 @@ class DataReport:
             return False
         seen = [0, *(np.flatnonzero(sum(s.images_with for s in self.splits)) + 1)]
         return max(seen) == self.classes.num_classes - 1
+
+
+def _unlabelled(num_classes: int, reduce_zero_label: bool) -> str:
+    """The annotations' values that count as unlabelled."""
+    void = next(void for void in (255, 65535) if void > num_classes - (not reduce_zero_label))
+    return f"0 or {void}" if reduce_zero_label else f"{void}"
 
 
 def _bad_files(count: int) -> str:
@@ -192,7 +193,7 @@ def check_data(
                 report.largest = size
         if report.ignored and not report.pixels.any():
             folder = Path(root) / "annotations" / split
-            unlabelled = DataReport([], classes, reduce_zero_label)._unlabelled()
+            unlabelled = _unlabelled(classes.num_classes, reduce_zero_label)
             report.problems.append(
                 f"{folder}: no pixel is labelled, in none of the annotations ({unlabelled} everywhere)"
             )

@@ -119,6 +119,7 @@ class Trainer:
         self.window_images: list[list[int]] = []
         # Steps without a finite gradient: in all, and in a row.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._clock, self._clock_step = 0.0, 0  # when the training was at which step
         self.log = RunLog(folder, self.total_steps, main=world.main, tensorboard=config.train.tensorboard)
 
         # Different from here on: each process drops other paths.
@@ -172,8 +173,7 @@ class Trainer:
             )
         )
         self.forward.train()
-        self._clock = time.perf_counter()
-        self._clock_step = self.step
+        self._clock, self._clock_step = time.perf_counter(), self.step
         try:
             while self.step < self.total_steps:
                 micro_batches = [next(batches) for _ in range(settings.accumulate)]
@@ -313,8 +313,7 @@ class Trainer:
         shown = {key: results[key] for key in ("miou", "pixel_accuracy", "mean_accuracy")}
         self.log.evaluation(self.step, shown)
         self.evaluated_step = self.step
-        if hasattr(self, "_clock"):  # the evaluation's time is not the training's
-            self._clock += time.perf_counter() - begun
+        self._clock += time.perf_counter() - begun  # the evaluation's time is not the training's
         return results
 
     def _scores(self, model: nn.Module) -> dict[str, Any]:
