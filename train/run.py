@@ -70,33 +70,30 @@ def run_command(arguments: list[str]) -> int:
         distributed.stop()
         return status
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return failed(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
-        message = missing_extra(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        return 2
+        if message := missing_extra(error):
+            return failed(message)
+        raise
     except BackendUnavailable as error:
-        print(f"error: model.backend: {first_line(error)}", file=sys.stderr, flush=True)
-        return 2
+        return failed(f"model.backend: {first_line(error)}")
     except OSError as error:
         if error.errno is None:  # not the operating system's word about a file
             raise
-        print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
-        return 2
+        return failed(first_line(error))
     except RuntimeError as error:
         from train.loader import dead_worker
 
         if message := dead_worker(error):
-            print(f"error: {message}", file=sys.stderr, flush=True)
-            return 2
+            return failed(message)
         if not distributed.lost_a_process(error):
             raise
-        rank = os.environ.get("RANK", 0)
-        print(f"error: process {rank} lost another one: see that one's error", file=sys.stderr, flush=True)
-        return 3
+        return failed(f"process {os.environ.get('RANK', 0)} lost another one: see that one's error", 3)
+
+
+def failed(message: str, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
 
 
 def unknown_command(name: str) -> UserError:
