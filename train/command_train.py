@@ -105,7 +105,7 @@ def finish(trainer: Any) -> None:
     from train.plots import collect_samples, plot_run
 
     folder = trainer.folder
-    state = trainer.load_best(trainer.model)
+    state = trainer.load_best(trainer.model.eval())
     trainer.log.say(f"scoring {folder / 'best.pt'}, of step {state['step']}")
     metrics = trainer.measure(trainer.model)
     if not trainer.world.main:

@@ -38,10 +38,11 @@ class Sample:
 
 
 def collect_samples(model: nn.Module, dataset, cfg, count: int = 4) -> list[Sample]:
-    """Predictions for ``count`` images, spread evenly over ``dataset``: the same ones every time."""
+    """Predictions for ``count`` images, spread evenly over ``dataset``: the same ones every time.
+
+    ``model`` should be in eval mode.
+    """
     count = min(count, len(dataset))
-    training = model.training
-    model.eval()
     samples = []
     for i in range(count):
         index = i * len(dataset) // count
@@ -49,7 +50,6 @@ def collect_samples(model: nn.Module, dataset, cfg, count: int = 4) -> list[Samp
         labels = predict_labels(model, image, cfg)
         pixels = image.permute(1, 2, 0).numpy()
         samples.append(Sample(dataset.names[index], pixels, target.numpy(), labels.cpu().numpy()))
-    model.train(training)
     return samples
 
 

@@ -268,7 +268,7 @@ def predict_folder(
     still get done: see the report's ``exit_status``.
 
     Args:
-        model: as in :func:`train.inference.predict_labels`; put into eval mode for the time of the call.
+        model: as in :func:`train.inference.predict_labels`, in eval mode.
         paths: image files and folders of them.
         classes: names and colours of the model's classes.
         cfg: the ``eval`` section of the configuration.
@@ -307,34 +307,29 @@ def predict_folder(
 
     report = PredictReport()
     start = time.monotonic()
-    training = model.training
-    model.eval()
-    try:
-        mine = list(zip(images, names))[world.rank :: world.size]
-        jobs = prefetch(lambda job: read_any_image(job[0]), mine, workers=2)
-        for done, ((path, name), get) in enumerate(jobs, 1):
-            try:
-                image = get()
-                pixels = torch.from_numpy(image).permute(2, 0, 1)
-                with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                    labels = predict_labels(model, pixels, cfg, multiscale=multiscale)
-                labels = labels.cpu().numpy()
-                pictures = (
-                    encode_labels(labels, classes.num_classes, reduce_zero_label),
-                    draw_overlay(image, labels, classes),
-                )
-                report.written += _save(pictures, [output / f"{name}{ending}" for ending in ENDINGS])
-            except (UserError, MemoryError, RuntimeError) as error:
-                if not isinstance(error, UserError):
-                    if not _out_of_memory(error):
-                        raise
-                    error = UserError(f"{path}: not enough memory for this image ({first_line(error)})")
-                report.failed.append((path, str(error)))
-                print(f"error: {error}", file=sys.stderr)
-            if progress is not None:
-                progress(done, len(mine), done / max(time.monotonic() - start, 1e-9))
-    finally:
-        model.train(training)
+    mine = list(zip(images, names))[world.rank :: world.size]
+    jobs = prefetch(lambda job: read_any_image(job[0]), mine, workers=2)
+    for done, ((path, name), get) in enumerate(jobs, 1):
+        try:
+            image = get()
+            pixels = torch.from_numpy(image).permute(2, 0, 1)
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                labels = predict_labels(model, pixels, cfg, multiscale=multiscale)
+            labels = labels.cpu().numpy()
+            pictures = (
+                encode_labels(labels, classes.num_classes, reduce_zero_label),
+                draw_overlay(image, labels, classes),
+            )
+            report.written += _save(pictures, [output / f"{name}{ending}" for ending in ENDINGS])
+        except (UserError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, UserError):
+                if not _out_of_memory(error):
+                    raise
+                error = UserError(f"{path}: not enough memory for this image ({first_line(error)})")
+            report.failed.append((path, str(error)))
+            print(f"error: {error}", file=sys.stderr)
+        if progress is not None:
+            progress(done, len(mine), done / max(time.monotonic() - start, 1e-9))
     return report
 
 
