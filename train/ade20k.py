@@ -392,9 +392,8 @@ def list_pairs(root: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]
     for kind, suffixes in (("images", IMAGE_SUFFIXES), ("annotations", (".png",))):
         folder = root / kind / split
         if not folder.is_dir():
-            here = (
-                "" if folder.is_absolute() else f" in {Path.cwd()}"
-            )  # a run's data.root may be relative to another
+            # A run's data.root may be relative to another folder.
+            here = "" if folder.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
                 f"{folder}: no such folder{here}; a data set has {kind}/{split}/ below data.root, which is {root}"
             )

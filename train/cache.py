@@ -74,9 +74,8 @@ class DecodedCache:
         """
         path = Path(root) / f"{folder.split}-{_key(folder)}"
         sources = _sources(folder)
-        cache = cls._open(
-            path, folder, sources
-        )  # without the lock, which a file system for reading does not give
+        # Without the lock, which a file system for reading does not give.
+        cache = cls._open(path, folder, sources)
         if cache is not None:
             return cache
         if os.path.lexists(root) and not os.path.isdir(root):

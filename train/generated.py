@@ -15,6 +15,7 @@ Lengths are in units of 1/128 of the image's shorter side.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -282,6 +283,7 @@ def _kite(scene: Scene, x: float, y: float, size: float) -> None:
 
 
 def _sign(scene: Scene, x: float, y: float, size: float, label: str) -> None:
+    size *= 1.15
     colour = scene.signal(RED if label == "stop sign" else BLUE)
     half, middle = size * 0.34, y - size * 0.66
     pole = _box(scene, x - size * 0.05, middle, x + size * 0.05, y)
@@ -292,15 +294,8 @@ def _sign(scene: Scene, x: float, y: float, size: float, label: str) -> None:
     scene.paint(diamond, colour, label, outline=True)
 
 
-def _stop_sign(scene: Scene, x: float, y: float, size: float) -> None:
-    _sign(scene, x, y, size * 1.15, "stop sign")
-
-
-def _info_sign(scene: Scene, x: float, y: float, size: float) -> None:
-    _sign(scene, x, y, size * 1.15, "info sign")
-
-
-THINGS = (_house, _tree, _tent, _tyre, _crate, _ball, _stop_sign, _info_sign)
+_SIGNS = [functools.partial(_sign, label=label) for label in ("stop sign", "info sign")]
+THINGS = (_house, _tree, _tent, _tyre, _crate, _ball, *_SIGNS)
 
 
 def make_scene(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -193,9 +193,8 @@ def dead_worker(error: BaseException | None) -> str | None:
     of those whose work it ended.
     """
     while error is not None:
-        if "DataLoader worker (pid" in str(
-            error
-        ):  # "in DataLoader worker process 0" is an error of the data set
+        # "in DataLoader worker process 0" is an error of the data set
+        if "DataLoader worker (pid" in str(error):
             return _WORKER_DIED.format(first_line(error))
         error = error.__context__
     return None
