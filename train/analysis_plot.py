@@ -87,8 +87,7 @@ def _draw_coherence(
 
 
 def _draw_noise(axes: Axes, report: dict[str, Any]) -> None:
-    rows = [(row["sigma"], [score for score in row["miou"] if score is not None]) for row in report["noise"]]
-    rows = sorted((sigma, scores) for sigma, scores in rows if sigma > 0 and scores)
+    rows = sorted((row["sigma"], row["miou"]) for row in report["noise"] if row["sigma"] > 0)
     label = f"without noise: {100 * report['miou']:.1f} %"
     axes.axhline(report["miou"], color=_DARK, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
     if rows:
@@ -101,7 +100,7 @@ def _draw_noise(axes: Axes, report: dict[str, Any]) -> None:
             marker="o",
             label="mIoU",
         )
-        draws = max(len(scores) for _, scores in rows)
+        draws = len(rows[0][1])
         if draws > 1:
             lowest, highest = zip(*((min(scores), max(scores)) for _, scores in rows))
             axes.fill_between(
