@@ -425,7 +425,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each_sample(dataset: torch.utils.data.Dataset, workers: int | None, title: str, progress: bool):
+def each_sample(dataset: torch.utils.data.Dataset, workers: int | None, title: str, progress: bool = False):
     """Yields dataset[0], dataset[1], ... computed by `workers` processes (0: here), with a progress bar.
 
     No more processes than this one may use cores, None for as many: they only decode, and torch warns of more.

@@ -34,10 +34,10 @@ class World:
         return self.rank == 0
 
 
-def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> World:
+def start(device: str) -> World:
     """Joins the other processes, if there are any, and chooses the device.
 
-    A process that waits longer than ``timeout`` for the others fails instead of hanging; under torchrun it is
+    A process that waits longer than ten minutes for the others fails instead of hanging; under torchrun it is
     stopped within seconds after another one failed. Raises ``UserError`` for a device that is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -51,7 +51,7 @@ def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> World:
     if missing:
         raise UserError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set; start with torchrun")
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
     return World(chosen, rank, size)
 
 

@@ -364,7 +364,6 @@ def generate(
     val_images: int = 80,
     size: tuple[int, int] = (128, 128),
     workers: int | None = None,
-    progress: bool = False,
 ) -> Path:
     """Writes the data set, unless it stands there already, made with the same parameters.
 
@@ -373,7 +372,6 @@ def generate(
         seed: image i of a split depends on (seed, split, i) alone.
         size: (H, W) in pixels, at least 32 each.
         workers: processes that paint; None takes one per core. The result does not depend on it.
-        progress: whether to show a progress bar.
 
     Returns:
         the root: images/, annotations/, classes.csv and generated.json with the parameters.
@@ -412,7 +410,7 @@ def generate(
             images.mkdir(parents=True)
             annotations.mkdir(parents=True)
             job = _Painting(images, annotations, wanted[split], (seed, number), size)
-            for error in each_sample(job, workers, f"painting {split}", progress):
+            for error in each_sample(job, workers, f"painting {split}"):
                 if error is not None:
                     raise error
         rows = [f"{i},{name},{r},{g},{b}" for i, (name, (r, g, b)) in enumerate(CLASSES)]
