@@ -129,7 +129,9 @@ def run(jobs: list[Job], end: float, at_once: int = 1) -> list[Job]:
 
 def gpu_tests() -> list[Job]:
     """The files with tests for a GPU, the longest first."""
-    devices = "device|cuda_device|triton_device|triton_case|kernels|kernels32"  # fixtures of tests/conftest.py
+    devices = (
+        "device|cuda_device|triton_device|triton_case|kernels|kernels32"  # fixtures of tests/conftest.py
+    )
     known = re.compile(rf"mark\.gpu|def test\w*\([^)]*\b({devices})\b")
     files = [f.stem for f in sorted((ROOT / "tests").glob("test_*.py")) if known.search(f.read_text())]
     command = lambda name: [*PYTEST, "--tb=short", f"tests/{name}.py"]
