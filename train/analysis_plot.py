@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from train.analysis import mean_coherence, random_coherence, stage_names
-from train.plots import _BLUE, _DARK, _GREEN, _ORANGE, _axes
+from train.plots import BLUE, DARK, GREEN, ORANGE, new_axes
 from train.predict import short_name
 
 
@@ -19,10 +19,10 @@ def analysis_figure(report: dict[str, Any], names: Sequence[str]) -> Figure:
     """Coding rates and variance layer by layer, coherence of the class embeddings, scores against noise."""
     figure = Figure(figsize=(12.5, 9.6), layout="constrained")
     grid = figure.add_gridspec(2, 2)
-    _draw_rates(_axes(figure, grid[0, 0]), report)
-    _draw_variance(_axes(figure, grid[0, 1]), report)
+    _draw_rates(new_axes(figure, grid[0, 0]), report)
+    _draw_variance(new_axes(figure, grid[0, 1]), report)
     _draw_coherence(figure, figure.add_subplot(grid[1, 0]), report["classes"], report["width"], names)
-    _draw_noise(_axes(figure, grid[1, 1]), report)
+    _draw_noise(new_axes(figure, grid[1, 1]), report)
     return figure
 
 
@@ -30,15 +30,15 @@ def _draw_rates(axes: Axes, report: dict[str, Any]) -> None:
     stages = stage_names(report)
     at = np.arange(len(stages))
     for key, name, colour in (
-        ("coding_rate", "coding rate", _BLUE),
-        ("rate_reduction", "reduction by annotated class", _ORANGE),
+        ("coding_rate", "coding rate", BLUE),
+        ("rate_reduction", "reduction by annotated class", ORANGE),
     ):
         values = [np.nan if stage[key] is None else stage[key] for stage in report["embeddings"]]
         axes.plot(at, values, color=colour, linewidth=2, marker="o", label=name)
     for i, layer in enumerate(report["layers"]):
         label = "rate in each layer's subspaces, before and after it" if i == 0 else None
         axes.plot(
-            at[i : i + 2], layer["subspace_coding_rate"], color=_GREEN, linewidth=2, marker="o", label=label
+            at[i : i + 2], layer["subspace_coding_rate"], color=GREEN, linewidth=2, marker="o", label=label
         )
     axes.set_xticks(at, stages)
     axes.set_ylim(bottom=0)
@@ -51,7 +51,7 @@ def _draw_variance(axes: Axes, report: dict[str, Any]) -> None:
     stages = list(zip(stage_names(report), report["embeddings"]))
     for i, (name, stage) in enumerate(stages):
         shares = stage["cumulative_variance"]
-        colour = _ORANGE if i == len(stages) - 1 else _BLUE
+        colour = ORANGE if i == len(stages) - 1 else BLUE
         strength = 1.0 if i == len(stages) - 1 else 0.35 + 0.65 * i / len(stages)
         label = f"{name}: effective rank {stage['effective_rank']:.1f}"
         axes.plot(range(1, len(shares) + 1), shares, color=colour, alpha=strength, linewidth=2, label=label)
@@ -89,13 +89,13 @@ def _draw_coherence(
 def _draw_noise(axes: Axes, report: dict[str, Any]) -> None:
     rows = sorted((row["sigma"], row["miou"]) for row in report["noise"] if row["sigma"] > 0)
     label = f"without noise: {100 * report['miou']:.1f} %"
-    axes.axhline(report["miou"], color=_DARK, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
+    axes.axhline(report["miou"], color=DARK, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
     if rows:
         sigmas = [sigma for sigma, _ in rows]
         axes.plot(
             sigmas,
             [np.mean(scores) for _, scores in rows],
-            color=_BLUE,
+            color=BLUE,
             linewidth=2,
             marker="o",
             label="mIoU",
@@ -104,7 +104,7 @@ def _draw_noise(axes: Axes, report: dict[str, Any]) -> None:
         if draws > 1:
             lowest, highest = zip(*((min(scores), max(scores)) for _, scores in rows))
             axes.fill_between(
-                sigmas, lowest, highest, color=_BLUE, alpha=0.15, label=f"range of {draws} draws"
+                sigmas, lowest, highest, color=BLUE, alpha=0.15, label=f"range of {draws} draws"
             )
         axes.set_xscale("log")
     axes.set_ylim(bottom=0)

@@ -27,7 +27,7 @@ def analyse_run(arguments: list[str]) -> int:
     from train import analysis, build
     from train.analysis_plot import analysis_figure
     from train.inference import evaluate, print_progress
-    from train.plots import _save
+    from train.plots import save_figure
 
     dataset = build.split(config, build.data_root(config, world), config.data.val_split, classes)
     data = {"data": str(Path(dataset.root).resolve()), "split": config.data.val_split}
@@ -71,7 +71,7 @@ def analyse_run(arguments: list[str]) -> int:
         if "output" in own:
             picture = output.with_name(f"{output.stem}_analysis.png")
         picture.parent.mkdir(parents=True, exist_ok=True)
-        _save(analysis_figure(report, classes.names), picture)
+        save_figure(analysis_figure(report, classes.names), picture)
         print(f"written to {output} and {picture}")
     return 0
 

@@ -23,7 +23,7 @@ from train.logs import read_metrics
 from train.metrics import SegmentationMetrics
 from train.predict import borders, classes_by_area, enlarged, enlargement, grey_tones, overlay, short_name
 
-_BLUE, _ORANGE, _GREEN, _GREY, _DARK = "#1f5fa8", "#d1641b", "#2c8a4b", "#8a8f98", "#40454d"
+BLUE, ORANGE, GREEN, GREY, DARK = "#1f5fa8", "#d1641b", "#2c8a4b", "#8a8f98", "#40454d"
 _WRONG, _UNLABELLED = (205, 30, 45), (125, 135, 155)
 
 
@@ -77,36 +77,36 @@ def plot_run(
     if train:
         best = _best(evaluations)["step"] if evaluations else None
         count = None if classes is None else classes.num_classes
-        written.append(_save(loss_figure(train, best, count, epoch), folder / "loss.png"))
+        written.append(save_figure(loss_figure(train, best, count, epoch), folder / "loss.png"))
     if evaluations:
-        written.append(_save(score_figure(evaluations, baselines, epoch), folder / "miou.png"))
+        written.append(save_figure(score_figure(evaluations, baselines, epoch), folder / "miou.png"))
     if metrics is not None and metrics.confusion.sum() > 0:
         written.append(plot_confusion(metrics, folder / "confusion.png"))
     if samples and classes is not None:
-        written.append(_save(overlay_figure(samples, classes), folder / "overlays.png"))
+        written.append(save_figure(overlay_figure(samples, classes), folder / "overlays.png"))
     return written
 
 
 def plot_confusion(metrics: SegmentationMetrics, path: Path) -> Path:
     """Writes the confusion matrix's picture to ``path``, whose folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _save(confusion_figure(metrics.confusion, metrics.class_names), path)
+    return save_figure(confusion_figure(metrics.confusion, metrics.class_names), path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     FigureCanvasAgg(figure)  # pyplot is left alone: no display, no global state
     figure.savefig(path, dpi=130, facecolor="white")
     return path
 
 
-def _axes(figure: Figure, *args, **kwargs):
+def new_axes(figure: Figure, *args, **kwargs):
     axes = figure.add_subplot(*args, **kwargs)
     axes.grid(True, color="#e4e6ea", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_GREY)
+        axes.spines[side].set_color(GREY)
     return axes
 
 
@@ -142,26 +142,26 @@ def loss_figure(
     loss = np.array([line["loss"] for line in lines], dtype=float)
     figure = Figure(figsize=(8, 5.4), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=[3, 1])
-    axes = _axes(figure, grid[0])
+    axes = new_axes(figure, grid[0])
     marker = "o" if len(steps) == 1 else None
     if len(steps) >= 20:
         span = max(5, len(loss) // 15) | 1
-        axes.plot(steps, loss, color=_BLUE, alpha=0.3, linewidth=1, label="as logged")
+        axes.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
         averaged = smoothed(loss, span)
-        axes.plot(steps, averaged, color=_BLUE, linewidth=2, label=f"average over {span} log lines")
+        axes.plot(steps, averaged, color=BLUE, linewidth=2, label=f"average over {span} log lines")
     else:
-        axes.plot(steps, loss, color=_BLUE, linewidth=2, marker=marker, label="training")
+        axes.plot(steps, loss, color=BLUE, linewidth=2, marker=marker, label="training")
     if num_classes is not None:
         chance = float(np.log(num_classes))
         label = f"equal probabilities: ln {num_classes} = {chance:.2f}"
-        axes.axhline(chance, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
-    below = _axes(figure, grid[1], sharex=axes)
+        axes.axhline(chance, color=GREY, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
+    below = new_axes(figure, grid[1], sharex=axes)
     rates = np.array([np.nan if line.get("lr") is None else line["lr"] for line in lines], dtype=float)
-    below.plot(steps, rates, color=_GREY, linewidth=1.5, marker=marker)
+    below.plot(steps, rates, color=GREY, linewidth=1.5, marker=marker)
     if best_step is not None:
         for part in (axes, below):
             label = f"best checkpoint: step {best_step:,}"
-            part.axvline(best_step, color=_ORANGE, linestyle=":", linewidth=1.6, label=label)
+            part.axvline(best_step, color=ORANGE, linestyle=":", linewidth=1.6, label=label)
     axes.legend(frameon=False, fontsize=9)
     axes.set_ylabel("cross-entropy per pixel (nats)")
     axes.set_ylim(0, 1.05 * axes.dataLim.y1)
@@ -187,28 +187,28 @@ def score_figure(
     """
     steps = [line["step"] for line in lines]
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = _axes(figure, 1, 1, 1)
+    axes = new_axes(figure, 1, 1, 1)
     highest = 0.0
     for key, name, colour, width in (
-        ("pixel_accuracy", "pixel accuracy", _GREEN, 1.4),
-        ("mean_accuracy", "mean accuracy", _ORANGE, 1.4),
-        ("miou", "mIoU", _BLUE, 2.4),
+        ("pixel_accuracy", "pixel accuracy", GREEN, 1.4),
+        ("mean_accuracy", "mean accuracy", ORANGE, 1.4),
+        ("miou", "mIoU", BLUE, 2.4),
     ):
         values = [np.nan if line.get(key) is None else line[key] for line in lines]
         axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=width + 2, label=name)
         highest = max(highest, np.nanmax([*values, 0.0]))
     best = _best(lines)
-    axes.vlines(best["step"], 0, best["miou"], color=_BLUE, linestyle=":", linewidth=1.4)
+    axes.vlines(best["step"], 0, best["miou"], color=BLUE, linestyle=":", linewidth=1.4)
     label = f"best checkpoint: mIoU {100 * best['miou']:.1f} % at step {best['step']:,}"
     axes.scatter(
-        [best["step"]], [best["miou"]], s=120, facecolor="none", edgecolor=_BLUE, linewidth=1.6, label=label
+        [best["step"]], [best["miou"]], s=120, facecolor="none", edgecolor=BLUE, linewidth=1.6, label=label
     )
     levels = dict(baselines or {})
     if lines[0]["step"] == 0:
         levels = {"untrained model": lines[0]["miou"]} | levels
     for (name, value), dashes in zip(levels.items(), itertools.cycle([(5, 3), (1, 1.5), (8, 2, 1, 2)])):
         label = f"mIoU of the {name}: {100 * value:.1f} %"
-        axes.axhline(value, color=_DARK, linestyle=(0, dashes), linewidth=1.2, label=label)
+        axes.axhline(value, color=DARK, linestyle=(0, dashes), linewidth=1.2, label=label)
         highest = max(highest, value)
     axes.set_title("Validation scores", loc="left", fontweight="bold")
     axes.set_ylabel("score (per cent)")
@@ -262,7 +262,7 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
         fontsize=heading,
     )
     for side_name in axes.spines:
-        axes.spines[side_name].set_color(_GREY)
+        axes.spines[side_name].set_color(GREY)
     if few:
         for i, j in zip(*np.nonzero(np.nan_to_num(share) >= 0.005)):
             colour = "white" if share[i, j] > 0.3 else "#333333"
@@ -278,7 +278,7 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bar.ax.tick_params(labelsize=0.75 * heading if heading > 12 else None)
     bar.set_label("share of the annotated class (square-root scale)", fontsize=0.75 * heading)
-    bar.outline.set_edgecolor(_GREY)
+    bar.outline.set_edgecolor(GREY)
     _enlarge_around(figure, axes, side)
     return figure
 
@@ -312,7 +312,7 @@ def overlay_figure(samples: Sequence[Sample], classes: ClassList, max_entries: i
     heights = [width * min(sample.image.shape[0] / sample.image.shape[1], 4) for sample in samples]
     everything = np.concatenate([x.astype(np.int64).ravel() for s in samples for x in (s.target, s.labels)])
     present = classes_by_area(everything, classes.num_classes)
-    patch = lambda colour, label: Patch(facecolor=np.divide(colour, 255), edgecolor=_GREY, label=label)
+    patch = lambda colour, label: Patch(facecolor=np.divide(colour, 255), edgecolor=GREY, label=label)
     entries = [patch(classes.palette[c], short_name(classes.names[c])) for c, _ in present[:max_entries]]
     if len(present) > max_entries:
         entries.append(Patch(alpha=0, label=f"and {len(present) - max_entries} more"))
