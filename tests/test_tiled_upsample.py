@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from upsample_checks import stock
 
 from depict_kernels import ops
 from depict_kernels.ops import _tiled_upsample as tiled
@@ -148,3 +149,38 @@ def test_empty_batch(kernels32):
         assert ops.upsample_confusion(logits, target, backend=backend).eq(0).all()
     assert logits.grad.shape == logits.shape
     assert ops.upsample_argmax(logits, (5, 5), backend=backend).shape == (0, 5, 5)
+
+
+def masked_losses(kernels, logits, target, smoothing):
+    """Per-pixel loss and gradient: a backend's, and stock torch's in float32 on the CPU."""
+    upsample = importlib.import_module(f"depict_kernels.ops.{kernels.backend}_kernels.upsample")
+    upstream = torch.ones(target.shape)
+    inputs = [t.to(kernels.device) for t in (logits, target)]
+    loss, _, _ = upsample.cross_entropy_forward(*inputs, None, 255, smoothing, "none", True)
+    grad = upsample.cross_entropy_backward(upstream.to(kernels.device), *inputs, None, 255, smoothing)
+    expected = stock(logits, target, torch.float32, upstream, smoothing=smoothing, reduction="none")
+    return (loss.cpu(), grad.cpu()), expected
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e30])
+def test_each_side_of_an_image_has_classes_of_its_own(value, kernels32):
+    """Between the two every logit is huge; classes that are masked alike tie there, as in stock torch."""
+    logits = torch.randn(1, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    logits[:, 2:4, :, :2] = logits[:, :2, :, 2:] = logits[:, 4] = value
+    target = torch.arange(9 * 40).view(1, 9, 40) % 2
+    target[..., 20:] += 2
+    result, expected = masked_losses(kernels32, logits, target, 0.0)
+    assert expected[0].max() < 8
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_smoothing_over_two_masked_classes_is_finite(kernels32):
+    """Their sum is no float32, but its share at most pixels is."""
+    logits = torch.randn(1, 5, 2, 2, generator=torch.Generator().manual_seed(0))
+    logits[0, 3:, 0, 0] = torch.finfo(torch.float32).min
+    target = torch.arange(9 * 10).view(1, 9, 10) % 3
+    (loss, grad), expected = masked_losses(kernels32, logits, target, 0.1)
+    finite = expected[0].isfinite()
+    assert finite.any() and not finite.all()
+    torch.testing.assert_close(loss[finite], expected[0][finite], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, expected[1], rtol=1e-5, atol=1e-5)

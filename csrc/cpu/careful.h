@@ -21,10 +21,9 @@ void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<
   DEPICT_UNROLL
   for (int k = 0; k < N; ++k) best[k] = splat<double>(-__builtin_inf());
   const auto interpolate = [&](int64_t c, IVec<double> padded) {
-    const Vec<double> a =
-        load_wide(cell.corner[0] + c) * row.upper + load_wide(cell.corner[2] + c) * row.lower;
-    const Vec<double> b =
-        load_wide(cell.corner[1] + c) * row.upper + load_wide(cell.corner[3] + c) * row.lower;
+    const auto sample = [&](int q) { return load_wide(cell.corner[q] + c) - cell.peak[q]; };
+    const Vec<double> a = sample(0) * row.upper + sample(2) * row.lower;
+    const Vec<double> b = sample(1) * row.upper + sample(3) * row.lower;
     DEPICT_UNROLL
     for (int k = 0; k < N; ++k) {
       const Vec<double> logit = padded ? splat<double>(-__builtin_inf()) : a * left[k] + b * right[k];
@@ -74,7 +73,7 @@ void careful_row(const CrossEntropyTask<T>& task, const Cell<T>& cell, PixelRow<
     for (int k = 0; k < cell.n; ++k)
       if (row.label[k] >= 0) {
         double rest = row.scale[k] * peak[k];
-        if (cell.careful)  // peak - label first: masked samples are both near the lowest number
+        if (cell.careful)  // peak - label first: between samples masked in different classes both are huge
           rest = row.hit[k] * (peak[k] - label_logit(k)) + (row.scale[k] - row.hit[k]) * peak[k];
         ws.log_sum[k] += row.scale[k] * pixel_log<T>(row.z[k]) + rest;
       }

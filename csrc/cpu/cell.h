@@ -37,7 +37,6 @@ struct Workspace {
   T* gradient[2];          // [w][lanes] likewise: their gradient
   // Sums over the rows of a cell row, one per pixel position in a chunk (so that the compiler vectorises).
   double log_sum[kMaxPixels];
-  double upper[kMaxPixels], lower[kMaxPixels];  // of this block: coefficients times weight along y
 };
 
 inline int64_t padded_width(int64_t w) { return (w + kLanePadding - 1) / kLanePadding * kLanePadding; }
@@ -82,7 +81,7 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
   for (PackedRow<T>& row : ws.packed) row.peak = peak, peak += padded_width(w);
   ws.touched = reinterpret_cast<int32_t*>(peak);
   ws.met = reinterpret_cast<uint8_t*>(ws.touched + classes + 1);
-  for (int k = 0; k < kMaxPixels; ++k) ws.log_sum[k] = ws.upper[k] = ws.lower[k] = 0;
+  for (double& value : ws.log_sum) value = 0;
   return ws;
 }
 
@@ -90,7 +89,7 @@ Workspace<T> carve(const CrossEntropyTask<T>& task, void* scratch) {
 template <class T>
 struct Cell {
   const T* corner[4];
-  double peak[4];
+  double peak[4];  // logits count from there: of samples masked in every class only differences matter
   double smooth[4];
   int64_t x, cell_x, cell_y;
   int n;
@@ -100,6 +99,8 @@ struct Cell {
   bool near_padding = false;  // the largest sample of some corner may be as low as the padded lanes
   int64_t sole;               // class whose exponential is 1 in the whole cell, or -1
   Corners smooth_sum;  // bilinear sum over the block's pixels of the upstream gradient, for label smoothing
+
+  double logit(int q, int64_t c) const { return static_cast<double>(corner[q][c]) - peak[q]; }
 };
 
 template <class T>
@@ -116,7 +117,7 @@ struct PixelRow {
 };
 
 // Losses of single pixels, for reduction "none": `base` is what the sum of exponentials was taken relative
-// to.
+// to. It and the label's logit count from the interpolated Cell::peak.
 template <class T, class Base, class LabelLogit>
 void write_pixel_losses(const CrossEntropyTask<T>& task, const Cell<T>& cell, const PixelRow<T>& row,
                         int64_t pixel, const Base& base, const LabelLogit& label_logit) {

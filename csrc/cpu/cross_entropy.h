@@ -105,9 +105,8 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
     const int32_t label = ws.touched[i];
     const Corners hits = ws.hits[label];
     if (want_logits) {
-      const Corners logits{
-          static_cast<double>(cell.corner[0][label]), static_cast<double>(cell.corner[1][label]),
-          static_cast<double>(cell.corner[2][label]), static_cast<double>(cell.corner[3][label])};
+      const Corners logits{cell.logit(0, label), cell.logit(1, label), cell.logit(2, label),
+                           cell.logit(3, label)};
       label_logits += hits == 0.0 ? Corners{} : hits * logits;  // 0 times an infinite logit is none
     }
     if (task.gradient)
@@ -116,19 +115,9 @@ void finish_block(const CrossEntropyTask<T>& task, Cell<T>& cell, int64_t touche
     ws.met[label] = 0;
   }
   loss -= (label_logits[0] + label_logits[1]) + (label_logits[2] + label_logits[3]);
-  if (task.want_loss) {
-    double base[4] = {};  // the shift, which the logarithms left out, at the samples
-    for (int k = 0; k < cell.n; ++k) {
-      const double* pair = task.pixel.pair + 2 * (cell.x + k);
-      base[0] += ws.upper[k] * pair[0], base[1] += ws.upper[k] * pair[1];
-      base[2] += ws.lower[k] * pair[0], base[3] += ws.lower[k] * pair[1];
-      ws.upper[k] = ws.lower[k] = 0;
-    }
-    for (int q = 0; q < 4; ++q) {
-      if (base[q] != 0) loss += base[q] * cell.peak[q];
+  if (task.want_loss)
+    for (int q = 0; q < 4; ++q)
       if (cell.smooth_sum[q] != 0) loss -= task.smoothing * cell.smooth_sum[q] * cell.smooth[q];
-    }
-  }
   if (!task.gradient) return;
   for (int q = 0; q < 4; ++q) {
     if (task.smoothing != 0)

@@ -26,7 +26,7 @@ template <class T>
 struct PackedRow {  // one low-resolution row
   T* logits;        // (w, lanes)
   T* peak;          // (w, padded to kLanePadding): max over classes
-  double* smooth;   // (w): sum over classes of weight * logit; null without label smoothing
+  double* smooth;   // (w): sum over classes of weight * (logit - peak); null without label smoothing
 };
 
 // Weights of the upper sample along x, one per pixel, followed by kMaxPixels copies of the last.

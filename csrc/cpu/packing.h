@@ -45,8 +45,9 @@ void pack_row(const Packed& packed, const LogitsView<T>& view, const double* wei
   if (!to.smooth) return;
   for (int64_t x = 0; x < w; ++x) {
     double sum = 0;
+    const double peak = static_cast<double>(to.peak[x]);
     for (int64_t c = 0; c < classes; ++c)
-      sum += (weight ? weight[c] : 1.0) * static_cast<double>(to.logits[x * lanes + c]);
+      sum += (weight ? weight[c] : 1.0) * (static_cast<double>(to.logits[x * lanes + c]) - peak);
     to.smooth[x] = sum;
   }
 }

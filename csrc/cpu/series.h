@@ -149,12 +149,7 @@ void loss_tile(const PixelRow<float>* row, const bool* use, int rows, Workspace<
   for (int k = 0; k < kTileRows * N; ++k) z[k] = pixel_log<float>(z[k]);
   for (int i = 0; i < rows; ++i) {
     if (!use[i]) continue;
-    for (int k = 0; k < N; ++k) {
-      const double scale = row[i].scale[k];
-      ws.log_sum[k] += scale * z[i * N + k];
-      ws.upper[k] += scale * row[i].upper;
-      ws.lower[k] += scale * row[i].lower;
-    }
+    for (int k = 0; k < N; ++k) ws.log_sum[k] += row[i].scale[k] * z[i * N + k];
   }
 }
 
@@ -254,17 +249,13 @@ void fast_tile(const CrossEntropyTask<float>& task, Cell<float>& cell, PixelRow<
     }
     if (task.pixel_loss) {
       const PixelRow<float>& p = row[i];
-      const auto bilinear = [&](int k, double q0, double q1, double q2, double q3) {
+      const auto label_logit = [&](int k) {
         const double* pair = task.pixel.pair + 2 * (cell.x + k);
-        return p.upper * (pair[0] * q0 + pair[1] * q1) + p.lower * (pair[0] * q2 + pair[1] * q3);
+        const int32_t c = p.label[k];
+        return p.upper * (pair[0] * cell.logit(0, c) + pair[1] * cell.logit(1, c)) +
+               p.lower * (pair[0] * cell.logit(2, c) + pair[1] * cell.logit(3, c));
       };
-      write_pixel_losses(
-          task, cell, p, pixel + i * task.packed.x.out,
-          [&](int k) { return bilinear(k, cell.peak[0], cell.peak[1], cell.peak[2], cell.peak[3]); },
-          [&](int k) {
-            const int32_t c = p.label[k];
-            return bilinear(k, cell.corner[0][c], cell.corner[1][c], cell.corner[2][c], cell.corner[3][c]);
-          });
+      write_pixel_losses(task, cell, p, pixel + i * task.packed.x.out, [](int) { return 0.0; }, label_logit);
     }
   }
   if (task.want_loss) loss_tile<N>(row, use, last + 1, ws);

@@ -76,6 +76,7 @@ __global__ void pack_kernel(const PackArguments a, int64_t pack_blocks) {
   }
   if (a.magnitude != nullptr) barrier();
 
+  const float share = 1.0f / static_cast<float>(classes);  // a sum of masked classes would overflow
   float total = 0;
   for (int64_t c0 = 0; c0 < classes; c0 += 32) {
     const float shift = peak[lane];
@@ -89,7 +90,7 @@ __global__ void pack_kernel(const PackArguments a, int64_t pack_blocks) {
       if (a.magnitude != nullptr)
         total = size > total || size != size ? size : total;
       else if (a.smooth != nullptr)
-        total += a.weight != nullptr ? a.weight[c] * z : z;
+        total += (a.weight != nullptr ? a.weight[c] * share : share) * z;
     }
     barrier();
     for (int i = warp; i < 32; i += kPackWarps)

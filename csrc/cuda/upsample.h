@@ -73,7 +73,7 @@ struct PackArguments {
   Logits logits;
   const float* weight;  // (classes) or null
   float* packed;        // (batch, h * w, classes)
-  float* smooth;        // (batch, h * w): sum over classes of weight times shifted logit, or null
+  float* smooth;        // (batch, h * w): mean over classes of weight times shifted logit, or null
   float* magnitude;     // (batch, h * w): largest |logit|, NaN if any is; null: subtract the largest logit
   AxisTile* table;      // (tiles along y, then along x)
 };

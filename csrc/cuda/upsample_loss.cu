@@ -50,6 +50,17 @@ __device__ __forceinline__ float bilinear_without_zeros(const Weights& t, const 
          ((t.ll == 0 ? 0.0f : t.ll * at[c.ll]) + (t.lr == 0 ? 0.0f : t.lr * at[c.lr]));
 }
 
+// How far the label's logit lies below what the pixel's exponentials are relative to.
+template <int N>
+__device__ __forceinline__ float label_below(const Work<N>& w, int p, int32_t label, const Weights& t,
+                                             bool direct) {
+  const float* const packed = w.a.packed + label;
+  const float logit = bilinear_without_zeros(t, packed, w.tile.packed);
+  if (!direct || logit == -INFINITY) return -logit;
+  // Rounded like the maximum: beside masked samples both may be huge, and their difference is the loss.
+  return w.peak[p] - bilinear(t, plain_samples(packed, w.tile.packed));
+}
+
 struct Sums {  // of a lane's pixels
   float loss, weight;
 };
@@ -74,16 +85,18 @@ __device__ __forceinline__ bool finish_pixels(const Work<N>& w, bool direct, Sum
         u = pixel.scale * fast_reciprocal(sum);
         if (a.partial != nullptr || a.pixel_loss != nullptr) {
           const Weights t = weights_at(w.weight_y(w.row(i)), w.weight_x(w.column()));
-          const float log_z = logf(sum) + (direct ? w.peak[p] : 0.0f);
+          const float log_sum = logf(sum);
           // An infinite weight multiplies what is positive, not terms of both signs.
-          if (pixel.hit != 0)
-            loss = pixel.hit * (log_z - bilinear_without_zeros(t, a.packed + label, w.tile.packed));
+          if (pixel.hit != 0) loss = pixel.hit * (log_sum + label_below(w, p, label, t, direct));
           if (a.label_smoothing > 0) {
-            const float all = a.weight_sum != nullptr ? *a.weight_sum : static_cast<float>(a.grid.classes);
+            const float classes = static_cast<float>(a.grid.classes);
+            const float all = a.weight_sum != nullptr ? *a.weight_sum : classes;
+            const float log_z = log_sum + (direct ? w.peak[p] : 0.0f);
             if (fabsf(all) == INFINITY)
               loss = all;
             else
-              loss += pixel.smooth * (all * log_z - bilinear_without_zeros(t, a.smooth, w.tile.sample));
+              loss += pixel.smooth * (all * log_z) -
+                      pixel.smooth * classes * bilinear_without_zeros(t, a.smooth, w.tile.sample);
           }
         }
       }

@@ -11,8 +11,9 @@ constexpr float kLog2E = 1.4426950408889634f;
 // whole cell while the sum is at least kSmallSum (a relative error of e^-42 / 2e-9 = 3e-10), and only then.
 // It leaves room for kLargeScale: Horner's polynomials reach 16 e^64 times scale before e takes it back.
 constexpr float kFloor = -64.0f, kNegligible = -42.0f, kSmallSum = 2e-9f, kLargeScale = 1e9f;
-constexpr float kLowest = -1e30f;  // stands for anything lower where exponentials are taken directly
-constexpr int kChunk = 192;        // classes in shared memory at a time
+// Stands for -inf where exponentials are taken directly: 0 times it is 0.
+constexpr float kLowest = -3.4028234663852886e38f;
+constexpr int kChunk = 192;  // classes in shared memory at a time
 
 template <int N>
 struct Work {  // what a warp works with
@@ -58,15 +59,18 @@ __device__ __forceinline__ bool stage_series(const Work<N>& w, int c0, int count
   return ballot(wide) != 0;
 }
 
-// The same as plain samples, for exponentials taken directly.
+// Of one class, for exponentials taken directly.
+__device__ __forceinline__ Float4 plain_samples(const float* packed, const Corners& at) {
+  const auto read = [packed](int64_t i) { return packed[i] < kLowest ? kLowest : packed[i]; };
+  return {read(at.ul), read(at.ur), read(at.ll), read(at.lr)};
+}
+
+// The same as plain samples.
 template <int N>
 __device__ __forceinline__ void stage_direct(const Work<N>& w, int c0, int count) {
   const Corners at = w.tile.packed;
-  const float* const packed = w.a.packed + c0;
-  const auto read = [packed](int64_t i) { return packed[i] < kLowest ? kLowest : packed[i]; };
   warp_barrier();  // all have done with what was there
-  for (int c = w.lane; c < count; c += 32)
-    w.form[c] = {read(at.ul + c), read(at.ur + c), read(at.ll + c), read(at.lr + c)};
+  for (int c = w.lane; c < count; c += 32) w.form[c] = plain_samples(w.a.packed + c0 + c, at);
   warp_barrier();
 }
 
@@ -140,9 +144,12 @@ __device__ __forceinline__ Weights weights_at(float ty, float tx) {
   return {(1 - ty) * (1 - tx), (1 - ty) * tx, ty * (1 - tx), ty * tx};
 }
 
-// Rounds the same way wherever it is called: a logit must not exceed the maximum that it was part of.
+// Rounds the same way wherever it is called: a logit must not exceed the maximum that it was part of. Classes
+// that are masked in the same samples tie; in a fused sum the small terms of the others would decide how the
+// huge ones round, and make them differ by that.
 __device__ __forceinline__ float bilinear(const Weights& t, const Float4& f) {
-  return fmaf(t.lr, f.w, fmaf(t.ll, f.z, fmaf(t.ur, f.y, t.ul * f.x)));
+  return ((rounded_product(t.ul, f.x) + rounded_product(t.ur, f.y)) + rounded_product(t.ll, f.z)) +
+         rounded_product(t.lr, f.w);
 }
 
 // Maxima and sums over classes of all pixels, in w.peak and w.u.

@@ -68,7 +68,7 @@ class Packed:
     """Low-resolution logits, classes innermost and padded to a multiple of every block of classes."""
 
     logits: Tensor  # (B * h * w, lanes)
-    smooth: Tensor | None  # (B * h * w,) sum over classes of weight times shifted logit
+    smooth: Tensor | None  # (B * h * w,) mean over classes of weight times shifted logit
     magnitude: Tensor  # (B * h * w,) largest |logit|, where not shifted
     lanes: int
 

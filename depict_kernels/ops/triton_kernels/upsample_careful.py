@@ -86,9 +86,9 @@ def _careful_tile(
     sums = tl.sum(sums, 1)
 
     if (partial_ptr is not None) or (pixel_loss_ptr is not None):
-        log_sum = tl.log(sums) + peak
         loss = losses(
-            packed_ptr, smooth_ptr, corners, tx, ty, label, hit, smooth, weights[1], log_sum, SMOOTHING, CLASSES, LANES
+            packed_ptr, smooth_ptr, corners, tx, ty, label, hit, smooth, weights[1], tl.log(sums), peak, SMOOTHING,
+            CLASSES, LANES,
         )  # fmt: skip
         if pixel_loss_ptr is not None:
             tl.store(pixel_loss_ptr + (batch * height + y) * width + x, loss, mask=inside)

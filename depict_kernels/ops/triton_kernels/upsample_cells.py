@@ -111,7 +111,7 @@ def pack_logits(
     logits_ptr,  # (B, C, h, w)
     packed_ptr,  # (B * h * w, LANES): classes innermost
     weight_ptr,  # (C,) or None
-    smooth_ptr,  # (B * h * w,): sum over classes of weight times shifted logit
+    smooth_ptr,  # (B * h * w,): mean over classes of weight times shifted logit
     magnitude_ptr,  # (B * h * w,): largest |logit|, NaN if any is
     h,
     w,
@@ -162,12 +162,10 @@ def pack_logits(
         if SHIFT:
             z = z - peak[:, None]
         if SMOOTH:
-            if weight_ptr is None:
-                total += tl.where(exists, z, 0.0)
-            else:
-                total += tl.where(
-                    exists, z * tl.load(weight_ptr + c, mask=c < CLASSES, other=0.0)[None, :], 0.0
-                )
+            share = z * (1.0 / CLASSES)  # a sum of masked classes would overflow
+            if weight_ptr is not None:
+                share *= tl.load(weight_ptr + c, mask=c < CLASSES, other=0.0)[None, :]
+            total += tl.where(exists, share, 0.0)
         if not SHIFT:
             size = tl.where(exists, tl.abs(z), 0.0)
             total = tl.where((size > total) | (size != size), size, total)

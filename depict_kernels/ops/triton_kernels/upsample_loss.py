@@ -113,8 +113,14 @@ def pixels(
 
 @triton.jit
 def bilinear(ul, ur, ll, lr, tx, ty):
-    """Interpolates a cell's four samples."""
-    return (1 - ty) * ((1 - tx) * ul + tx * ur) + ty * ((1 - tx) * ll + tx * lr)
+    """Interpolates a cell's four samples, with the same rounding wherever it is called.
+
+    A logit must not exceed the maximum that it was part of. Classes that are masked in the same samples tie; in a fused
+    sum the small terms of the others would decide how the huge ones round, and make them differ by that.
+    """
+    upper = rounded_product(1 - tx, ul) + rounded_product(tx, ur)
+    lower = rounded_product(1 - tx, ll) + rounded_product(tx, lr)
+    return rounded_product(1 - ty, upper) + rounded_product(ty, lower)
 
 
 @triton.jit
@@ -129,11 +135,12 @@ def losses(
     smooth,
     weight_sum_ptr,
     log_sum,
+    peak,
     SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Loss per pixel; ``log_sum`` is the logarithm of the sum of exponentials of the shifted logits."""
+    """Loss per pixel; ``log_sum`` is the logarithm of the sum of exponentials of the shifted logits less ``peak``."""
     valid = label >= 0
     z = bilinear(
         tl.load(packed_ptr + corners[0] * LANES + label, mask=valid, other=0.0),
@@ -143,7 +150,9 @@ def losses(
         tx,
         ty,
     )
-    loss = hit * (log_sum - z)  # an infinite weight multiplies what is positive, not terms of both signs
+    # An infinite weight multiplies what is positive, not terms of both signs. Beside masked samples peak and z are
+    # huge, and the logarithm would round away.
+    loss = hit * (log_sum + (peak - z))
     if SMOOTHING > 0:
         at_samples = bilinear(
             tl.load(smooth_ptr + corners[0]),
@@ -153,11 +162,12 @@ def losses(
             tx,
             ty,
         )
+        log_z = log_sum + peak
         if weight_sum_ptr is None:
-            loss += smooth * (CLASSES * log_sum - at_samples)
+            loss += smooth * CLASSES * (log_z - at_samples)
         else:
             all = tl.load(weight_sum_ptr)
-            loss += smooth * (all * log_sum - at_samples)
+            loss += smooth * (all * log_z) - smooth * CLASSES * at_samples
             loss = tl.where(tl.abs(all) == float("inf"), all, loss)
     return tl.where(valid, loss, 0.0)
 
@@ -263,7 +273,7 @@ def loss_series(
         log_sum = tl.log(tl.where(live, z, 1.0))
         loss = losses(
             packed_ptr, smooth_ptr, corners, pixel_tx, ty[:, None], label, hit, smooth, weight_sum_ptr, log_sum,
-            SMOOTHING, CLASSES, LANES,
+            0.0, SMOOTHING, CLASSES, LANES,
         )  # fmt: skip
         if pixel_loss_ptr is not None:
             at = (batch * height + y[:, None]) * width + x[None, :]
