@@ -53,9 +53,7 @@ def coding_rate(z: Tensor, eps: float = EPS) -> Tensor:
     if not eps > 0:
         raise ValueError(f"eps must be above 0, got {eps}")
     n, d = z.shape[-2:]
-    gram = z @ z.mT if n < d else z.mT @ z  # both have the same determinant
-    scaled = torch.eye(min(n, d), dtype=z.dtype, device=z.device) + d / (n * eps**2) * gram
-    return torch.linalg.cholesky(scaled).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return (math.sqrt(d / n) / eps * torch.linalg.svdvals(z)).square().log1p().sum(-1) / 2
 
 
 def class_coding_rate(z: Tensor, labels: Tensor, eps: float = EPS) -> Tensor:
@@ -72,6 +70,8 @@ def class_coding_rate(z: Tensor, labels: Tensor, eps: float = EPS) -> Tensor:
         Scalar, float64.
     """
     z = _double("z", z, 2)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor ({len(z)},), got {type(labels).__name__}")
     if labels.shape != z.shape[:1]:
         raise ValueError(f"labels must be ({len(z)},), one for each embedding, got {tuple(labels.shape)}")
     groups = [z[labels == label] for label in labels.unique()]
@@ -89,7 +89,7 @@ def subspace_coding_rate(z: Tensor, proj: Tensor, num_heads: int, eps: float = E
         (...) float64.
     """
     z, proj = _double("z", z), _double("proj", proj, 2)
-    if len(proj) % num_heads or proj.shape[1] != z.shape[-1]:
+    if num_heads < 1 or len(proj) % num_heads or proj.shape[1] != z.shape[-1]:
         raise ValueError(f"proj must be (H * d, {z.shape[-1]}) with H = {num_heads}, got {tuple(proj.shape)}")
     return sum(coding_rate(z @ _basis(head), eps) for head in proj.chunk(num_heads))
 
@@ -108,7 +108,7 @@ def explained_variance(x: Tensor) -> Tensor:
 def effective_rank(shares: Tensor) -> Tensor:
     """exp of the entropy of ``shares`` (..., K), as of :func:`explained_variance`: how many equal ones they are worth.
 
-    (Roy and Vetterli, EUSIPCO 2007.)
+    (Roy and Vetterli, EUSIPCO 2007; they take singular values, whose squares these are.)
     """
     return torch.special.entr(shares).sum(-1).exp()
 
@@ -139,12 +139,13 @@ def coherence(vectors: Tensor) -> Tensor:
 
     Random directions have sqrt(2 / (pi D)) on the average.
     """
-    unit = unit_length(_double("vectors", vectors))
+    unit = unit_length(vectors)
     return (unit @ unit.mT).abs().clamp(max=1)
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """(..., D) with every vector divided by its length; zero stays zero."""
+    """x (..., N, D) in float64 with every vector divided by its length; zero stays zero."""
+    x = _double("x", x)
     return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
 
 

@@ -43,7 +43,12 @@ def test_the_report_agrees_with_the_evaluation_and_the_operators(trained, capsys
     assert [row["sigma"] for row in report["noise"]] == [0.05, 3.0]
     assert all(len(row["miou"]) == 2 for row in report["noise"])
     assert len(set(report["noise"][1]["miou"])) == 2  # two draws
-    assert report["images"] == 3 and len(report["embeddings"]) == 3 and len(report["layers"]) == 2
+    assert (
+        report["embedded_images"] == 3
+        and report["images"] == 4
+        and len(report["embeddings"]) == 3
+        and len(report["layers"]) == 2
+    )
     model = load_model(trained)
     assert [layer["step"] for layer in report["layers"]] == [
         layer.step.item() for layer in model.decoder.layers
@@ -62,9 +67,14 @@ def test_the_report_agrees_with_the_evaluation_and_the_operators(trained, capsys
 
 
 def test_again_and_elsewhere(trained, tmp_path, capsys):
-    few = ["--sigmas", "", "--images", "1"]
+    few = ["--images", "1"]
     for _ in range(2):  # its own file may be written again
-        assert run.main(["analyse", str(trained), "--checkpoint", "last", *few[2:], "--sigmas", "0"]) == 0
+        assert (
+            run.main(
+                ["analyse", str(trained), "--checkpoint", "last", *few, "--sigmas", "0", "--repeats", "1"]
+            )
+            == 0
+        )
     last = read(trained, "analysis_last.json")
     assert last["noise"] == [{"sigma": 0.0, "miou": [last["miou"]]}]
     assert (trained / "plots" / "analysis_last.png").exists()
@@ -72,10 +82,21 @@ def test_again_and_elsewhere(trained, tmp_path, capsys):
                      "--sigmas", "0.01"]) == 0  # fmt: skip
     assert read(tmp_path, "there.json")["checkpoint"] == "best" and (tmp_path / "there_analysis.png").exists()
     capsys.readouterr()
-    before = (trained / "results.json").read_bytes()
+    results, own = (trained / "results.json").read_bytes(), (trained / "analysis_last.json").read_bytes()
     assert run.main(["analyse", str(trained), "--output", str(trained / "results.json")]) == 2
-    assert "holds the results of `eval`" in capsys.readouterr().err
-    assert (trained / "results.json").read_bytes() == before
+    assert run.main(["eval", str(trained), "--output", str(trained / "analysis_last.json")]) == 2
+    assert capsys.readouterr().err.count("exists and holds no results of this command") == 2
+    last_by_path = ["analyse", str(trained), "--checkpoint", str(trained / "last.pt")]
+    assert run.main([*last_by_path, "--eval.max_images", "2"]) == 2  # it is the run's own, of other settings
+    assert "analysis_last.json: holds the results of images 4, not 2" in capsys.readouterr().err
+    assert (trained / "results.json").read_bytes() == results
+    assert (trained / "analysis_last.json").read_bytes() == own
+
+
+def test_noise_that_breaks_the_model_is_told(trained, tmp_path, capsys):
+    words = ["--images", "1", "--sigmas", "1e30", "--output", str(tmp_path / "a.json")]
+    assert run.main(["analyse", str(trained), *words]) == 2
+    assert "error: with noise of 1e+30 on its parameters: the model gives NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

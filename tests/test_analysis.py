@@ -35,6 +35,13 @@ def test_one_embedding_and_rotations():
     torch.testing.assert_close(turned, analysis.coding_rate(many))
 
 
+@pytest.mark.parametrize(("length", "eps"), [(1e6, analysis.EPS), (1e9, analysis.EPS), (1.0, 1e-8)])
+def test_coding_rate_of_one_direction_at_any_length(length, eps):
+    z = length * torch.randn(50, 1).double() @ torch.nn.functional.normalize(torch.randn(1, 8)).double()
+    expected = 0.5 * math.log1p(8 / (50 * eps**2) * z.square().sum().item())
+    assert analysis.coding_rate(z, eps).item() == pytest.approx(expected, rel=1e-3 if eps > 0.1 else 0.05)
+
+
 def test_rate_reduction_is_largest_for_orthogonal_classes():
     labels = torch.tensor([0] * 8 + [255] * 8)  # any integers are labels
     basis = torch.eye(6).double()
@@ -110,6 +117,8 @@ def test_coherence():
     [
         (lambda: analysis.coding_rate(torch.zeros(3)), ValueError, r"\(\.\.\., N, D\).*\(3,\)"),
         (lambda: analysis.coding_rate(torch.zeros(0, 3)), ValueError, "N and D at least 1"),
+        (lambda: analysis.class_coding_rate(torch.ones(3, 2), [0, 1, 1]), TypeError, "must be a tensor.*list"),
+        (lambda: analysis.subspace_coding_rate(torch.ones(3, 4), torch.ones(6, 4), 0), ValueError, "H = 0"),
         (lambda: analysis.coding_rate(torch.zeros(2, 3), 0.0), ValueError, "eps must be above 0"),
         (lambda: analysis.coding_rate(torch.tensor([[math.nan]])), ValueError, "NaN"),
         (lambda: analysis.coding_rate([[1.0]]), TypeError, "real tensor.*list"),

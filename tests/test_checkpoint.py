@@ -19,6 +19,7 @@ from train.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+WHOLE = {"step": 0, "model": {}, "config": {}, "classes": []}  # what every checkpoint has
 
 
 def test_round_trip_of_everything_a_run_stores(tmp_path):
@@ -28,6 +29,7 @@ def test_round_trip_of_everything_a_run_stores(tmp_path):
         "model": {"w": torch.randn(2, 3)},
         "ema": None,
         "config": config,
+        "classes": ["sky"],
         "rng": [checkpoint.rng_state(CPU)],
     }
     checkpoint.save(tmp_path / "last.pt", state)
@@ -43,7 +45,7 @@ def draws() -> list[float]:
 
 def test_generators_continue_where_they_were(tmp_path):
     draws()  # leaves a second Gaussian behind in python's generator, which belongs to its state
-    checkpoint.save(tmp_path / "a.pt", {"rng": checkpoint.rng_state(CPU)})
+    checkpoint.save(tmp_path / "a.pt", WHOLE | {"rng": checkpoint.rng_state(CPU)})
     expected = [draws() for _ in range(3)]
     checkpoint.set_rng_state(checkpoint.load(tmp_path / "a.pt")["rng"], CPU)
     assert [draws() for _ in range(3)] == expected
@@ -61,11 +63,11 @@ def file_size_limit():
 @pytest.mark.parametrize("elements", [30_000, 3_000_000], ids=["fails at the end", "fails in the middle"])
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, file_size_limit, elements):
     path = tmp_path / "last.pt"
-    checkpoint.save(path, {"step": 1})
+    checkpoint.save(path, WHOLE | {"step": 1})
     with pytest.raises(
         UserError, match=r"last.pt: cannot be saved: File too large; the previous checkpoint is kept"
     ):
-        checkpoint.save(path, {"step": 2, "model": torch.randn(elements)})
+        checkpoint.save(path, WHOLE | {"step": 2, "model": torch.randn(elements)})
     assert checkpoint.load(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
@@ -99,7 +101,8 @@ from train import checkpoint
 step = 0
 while True:
     step += 1
-    checkpoint.save(Path(sys.argv[1]), {"step": step, "model": torch.full((2_000_000,), float(step))})
+    state = {"config": {}, "classes": [], "step": step, "model": torch.full((2_000_000,), float(step))}
+    checkpoint.save(Path(sys.argv[1]), state)
     print(step, flush=True)
 """
 

@@ -412,6 +412,12 @@ def test_a_split_without_a_label_is_refused_at_the_start(split, tmp_path):
         trainer(root, tmp_path)
     others[-1].write_bytes(good)
     trainer(root, tmp_path)
-    if split == "validation":
+    if split == "training":
+        path = others[-1]
+        Image.open(path).point(lambda value: min(value, 1)).save(path)  # the first class alone
+        trainer(root, tmp_path, loss__class_weights=[0.5, 1, 1, 1, 0])
+        with pytest.raises(UserError, match="no labelled pixel of a class whose weight is not 0 in training"):
+            trainer(root, tmp_path, loss__class_weights=[0, 1, 1, 1, 1])
+    else:
         with pytest.raises(UserError, match="no labelled pixel in validation"):
             trainer(root, tmp_path, eval__max_images=1)

@@ -174,7 +174,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model(name, word
         (["--output", "other"], "weights", r"other: exists and holds no results"),
         (
             ["--checkpoint", "elsewhere/last.pt"],
-            '{"miou": 0.5, "checkpoint": "last"}',
+            '{"iou_per_class": {}, "checkpoint": "last"}',
             "results of checkpoint last",
         ),
     ],

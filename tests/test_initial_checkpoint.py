@@ -62,7 +62,7 @@ def test_what_has_a_row_per_class_starts_anew(name, tmp_path):
 
     source = make(7)
     config = {"model": {"name": f"{name}_vit_tiny", "img_size": None}, "data": {"crop_size": [32, 32]}}
-    state = {"model": source.state_dict(), "config": config, "classes": list("abcdefg")}
+    state = {"model": source.state_dict(), "config": config, "classes": list("abcdefg"), "step": 1}
     checkpoint.save(tmp_path / "a.pt", state)
     same = make(7)
     assert start_from(same, tmp_path / "a.pt") == []
@@ -87,7 +87,7 @@ def test_position_embeddings_are_resized(tmp_path):
         "model": {"name": "depict_sa_vit_tiny", "img_size": None},
         "data": {"crop_size": [32, 64]},
     }
-    state = {"model": source.state_dict(), "config": config, "classes": list("abc")}
+    state = {"model": source.state_dict(), "config": config, "classes": list("abc"), "step": 1}
     checkpoint.save(tmp_path / "a.pt", state)
     start_from(wide, tmp_path / "a.pt")
     expected = resample_abs_pos_embed(source.backbone.vit.pos_embed, [4, 2], [2, 4], 1)
@@ -119,6 +119,11 @@ def test_a_checkpoint_of_another_version_is_refused(trained, tmp_path):
     for read in (load_model, lambda path: start_from(model, path)):
         with pytest.raises(ValueError, match="not a checkpoint of this version"):
             read(tmp_path / "a.pt")
+    for key in ("model", "config", "classes", "step"):
+        torch.save({k: value for k, value in state.items() if k != key}, tmp_path / "a.pt")
+        for read in (load_model, lambda path: start_from(model, path)):
+            with pytest.raises(ValueError, match=f"is damaged: it lacks {key}"):
+                read(tmp_path / "a.pt")
     state["config"]["model"]["decoder_kwargs"] = {"depth": 2}
     checkpoint.save(tmp_path / "a.pt", state)
     with pytest.raises(ValueError, match="do not fit its configuration"):

@@ -21,6 +21,7 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -365,12 +366,17 @@ class SegmentationFolder:
         """Like ``decode``, but from the cache where there is one; the arrays may then be read-only."""
         return self._cache.read(i) if self._cache is not None else self.decode(i)
 
-    def require_labels(self, count: int | None = None) -> None:
-        """Raises UserError where no pixel of the first ``count`` samples is labelled. Reads up to one that is."""
+    def require_labels(self, count: int | None = None, weights: Sequence[float] | None = None) -> None:
+        """Raises UserError where no pixel of the first ``count`` samples counts. Reads up to one that does.
+
+        A pixel counts if it is labelled, with a class whose weight, where there are ``weights``, is not 0.
+        """
+        idle = [self.ignore_index, *(c for c, weight in enumerate(weights or ()) if weight == 0)]
         targets = (self.arrays(i)[1] for i in range(len(self))[:count])
-        if not any((target != self.ignore_index).any() for target in targets):
+        if not any(np.isin(target, idle, invert=True).any() for target in targets):
+            of = " of a class whose weight is not 0" if len(idle) > 1 else ""
             raise UserError(
-                f"{self.root}: no labelled pixel in {self.split}; `python train/run.py check-data` shows what the "
+                f"{self.root}: no labelled pixel{of} in {self.split}; `python train/run.py check-data` shows what the "
                 "annotations hold"
             )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from depict_kernels import analysis
 from depict_kernels.models import SegmentationModel
 from depict_kernels.ops import default_ignore_index
+from train.errors import UserError
 from train.windows import enlarged_size, normalised, resize_image, scaled_size
 
 
@@ -129,9 +130,17 @@ def noise_scores(
         scores = []
         for seed in range(repeats):
             with analysis.perturbed(model.decoder, sigma, seed):
-                scores.append(score())
+                try:
+                    scores.append(score())
+                except UserError as error:
+                    raise UserError(f"with noise of {sigma:g} on its parameters: {error}") from None
         rows.append({"sigma": sigma, "miou": scores})
     return rows
+
+
+def random_span(report: dict[str, Any]) -> float:
+    """Share of any embeddings' energy that as many random directions as there are classes span, on the average."""
+    return min(len(report["classes"]["coherence"]), report["width"]) / report["width"]
 
 
 def random_coherence(width: int) -> float:
@@ -170,11 +179,13 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"  class embeddings: mean |cosine| {mean:.3f}, random directions {random_coherence(report['width']):.3f}"
         )
     text.append(
-        f"  their span holds {100 * classes['span_energy']:.1f} % of the image embeddings' energy, no span of that "
-        f"size more than {100 * classes['best_span_energy']:.1f} %"
+        f"  their span holds {100 * classes['span_energy']:.1f} % of the image embeddings' energy, a random one "
+        f"{100 * random_span(report):.1f} %, the best one {100 * classes['best_span_energy']:.1f} %"
     )
-    text.append("  mIoU with Gaussian noise on the decoder's parameters")
+    text.append("  mIoU with Gaussian noise on the decoder's parameters, by its standard deviation")
     text.append(f"    {'none':<10}{report['miou']:.4f}")
     for row in report["noise"]:
-        text.append(f"    {row['sigma']:<10g}" + "  ".join(f"{score:.4f}" for score in row["miou"]))
+        draws = ", ".join(f"{score:.4f}" for score in row["miou"])
+        each = f"  ({draws})" if len(row["miou"]) > 1 else ""
+        text.append(f"    {row['sigma']:<10g}{np.mean(row['miou']):.4f}{each}")
     return text

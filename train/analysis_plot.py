@@ -15,9 +15,10 @@ from train.plots import BLUE, DARK, GREEN, ORANGE, new_axes
 from train.predict import short_name
 
 
-def analysis_figure(report: dict[str, Any], names: Sequence[str]) -> Figure:
+def analysis_figure(report: dict[str, Any], names: Sequence[str], title: str) -> Figure:
     """Coding rates and variance layer by layer, coherence of the class embeddings, scores against noise."""
     figure = Figure(figsize=(12.5, 9.6), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     grid = figure.add_gridspec(2, 2)
     _draw_rates(new_axes(figure, grid[0, 0]), report)
     _draw_variance(new_axes(figure, grid[0, 1]), report)
@@ -41,7 +42,7 @@ def _draw_rates(axes: Axes, report: dict[str, Any]) -> None:
             at[i : i + 2], layer["subspace_coding_rate"], color=GREEN, linewidth=2, marker="o", label=label
         )
     axes.set_xticks(at, stages)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
     axes.set_ylabel("nats")
     axes.set_title("Coding rate of the image embeddings", loc="left", fontweight="bold")
     axes.legend(frameon=False, fontsize=9)
@@ -81,7 +82,7 @@ def _draw_coherence(
     told = (
         ""
         if mean is None
-        else f"\nmean of two {mean:.2f}, of random directions {random_coherence(width):.2f}"
+        else f"\nmean of different classes {mean:.2f}, random {random_coherence(width):.2f}"
     )
     axes.set_title(f"Class embeddings: orthogonal where white{told}", loc="left", fontweight="bold")
 
@@ -92,22 +93,14 @@ def _draw_noise(axes: Axes, report: dict[str, Any]) -> None:
     axes.axhline(report["miou"], color=DARK, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
     if rows:
         sigmas = [sigma for sigma, _ in rows]
-        axes.plot(
-            sigmas,
-            [np.mean(scores) for _, scores in rows],
-            color=BLUE,
-            linewidth=2,
-            marker="o",
-            label="mIoU",
-        )
-        draws = len(rows[0][1])
+        means, draws = [np.mean(scores) for _, scores in rows], len(rows[0][1])
+        label = f"mean of {draws} draws" if draws > 1 else "one draw"
+        axes.plot(sigmas, means, color=BLUE, linewidth=2, marker="o", label=label)
         if draws > 1:
             lowest, highest = zip(*((min(scores), max(scores)) for _, scores in rows))
-            axes.fill_between(
-                sigmas, lowest, highest, color=BLUE, alpha=0.15, label=f"range of {draws} draws"
-            )
+            axes.fill_between(sigmas, lowest, highest, color=BLUE, alpha=0.15, label="their range")
         axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     axes.set_xlabel("standard deviation of the noise on the decoder's parameters")
     axes.set_ylabel("mIoU (per cent)")

@@ -7,19 +7,29 @@ import math
 from pathlib import Path
 from typing import Any
 
-from train.command_eval import CHECKPOINT, KEYS, check_output, one_run, open_run, scored
+from train.command_eval import (
+    CHECKPOINT,
+    KEYS,
+    check_output,
+    one_run,
+    open_run,
+    scored,
+    scored_on,
+    which_checkpoint,
+)
 from train.command_line import CONFIG, Command, Option
 from train.errors import UserError
+from train.run_folder import check_writable
 
 SIGMAS = (0.001, 0.01, 0.02, 0.04)  # the paper's
 
 
 def analyse_run(arguments: list[str]) -> int:
     words, own, rest = ANALYSE.split(arguments)
-    which = own.get("checkpoint", "best")
     folder = one_run(ANALYSE, words)
+    which = which_checkpoint(folder, own)
     sigmas = _sigmas(own.get("sigmas"))
-    repeats, count = (_count(own, name, default) for name, default in (("repeats", 1), ("images", 16)))
+    repeats, count = (_count(own, name, default) for name, default in (("repeats", 3), ("images", 16)))
     config, classes, model, state, world = open_run(folder, rest, which)
     ending = "" if which == "best" else scored(which, False)
     output = Path(own.get("output", folder / f"analysis{ending}.json"))
@@ -30,10 +40,12 @@ def analyse_run(arguments: list[str]) -> int:
     from train.plots import save_figure
 
     dataset = build.split(config, build.data_root(config, world), config.data.val_split, classes)
-    data = {"data": str(Path(dataset.root).resolve()), "split": config.data.val_split}
-    check_output(output, None if "output" in own else {"checkpoint": which, **data})
-    if output.exists() and "embeddings" not in json.loads(output.read_text(encoding="utf-8")):
-        raise UserError(f"{output}: holds the results of `eval`; name another file with --output")
+    of = {"checkpoint": which, **scored_on(config, dataset)}
+    check_output(output, None if "output" in own else of, holds="embeddings")
+    picture = output.with_name(f"{output.stem}_analysis.png")
+    if "output" not in own:
+        picture = folder / "plots" / f"analysis{ending}.png"
+        check_writable(picture.parent, "--output")
     dataset.require_labels(config.eval.max_images)
     amp_dtype = build.autocast_dtype(config)
 
@@ -48,10 +60,9 @@ def analyse_run(arguments: list[str]) -> int:
         ).results()["miou"]
 
     report: dict[str, Any] = {
-        "checkpoint": which,
         "step": state["step"],
-        **data,
-        "images": min(count, len(dataset)),
+        **of,
+        "embedded_images": min(count, len(dataset)),
         "width": model.decoder.embed_dim,
     }
     try:
@@ -61,17 +72,14 @@ def analyse_run(arguments: list[str]) -> int:
     report["miou"] = score("evaluating")
     report["noise"] = analysis.noise_scores(model, sigmas, repeats, score)
     if world.main:
-        print(
-            f"{folder}, {which} checkpoint (step {state['step']}), embeddings of {report['images']} images "
-            f"of {dataset.root}"
+        title = (
+            f"{folder}, {which} checkpoint (step {state['step']}): embeddings of {report['embedded_images']} images, "
+            f"scores of {report['images']}"
         )
-        print(*analysis.lines(report), sep="\n")
+        print(f"{title}, of {dataset.root}", *analysis.lines(report), sep="\n")
         output.write_text(json.dumps(report, indent=1) + "\n")
-        picture = folder / "plots" / f"analysis{ending}.png"
-        if "output" in own:
-            picture = output.with_name(f"{output.stem}_analysis.png")
         picture.parent.mkdir(parents=True, exist_ok=True)
-        save_figure(analysis_figure(report, classes.names), picture)
+        save_figure(analysis_figure(report, classes.names, title), picture)
         print(f"written to {output} and {picture}")
     return 0
 
@@ -80,7 +88,7 @@ def _sigmas(text: str | None) -> list[float]:
     if text is None:
         return list(SIGMAS)
     try:
-        sigmas = [float(part) for part in text.strip("[]").split(",") if part.strip()]
+        sigmas = list(dict.fromkeys(float(part) for part in text.strip("[]").split(",") if part.strip()))
         if not all(0 <= sigma < math.inf for sigma in sigmas):
             raise ValueError
     except ValueError:
@@ -111,7 +119,7 @@ ANALYSE = Command(
     "and repeat. Writes RUN/analysis.json and RUN/plots/analysis.png (analysis_<checkpoint> where that is not best).",
     options=(
         Option("sigmas", "Standard deviations of the noise, by default 0.001,0.01,0.02,0.04.", "S,S,..."),
-        Option("repeats", "Draws of the noise for each, by default 1.", "N"),
+        Option("repeats", "Draws of the noise for each, by default 3.", "N"),
         Option("images", "Images whose embeddings are measured, by default 16.", "N"),
         CHECKPOINT,
         Option("output", "Write there, and FILE_analysis.png beside it, instead of into RUN.", "FILE"),

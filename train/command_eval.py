@@ -18,6 +18,15 @@ def one_run(command: Command, words: list[str]) -> Path:
     return Path(words[0])
 
 
+def which_checkpoint(folder: Path, own: dict[str, Any]) -> str:
+    """best, last, or another file's path."""
+    which = own.get("checkpoint", "best")
+    for name in ("best", "last"):  # however they are called, they are the run's own
+        if Path(which).resolve() == (folder / f"{name}.pt").resolve():
+            return name
+    return which
+
+
 def open_run(folder: Path, rest: list[str], which: str) -> tuple[Any, Any, Any, dict[str, Any], Any]:
     """The run folder's configuration, class list, model with weights, checkpoint, and the world."""
     from depict_kernels.models.checkpoints import weights_of
@@ -66,10 +75,20 @@ def scored(which: str, multiscale: bool) -> str:
     return stem
 
 
-def check_output(output: Path, of: dict[str, Any] | None = None) -> None:
-    """Raises UserError where an evaluation could not write there, or would overwrite anything but results.
+def scored_on(config: Any, dataset: Any, multiscale: bool = False) -> dict[str, Any]:
+    """What the scores of a checkpoint depend on: data, keys, and the number of images."""
+    from train.config import scoring
 
-    With ``of``, entries of the results such as their checkpoint or data, also where it would overwrite others' results.
+    of = {"data": str(dataset.root.resolve()), **scoring(config, multiscale)}
+    of["images"] = min(len(dataset), of.pop("eval.max_images") or len(dataset))
+    return of
+
+
+def check_output(output: Path, of: dict[str, Any] | None = None, holds: str = "iou_per_class") -> None:
+    """Raises UserError where a command could not write there, or would overwrite anything but its own results.
+
+    Those have the entry ``holds``. With ``of``, entries such as their checkpoint or data, also where it would overwrite
+    results of others.
     """
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; name a file, e.g. {output / 'results.json'}")
@@ -83,8 +102,10 @@ def check_output(output: Path, of: dict[str, Any] | None = None) -> None:
     with contextlib.suppress(OSError, ValueError):
         if output.is_file():  # a device may have no end
             results = json.loads(output.read_text(encoding="utf-8"))
-    if not isinstance(results, dict) or "miou" not in results:
-        raise UserError(f"--output {output}: exists and holds no results; name another file")
+    if not isinstance(results, dict) or holds not in results:
+        raise UserError(
+            f"{output}: exists and holds no results of this command; name another file with --output"
+        )
     wanted = (of or {}).items()
     others = [f"{key} {results.get(key)}, not {value}" for key, value in wanted if results.get(key) != value]
     if others:
@@ -95,25 +116,20 @@ def check_output(output: Path, of: dict[str, Any] | None = None) -> None:
 
 def evaluate_run(arguments: list[str]) -> int:
     words, own, rest = EVAL.split(arguments)
-    which = own.get("checkpoint", "best")
     folder = one_run(EVAL, words)
+    which = which_checkpoint(folder, own)
     multiscale = own.get("multiscale", False)
-    for name in ("best", "last"):  # however they are called, they are the run's own
-        if Path(which).resolve() == (folder / f"{name}.pt").resolve():
-            which = name
     output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
     check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
     config, classes, model, state, world = open_run(folder, rest, which)
     from train import build
-    from train.config import scoring
     from train.inference import Comparison, evaluate, print_progress
     from train.metrics import iou_lines
     from train.plots import plot_confusion
 
     root = build.data_root(config, world)
     dataset = build.split(config, root, config.data.val_split, classes)
-    of = {"data": str(dataset.root.resolve()), **scoring(config, multiscale)}
-    of["images"] = min(len(dataset), of.pop("eval.max_images") or len(dataset))
+    of = scored_on(config, dataset, multiscale)
     if "output" not in own:
         check_output(output, of)
     dataset.require_labels(config.eval.max_images)

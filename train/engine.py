@@ -88,7 +88,7 @@ class Trainer:
         self.classes = build.class_list(config, root)
         self.train_set = build.split(config, root, config.data.train_split, self.classes)
         self.val_set = build.split(config, root, config.data.val_split, self.classes)
-        self.train_set.require_labels()
+        self.train_set.require_labels(weights=config.loss.class_weights)
         self.val_set.require_labels(config.eval.max_images)
 
         _seed(config.train.seed)

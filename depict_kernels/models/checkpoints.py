@@ -28,7 +28,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        last = path.with_name("last.pt")
+        beside = f"; {last} is there" if path.name == "best.pt" and last.exists() else " or run folder"
+        raise FileNotFoundError(f"{path}: no such checkpoint{beside}")
     try:
         damaged = None
         if zipfile.is_zipfile(path):
@@ -52,6 +54,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a checkpoint of this version of the trainer ('format' is not {FORMAT!r})"
         )
+    if missing := [key for key in ("model", "config", "classes", "step") if key not in state]:
+        raise ValueError(f"{path}: is damaged: it lacks {', '.join(missing)}")
     return state
 
 
@@ -116,7 +120,8 @@ def start_from(model: SegmentationModel, path: str | Path) -> list[str]:
     if wrong := misfits(weights, own):
         more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
         raise ValueError(
-            f"{path}: checkpoint of another model ({config['model']['name']}): {'; '.join(wrong[:2])}{more}"
+            f"{path}: checkpoint of another model (its {config['model']['name']} has other sizes or parts): "
+            f"{'; '.join(wrong[:2])}{more}"
         )
     model.load_state_dict(weights)
     return kept
