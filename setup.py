@@ -44,10 +44,12 @@ CUDA_MINIMUM = (12, 0)  # the first that knows sm_90a
 
 CPU_SOURCES = [
     "csrc/bindings_cpu.cpp",
+    "csrc/cpu/attention.cpp",
     "csrc/cpu/upsample.cpp",
-    "csrc/cpu/upsample_avx512.cpp",
-    "csrc/cpu/upsample_avx2.cpp",
-    "csrc/cpu/upsample_baseline.cpp",
+    "csrc/cpu/instruction_set.cpp",
+    "csrc/cpu/avx512.cpp",
+    "csrc/cpu/avx2.cpp",
+    "csrc/cpu/baseline.cpp",
 ]
 # Contraction to FMA stays on (it is the same for any number of threads); nothing here may assume finite numbers
 # or reorder sums. Psabi: vectors are only passed to functions that are inlined.

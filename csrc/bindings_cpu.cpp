@@ -9,7 +9,9 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 
+#include "cpu/attention.h"
 #include "cpu/upsample.h"
 
 namespace {
@@ -159,6 +161,73 @@ int64_t label_map(Tensor logits, std::optional<Tensor> labels, int64_t height, i
   return run_label_map<float>(logits, labels, height, width, target, ignore_index, confusion);
 }
 
+// A (batch, tokens, heads, dim) tensor whose last dimension is contiguous, of w's batch, heads, dim and
+// dtype.
+template <class T>
+depict::cpu::TokensView<T> tokens_view(const Tensor& tensor, const Tensor& w, int64_t tokens,
+                                       const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 4 && tensor.scalar_type() == w.scalar_type() &&
+                      tensor.size(0) == w.size(0) && tensor.size(1) == tokens &&
+                      tensor.size(2) == w.size(2) && tensor.size(3) == w.size(3) &&
+                      (tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0),
+                  name, " must be a CPU tensor of (batch, tokens, heads, head_dim) with contiguous rows");
+  T* data;
+  if constexpr (std::is_const_v<T>)
+    data = static_cast<T*>(tensor.const_data_ptr());
+  else
+    data = static_cast<T*>(tensor.mutable_data_ptr());
+  return {data,           tensor.size(0), tensor.size(1),
+          tensor.size(2), tensor.size(3), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+}
+
+template <class T>
+depict::cpu::AttentionProblem<T> attention_problem(const std::optional<Tensor>& q, const Tensor& w,
+                                                   double scale) {
+  STD_TORCH_CHECK(w.dim() == 4 && w.size(3) > 0, "w must be (batch, tokens, heads, head_dim)");
+  const auto keys = tokens_view<const T>(w, w, w.size(1), "w");
+  STD_TORCH_CHECK(!q || (q->dim() == 4 && keys.tokens > 0),
+                  "q must be (batch, queries, heads, head_dim), w not empty");
+  return {q ? tokens_view<const T>(*q, w, q->size(1), "q") : keys, keys, !q, static_cast<T>(scale)};
+}
+
+template <class T>
+void run_attention_forward(const std::optional<Tensor>& q, const Tensor& w, const Tensor& out,
+                           const Tensor& lse, double scale) {
+  const auto problem = attention_problem<T>(q, w, scale);
+  depict::cpu::attention_forward(
+      problem, tokens_view<T>(out, w, problem.q.tokens, "out"),
+      contiguous<T>(lse, scalar_type_of<T>(), problem.w.batch * problem.w.heads * problem.q.tokens, "lse"),
+      torch_threads());
+}
+
+template <class T>
+void run_attention_backward(const Tensor& grad, const std::optional<Tensor>& q, const Tensor& w,
+                            const Tensor& out, const Tensor& lse, const std::optional<Tensor>& grad_q,
+                            const Tensor& grad_w, double scale) {
+  const auto problem = attention_problem<T>(q, w, scale);
+  const int64_t queries = problem.q.tokens;
+  STD_TORCH_CHECK(q.has_value() == grad_q.has_value(), "q and grad_q go together");
+  depict::cpu::attention_backward(
+      problem, tokens_view<const T>(grad, w, queries, "grad"), tokens_view<const T>(out, w, queries, "out"),
+      contiguous<T>(lse, scalar_type_of<T>(), problem.w.batch * problem.w.heads * queries, "lse"),
+      grad_q ? tokens_view<T>(*grad_q, w, queries, "grad_q") : depict::cpu::TokensView<T>{},
+      tokens_view<T>(grad_w, w, problem.w.tokens, "grad_w"), torch_threads());
+}
+
+void attention_forward(std::optional<Tensor> q, Tensor w, Tensor out, Tensor lse, double scale) {
+  if (w.scalar_type() == ScalarType::Double) return run_attention_forward<double>(q, w, out, lse, scale);
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float, "w must be float32 or float64");
+  run_attention_forward<float>(q, w, out, lse, scale);
+}
+
+void attention_backward(Tensor grad, std::optional<Tensor> q, Tensor w, Tensor out, Tensor lse,
+                        std::optional<Tensor> grad_q, Tensor grad_w, double scale) {
+  if (w.scalar_type() == ScalarType::Double)
+    return run_attention_backward<double>(grad, q, w, out, lse, grad_q, grad_w, scale);
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float, "w must be float32 or float64");
+  run_attention_backward<float>(grad, q, w, out, lse, grad_q, grad_w, scale);
+}
+
 std::string instruction_sets() { return depict::cpu::instruction_sets(); }
 
 std::string use_instruction_set(std::string name) {
@@ -169,8 +238,12 @@ std::string use_instruction_set(std::string name) {
 
 }  // namespace
 
-// Both return the linear index in (B, H, W) of the first bad label, or -1.
 STABLE_TORCH_LIBRARY(depict_kernels_cpu, m) {
+  m.def("attention_forward(Tensor? q, Tensor w, Tensor(a!) out, Tensor(b!) lse, float scale) -> ()");
+  m.def(
+      "attention_backward(Tensor grad, Tensor? q, Tensor w, Tensor out, Tensor lse, Tensor(a!)? grad_q, "
+      "Tensor(b!) grad_w, float scale) -> ()");
+  // Both return the linear index in (B, H, W) of the first bad label, or -1.
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_gradient, Tensor(a!)? loss, "
       "Tensor(b!)? pixel_loss, Tensor(c!)? gradient, int ignore_index, float label_smoothing, bool mean) -> "
@@ -183,6 +256,8 @@ STABLE_TORCH_LIBRARY(depict_kernels_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(depict_kernels_cpu, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("label_map", TORCH_BOX(&label_map));
 }

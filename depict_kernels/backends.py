@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from depict_kernels import measured, self_check
+from depict_kernels import measured, self_check, shape_classes
 from depict_kernels._constant import constant_in_graphs
 from depict_kernels.shape_classes import shape_class
 
@@ -42,11 +42,13 @@ _FOLDERS = {
     "cuda": "depict_kernels.ops.cuda_kernels",
 }
 
-# What "auto" prefers on the CPU, best first; the first that is available for the operator wins. On a GPU it is what
-# measured.py has for the architecture, the operator, the dtype and the class of the shape. Neither holds anything that
-# was not measured. What no record knows of an NVIDIA GPU the operators of self_check.py give to these, once they have
+# What "auto" prefers on the CPU: C++ for the upsample operators, and for attention where it measured faster than SDPA
+# (benchmarks/results/cpu_*.json), which is in these classes of shapes in float32. On a GPU it is what measured.py has
+# for the architecture, the operator, the dtype and the class of the shape. Neither holds anything that was not
+# measured. What no record knows of an NVIDIA GPU the operators of self_check.py give to _AUTO_CHECKED, once they have
 # passed: by the bytes they move they are ahead of stock torch by far. "cuda" needs nothing compiled at the first call.
-_AUTO_CPU = ("cpp", "torch")
+_AUTO_CPU = ("cpp",)
+_CPU_ATTENTION = {"subspace_self_attention": shape_classes.MANY_TOKENS_CLASSES}
 _AUTO_CHECKED = ("cuda", "triton")
 
 _DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
@@ -194,9 +196,15 @@ def _checks_itself(operator: str, device: torch.device) -> bool:
     )
 
 
+def _on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu" and _architecture(device) is None  # tests give the CPU a GPU's table
+
+
 @constant_in_graphs
 def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
+    if _on_cpu(device):
+        return operator in _CPU_ATTENTION
     return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))
 
 
@@ -204,8 +212,11 @@ def _candidates(
     operator: str, device: torch.device, dtype: torch.dtype, shape: str | None
 ) -> tuple[tuple[str, ...], bool]:
     """What ``auto`` tries before ``torch``, best first, and whether that must pass its check first."""
-    if device.type == "cpu" and _architecture(device) is None:
-        return _AUTO_CPU, False
+    if _on_cpu(device):
+        ahead = OPERATORS[operator] != "attention" or (
+            dtype == torch.float32 and shape in _CPU_ATTENTION.get(operator, ())
+        )
+        return (_AUTO_CPU if ahead else ()), False
     known = _measured(operator, device, dtype)
     if shape in known:
         return known[shape], False
@@ -257,13 +268,15 @@ def require(requested: str, operators: Iterable[str], device: str | torch.device
 def auto_choices(operator: str, device: str | torch.device) -> dict[str, str]:
     """What ``auto`` takes here: {"float32, 33 to 256 classes, factor over 8": "cuda", ..., "otherwise": "torch"}.
 
-    On the CPU, and on a GPU for which nothing was measured or checked, there is "otherwise" alone.
+    Where nothing was measured or checked there is "otherwise" alone.
     """
     device = torch.device(device)
     table = {
         name: [*known]
         for name, known in measured.AUTO.get(_architecture(device), {}).get(operator, {}).items()
     }
+    if _on_cpu(device) and operator in _CPU_ATTENTION:
+        table["float32"] = _CPU_ATTENTION[operator]
     if _checks_itself(operator, device):
         table["float32"] = dict.fromkeys([*table.get("float32", ()), *self_check.SHAPES])
     choices = {}

@@ -28,6 +28,7 @@ WIDE = 512
 # Largest number of classes of each class but the last, the largest factor of the lower class, the least factor.
 CLASSES = (32, 256)
 HIGH_FACTOR, LEAST_FACTOR = 8, 2
+MANY_TOKENS_CLASSES = tuple(f"head_dim {known}, over {MANY_TOKENS} tokens" for known in HEAD_DIMS)
 
 
 def shape_class(operator: str, **sizes) -> str | None:

@@ -7,6 +7,8 @@ from depict_kernels import backends, ops
 from depict_kernels.testing import check_against_float64, value_and_gradients
 
 BACKENDS = ["reference", "torch"]
+if backends.why_unavailable("cpp", "subspace_self_attention", "cpu", torch.float32) is None:
+    BACKENDS.append("cpp")
 # (B, N, H, d): the paper's head widths, odd sizes, one token, one head
 SHAPES = [(2, 7, 3, 100), (1, 130, 2, 50), (2, 33, 1, 16), (1, 1, 3, 5), (3, 20, 2, 128)]
 
@@ -218,15 +220,14 @@ def test_backend_choice():
     w = torch.randn(1, 3, 1, 2)
     with pytest.raises(ValueError, match="choose from auto, reference, torch, cpp, triton, cuda"):
         ops.subspace_self_attention(w, backend="fast")
-    with pytest.raises(
-        backends.BackendUnavailable, match="cpp.*subspace_self_attention.*Available: auto, reference"
-    ):
-        ops.subspace_self_attention(w, backend="cpp")
+    head = (torch.ones(1, 4, 2), torch.ones(1, 3, 2), torch.ones(3), torch.zeros(3), (2, 2))
+    with pytest.raises(backends.BackendUnavailable, match="cpp.*mask_logits.*Available: auto, reference"):
+        ops.mask_logits(*head, backend="cpp")
     with backends.use_backend("cpp"), pytest.raises(backends.BackendUnavailable):
-        ops.subspace_self_attention(w)
+        ops.mask_logits(*head)
     with backends.use_backend("cpp"):  # an explicit argument wins over the context
-        ops.subspace_self_attention(w, backend="torch")
-    ops.subspace_self_attention(w)  # and the context is gone
+        ops.mask_logits(*head, backend="torch")
+    ops.mask_logits(*head)  # and the context is gone
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,7 +1,9 @@
-// What the instruction-set specific translation units (upsample_*.cpp) hand to upsample.cpp: functions that
-// do one task each. Shared by both sides, so nothing here depends on the instruction set.
+// What the instruction-set specific translation units (avx512.cpp, avx2.cpp, baseline.cpp) hand to
+// attention.cpp and upsample.cpp: functions that do one task each. Shared by both sides, so nothing here
+// depends on the instruction set.
 #pragma once
 
+#include "attention.h"
 #include "upsample.h"
 
 namespace depict::cpu {
@@ -82,8 +84,46 @@ struct LabelTask {
   bool shared;  // all threads count into one confusion matrix
 };
 
+constexpr int kTokens = 64;         // tokens of a block: a multiple of every register tile's lanes
+constexpr int kAttentionTiles = 4;  // of kTokens x kTokens, a task's scratch
+// The furthest that scale |w|^2 / 2 of one head's tokens may lie apart for exponentials that serve both
+// tokens of a pair: exp(-40) is 4e-18, and a weight of 1e-16 of a row's largest is still a normal float.
+constexpr double kSpread = 40;
+constexpr double kLargestHalf = 1e5;  // and how large it may be, for differences of float to be exact to 0.02
+
+// Heads (batch x heads) are done in groups, which bounds the memory: `head` counts within one. Panels are
+// (heads of the group, blocks, dim, kTokens); one number per token is (heads of the group, blocks, kTokens).
+template <class T>
+struct AttentionTask {
+  TokensView<const T> q, w, grad, out;
+  T scale;
+  int64_t first_head;
+  int64_t q_blocks, w_blocks;
+  T *q_panel, *w_panel, *grad_panel;  // q_panel is w_panel where tokens are their own keys; grad: backward
+  T *sum_q, *sum_w;                   // zeroed by packing: the output or the gradients, for one w the same
+  // Of forward: sums of weights and what their exponents are less by. half is scale |w|^2 / 2, or null, as g
+  // and by_row, where no pairs are formed; by_row is of a head.
+  T *total, *shift, *half, *g;
+  bool* by_row;
+  const T* given_lse;  // of backward, (all heads, queries)
+  T *lse, *delta;      // of backward: delta is the sum of grad times out
+};
+
 template <class T>
 struct Kernels {
+  void (*attention_pack_keys)(const AttentionTask<T>&, int64_t head, int64_t block);
+  void (*attention_pack_queries)(const AttentionTask<T>&, int64_t head, int64_t block);
+  void (*attention_prepare_pairs)(const AttentionTask<T>&, int64_t head);
+  // Blocks i and j of tokens that are their own keys. What they add to belongs to these two blocks alone.
+  void (*attention_forward_pair)(const AttentionTask<T>&, int64_t head, int64_t i, int64_t j, T* scratch);
+  void (*attention_backward_pair)(const AttentionTask<T>&, int64_t head, int64_t i, int64_t j, T* scratch);
+  void (*attention_forward_rows)(const AttentionTask<T>&, int64_t head, int64_t block, T* scratch);
+  void (*attention_backward_rows)(const AttentionTask<T>&, int64_t head, int64_t query, int64_t key,
+                                  T* scratch);
+  void (*attention_finish)(const AttentionTask<T>&, int64_t head, int64_t block, const TokensView<T>& out,
+                           T* lse);
+  void (*attention_unpack)(const T* sum, const TokensView<T>& to, int64_t head,
+                           int64_t block);  // of all heads
   // Does band `task` of (batch, bands), all of the gradient but its scale and the bands' borders, with one
   // partial result for each of (batch, h + 1) cell rows. Scratch is 64-byte aligned, zero at first and kept
   // between tasks.

@@ -15,12 +15,30 @@
 
 #include "label_map.h"
 
+#include "product.h"
+
+#include "attention_kernels.h"
+
 namespace depict::cpu::DEPICT_ISA {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {cross_entropy_scratch<T>, cross_entropy_band<T>, gather_border<T>, scale<T>, label_loader,
-          label_scratch<T>,         label_cell_row<T>};
+  return {attention_pack_keys<T>,
+          attention_pack_queries<T>,
+          attention_prepare_pairs<T>,
+          attention_forward_pair<T>,
+          attention_backward_pair<T>,
+          attention_forward_rows<T>,
+          attention_backward_rows<T>,
+          attention_finish<T>,
+          attention_unpack<T>,
+          cross_entropy_scratch<T>,
+          cross_entropy_band<T>,
+          gather_border<T>,
+          scale<T>,
+          label_loader,
+          label_scratch<T>,
+          label_cell_row<T>};
 }
 
 }  // namespace depict::cpu::DEPICT_ISA

@@ -1,7 +1,8 @@
 // Fixed-width vectors in GCC's and clang's portable notation: one source for AVX-512, AVX2, SSE2 and NEON.
-// Included by the three translation units upsample_*.cpp, which define DEPICT_ISA (a namespace) and
-// DEPICT_LANES (floats in a vector) after selecting the instruction set. Nothing here may come from a header
-// of the standard library, whose inline functions the linker would share with code for older processors.
+// Included by the three translation units avx512.cpp, avx2.cpp and baseline.cpp, which define DEPICT_ISA (a
+// namespace) and DEPICT_LANES (floats in a vector) after selecting the instruction set. Nothing here may come
+// from a header of the standard library, whose inline functions the linker would share with code for older
+// processors.
 #pragma once
 
 #define DEPICT_INLINE inline __attribute__((always_inline))
@@ -55,7 +56,7 @@ DEPICT_INLINE void store_anywhere(T* p, Vec<T> v) {
 }
 template <class T>
 DEPICT_INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // an addition would be done: it makes -0 of a sum 0
 }
 
 // A NaN in `a` survives both of these when `b` is a number.

@@ -1,120 +1,20 @@
 // Scheduling: deals bands of cell rows to threads, adds what they found in a fixed order.
-//
-// Every band writes to a place of its own and the order of additions does not depend on which thread did
-// what, so results are bitwise the same for any number of threads.
 #include "upsample.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <string>
-#include <thread>
+#include <deque>
 #include <vector>
 
-#include "kernels.h"
+#include "schedule.h"
 
 namespace depict::cpu {
 namespace {
 
-const InstructionSet* const kAll[] = {
-#if defined(__x86_64__)
-    &kAvx512,
-    &kAvx2,
-#endif
-    &kBaseline,
-};
-
-const InstructionSet* best_instruction_set() {
-  for (const InstructionSet* set : kAll)
-    if (set->supported()) return set;
-  return &kBaseline;
-}
-
-std::atomic<const InstructionSet*> in_use{nullptr};
-
-const InstructionSet& instruction_set() {
-  const InstructionSet* set = in_use.load(std::memory_order_acquire);
-  if (!set) {
-    set = best_instruction_set();
-    in_use.store(set, std::memory_order_release);
-  }
-  return *set;
-}
-
-template <class T>
-const Kernels<T>& kernels() {
-  if constexpr (sizeof(T) == 4)
-    return instruction_set().f32;
-  else
-    return instruction_set().f64;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  void* p = nullptr;
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 64) / 64 * 64;
-  if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(p));
-}
-
-// Tasks 0 .. count - 1 that may run in any order once the phases before are done. `work(worker, task)` must
-// not throw; the worker's number selects scratch memory that was allocated before.
-struct Phase {
-  template <class Work>
-  Phase(int64_t count, const Work& work)
-      : count(count), work(&work), call([](const void* work, int worker, int64_t task) {
-          (*static_cast<const Work*>(work))(worker, task);
-        }) {}
-
-  int64_t count;
-  const void* work;
-  void (*call)(const void*, int, int64_t);
-  std::atomic<int64_t> next{0}, done{0};
-};
-
-// One parallel region for all phases: tasks go to the threads as they become free, and a phase waits for the
-// tasks of the one before, not for threads that the operating system has not yet let run.
-template <int N>
-void run(const Executor& executor, Phase (&phases)[N]) {
-  struct Shared {
-    Phase* phases;
-    std::atomic<int> worker{0};
-  } shared{phases};
-  int64_t most = 1;
-  for (const Phase& phase : phases) most = phase.count > most ? phase.count : most;
-  const int workers = most < executor.workers ? static_cast<int>(most) : executor.workers;
-  executor.run(
-      workers,
-      [](void* context) {
-        Shared& shared = *static_cast<Shared*>(context);
-        const int worker = shared.worker.fetch_add(1);
-        for (int i = 0; i < N; ++i) {
-          Phase& phase = shared.phases[i];
-          for (int64_t task; (task = phase.next.fetch_add(1)) < phase.count;) {
-            phase.call(phase.work, worker, task);
-            phase.done.fetch_add(1, std::memory_order_release);
-          }
-          while (phase.done.load(std::memory_order_acquire) < phase.count) std::this_thread::yield();
-        }
-      },
-      &shared);
-}
-
 constexpr int64_t kScaled = 1 << 15;         // elements of the gradient that a task scales
 constexpr int64_t kPrivateCounts = 1 << 17;  // entries of a thread's own confusion matrix, 1 MiB
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Cell rows dealt out together: enough that the rows between bands weigh little, few enough that there is
 // work for many threads, and the same for any number of them.
@@ -146,28 +46,6 @@ struct Tables {
     pixel = {weights.get(), weights.get() + padded, pair.get(), row.get()};
   }
 };
-
-struct alignas(64) Worker {
-  Buffer<char> scratch;
-  int64_t unset = 0;  // bytes of it still to be zeroed, by the thread that uses them
-  Buffer<int64_t> confusion;
-  int64_t bad = -1;
-
-  void* zeroed() {
-    std::memset(scratch.get(), 0, static_cast<size_t>(unset));
-    unset = 0;
-    return scratch.get();
-  }
-};
-
-std::vector<Worker> workers(const Executor& executor, int64_t scratch_bytes) {
-  std::vector<Worker> all(static_cast<size_t>(executor.workers));
-  for (Worker& worker : all) {
-    worker.scratch = allocate<char>(scratch_bytes);
-    worker.unset = scratch_bytes;
-  }
-  return all;
-}
 
 }  // namespace
 
@@ -238,10 +116,11 @@ CrossEntropyResult cross_entropy(const CrossEntropyProblem<T>& problem, const Ex
     if (scale != 1.0)
       k.scale(problem.gradient + first, std::min(kScaled, elements - first), static_cast<T>(scale));
   };
-  Phase phases[] = {
-      Phase(view.batch * task.bands, sweep),
-      Phase(problem.gradient ? view.batch * (task.bands - 1) : 0, gather), Phase(1, add_up),
-      Phase(problem.gradient && problem.mean ? (elements + kScaled - 1) / kScaled : 0, rescale)};
+  std::deque<Phase> phases;
+  phases.emplace_back(view.batch * task.bands, sweep);
+  phases.emplace_back(problem.gradient ? view.batch * (task.bands - 1) : 0, gather);
+  phases.emplace_back(1, add_up);
+  phases.emplace_back(problem.gradient && problem.mean ? (elements + kScaled - 1) / kScaled : 0, rescale);
   run(executor, phases);
   return {loss, bad};
 }
@@ -296,8 +175,9 @@ int64_t label_map(const LabelProblem<T>& problem, const Executor& executor) {
     if (any_bad.load(std::memory_order_relaxed)) return;  // set in the phase before, if at all
     k.labels(task, index, own.zeroed(), task.shared ? problem.confusion : own.confusion.get(), own.bad);
   };
-  Phase phases[] = {Phase(task.shared ? view.batch * problem.height : 0, look),
-                    Phase(view.batch * (view.height + 1), sweep)};
+  std::deque<Phase> phases;
+  phases.emplace_back(task.shared ? view.batch * problem.height : 0, look);
+  phases.emplace_back(view.batch * (view.height + 1), sweep);
   run(executor, phases);
   int64_t bad = -1;
   for (const Worker& each : worker)
@@ -312,26 +192,5 @@ template CrossEntropyResult cross_entropy<float>(const CrossEntropyProblem<float
 template CrossEntropyResult cross_entropy<double>(const CrossEntropyProblem<double>&, const Executor&);
 template int64_t label_map<float>(const LabelProblem<float>&, const Executor&);
 template int64_t label_map<double>(const LabelProblem<double>&, const Executor&);
-
-const char* instruction_sets() {
-  static const std::string names = [] {
-    std::string all;
-    for (const InstructionSet* set : kAll)
-      if (set->supported()) all += (all.empty() ? "" : " ") + std::string(set->name);
-    return all;
-  }();
-  return names.c_str();
-}
-
-bool use_instruction_set(const char* name) {
-  for (const InstructionSet* set : kAll)
-    if (set->supported() && std::strcmp(set->name, name) == 0) {
-      in_use.store(set, std::memory_order_release);
-      return true;
-    }
-  return false;
-}
-
-const char* instruction_set_in_use() { return instruction_set().name; }
 
 }  // namespace depict::cpu

@@ -8,14 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depict_kernels import extension
-
-
-def _ops():
-    reason = extension.load("cpu")
-    if reason is not None:
-        raise RuntimeError(reason)
-    return torch.ops.depict_kernels_cpu
+from depict_kernels.ops.compiled._library import ops
 
 
 def _inputs(logits: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -59,7 +52,7 @@ def cross_entropy_forward(
     single = reduction == "none"
     loss = logits.new_empty(target.shape if single else ())
     grad = logits.new_empty(logits.shape) if need_grad and not single else None
-    bad = _ops().cross_entropy(
+    bad = ops().cross_entropy(
         logits,
         target,
         weight,
@@ -86,7 +79,7 @@ def cross_entropy_backward(
     logits, weight = _inputs(logits, weight)
     grad = logits.new_empty(logits.shape)
     grad_loss = grad_loss.detach().to(logits.dtype).contiguous()
-    _ops().cross_entropy(
+    ops().cross_entropy(
         logits, target, weight, grad_loss, None, None, grad, ignore_index, label_smoothing, False
     )
     return grad
@@ -96,7 +89,7 @@ def argmax(logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Label map (B, H, W) in ``dtype`` (uint8, int32 or int64)."""
     logits = _rows(logits)
     labels = torch.empty((logits.shape[0], *size), dtype=dtype)
-    _ops().label_map(logits, labels, size[0], size[1], None, 0, None)
+    ops().label_map(logits, labels, size[0], size[1], None, 0, None)
     return labels
 
 
@@ -106,7 +99,7 @@ def confusion(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) ->
         return _report(-1, target)
     logits = _rows(logits)
     counts = out if out.is_contiguous() else torch.zeros_like(out, memory_format=torch.contiguous_format)
-    bad = _ops().label_map(logits, None, target.shape[1], target.shape[2], target, ignore_index, counts)
+    bad = ops().label_map(logits, None, target.shape[1], target.shape[2], target, ignore_index, counts)
     if counts is not out:
         out += counts
     return _report(bad, target)

@@ -1,4 +1,4 @@
-// x86-64-v3; see upsample_avx512.cpp.
+// x86-64-v3; see avx512.cpp.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>

@@ -1,0 +1,272 @@
+// Scheduling of attention: which blocks meet when.
+#include "attention.h"
+
+#include <algorithm>
+#include <deque>
+#include <utility>
+#include <vector>
+
+#include "schedule.h"
+
+namespace depict::cpu {
+namespace {
+
+int64_t blocks_of(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
+
+// Consecutive blocks, dealt to a few parts of nearly the same size.
+struct Parts {
+  int64_t blocks, count;
+
+  Parts(int64_t blocks, int64_t most) : blocks(blocks), count(std::min(blocks, most)) {}
+  int64_t begin(int64_t part) const { return part * blocks / count; }
+};
+
+// Pairs of parts in rounds, no part twice in a round: what meets in a round adds to places of its own, and
+// every place is added to in the order of the rounds, for any number of threads.
+using Round = std::vector<std::pair<int64_t, int64_t>>;
+using Rounds = std::vector<Round>;
+
+// Every part with itself, then every two parts once, as the players of a tournament.
+Rounds tournament(int64_t parts) {
+  Rounds rounds(1);
+  for (int64_t a = 0; a < parts; ++a) rounds[0].emplace_back(a, a);
+  const int64_t players = parts + parts % 2, circle = players - 1;
+  for (int64_t r = 0; parts > 1 && r < circle; ++r) {
+    Round round;
+    for (int64_t k = 0; k < players / 2; ++k) {
+      const int64_t a = k == 0 ? circle : (r + k) % circle, b = (r + circle - k) % circle;
+      if (a < parts && b < parts) round.emplace_back(std::min(a, b), std::max(a, b));
+    }
+    rounds.push_back(round);
+  }
+  return rounds;
+}
+
+// Every part of one with every part of the other.
+Rounds meetings(int64_t ones, int64_t others) {
+  Rounds rounds(static_cast<size_t>(std::max(ones, others)));
+  for (int64_t r = 0; r < std::max(ones, others); ++r)
+    for (int64_t k = 0; k < std::min(ones, others); ++k) {
+      const int64_t shifted = (k + r) % std::max(ones, others);
+      rounds[static_cast<size_t>(r)].emplace_back(ones < others ? k : shifted, ones < others ? shifted : k);
+    }
+  return rounds;
+}
+
+// Enough parts for work for many threads in every round, few enough that a part's blocks meet many others
+// while they are in the cache; the same for any number of threads.
+int64_t parts_for(int64_t heads) { return std::clamp<int64_t>(24 / heads, 1, 16); }
+
+// One round as the work of a phase: calls each(head, block, block, scratch) for the pairs of two parts.
+template <class T, class Each>
+struct RoundWork {
+  const Round& round;
+  const Parts &rows, &columns;
+  const std::vector<Worker>& workers;
+  const Each& each;
+  bool symmetric;
+
+  void operator()(int worker, int64_t index) const {
+    const int64_t pairs = static_cast<int64_t>(round.size()), head = index / pairs;
+    const auto [a, b] = round[static_cast<size_t>(index % pairs)];
+    for (int64_t i = rows.begin(a); i < rows.begin(a + 1); ++i)
+      for (int64_t j = symmetric && a == b ? i : columns.begin(b); j < columns.begin(b + 1); ++j)
+        each(head, i, j, tiles(workers, worker));
+  }
+
+  static T* tiles(const std::vector<Worker>& workers, int worker) {
+    return reinterpret_cast<T*>(workers[static_cast<size_t>(worker)].scratch.get());
+  }
+};
+
+// The arrays of a task, one after the other in one piece of memory: glibc keeps what was freed in one piece
+// for the next call, where several would be mapped afresh.
+template <class T>
+struct Memory {
+  Buffer<T> buffer;
+  int64_t used = 0;
+
+  // Twice: to count, then with the memory there.
+  T* numbers(int64_t count) {
+    T* p = buffer ? buffer.get() + used : nullptr;
+    used += round_up(count, 64 / sizeof(T));
+    return p;
+  }
+  void provide() {
+    buffer = allocate<T>(used);
+    used = 0;
+  }
+};
+
+constexpr int64_t kGroupBytes = 16 << 20;  // of all arrays of a group of heads, if more than one
+
+// Calls body(first, count) for groups of heads; `layout(count)` sets the task's arrays for one of them.
+template <class T, class Layout, class Body>
+void in_groups(int64_t heads, Memory<T>& memory, const Layout& layout, const Body& body) {
+  layout(1);
+  const int64_t bytes = memory.used * static_cast<int64_t>(sizeof(T));
+  const int64_t most = std::max<int64_t>(1, kGroupBytes / bytes), groups = (heads + most - 1) / most;
+  const int64_t largest = (heads + groups - 1) / groups;
+  memory.used = 0;
+  layout(largest);
+  memory.provide();
+  layout(largest);
+  for (int64_t first = 0; first < heads; first += largest) body(first, std::min(largest, heads - first));
+}
+
+template <class T>
+AttentionTask<T> task_of(const AttentionProblem<T>& problem) {
+  AttentionTask<T> task{};
+  task.q = problem.q;
+  task.w = problem.w;
+  task.scale = problem.scale;
+  task.q_blocks = blocks_of(problem.q.tokens);
+  task.w_blocks = blocks_of(problem.w.tokens);
+  return task;
+}
+
+template <class T>
+std::vector<Worker> workers_of(const Executor& executor) {
+  std::vector<Worker> all = workers(executor, kAttentionTiles * kTokens * kTokens * sizeof(T));
+  for (Worker& worker : all) worker.zeroed();  // lanes without a token may be read, but not used
+  return all;
+}
+
+}  // namespace
+
+template <class T>
+void attention_forward(const AttentionProblem<T>& problem, const TokensView<T>& out, T* lse,
+                       const Executor& executor) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t heads = problem.w.batch * problem.w.heads, dim = problem.w.dim;
+  if (heads == 0 || problem.q.tokens == 0) return;
+  AttentionTask<T> task = task_of(problem);
+  const bool pairs = problem.symmetric && problem.scale >= 0;
+  Buffer<bool> by_row = allocate<bool>(heads);
+  if (pairs) task.by_row = by_row.get();
+  const std::vector<Worker> worker = workers_of<T>(executor);
+
+  const auto pack_keys = [&](int, int64_t i) {
+    k.attention_pack_keys(task, i / task.w_blocks, i % task.w_blocks);
+  };
+  const auto pack_queries = [&](int, int64_t i) {
+    k.attention_pack_queries(task, i / task.q_blocks, i % task.q_blocks);
+  };
+  const auto prepare = [&](int, int64_t head) { k.attention_prepare_pairs(task, head); };
+  const auto pair = [&](int64_t head, int64_t i, int64_t j, T* own) {
+    if (!task.by_row[head]) k.attention_forward_pair(task, head, i, j, own);
+  };
+  using Work = RoundWork<T, decltype(pair)>;
+  const auto rows = [&](int w, int64_t i) {
+    const int64_t head = i / task.q_blocks;
+    if (!pairs || task.by_row[head])
+      k.attention_forward_rows(task, head, i % task.q_blocks, Work::tiles(worker, w));
+  };
+  const auto finish = [&](int, int64_t i) {
+    k.attention_finish(task, i / task.q_blocks, i % task.q_blocks, out, lse);
+  };
+
+  Memory<T> memory;
+  const auto layout = [&](int64_t count) {
+    const int64_t queries = count * task.q_blocks * kTokens, keys = count * task.w_blocks * kTokens;
+    task.w_panel = memory.numbers(keys * dim);
+    task.q_panel = problem.symmetric ? task.w_panel : memory.numbers(queries * dim);
+    task.sum_q = memory.numbers(queries * dim);
+    task.total = memory.numbers(queries);
+    task.shift = memory.numbers(queries);
+    if (!pairs) return;
+    task.half = memory.numbers(queries);
+    task.g = memory.numbers(queries);
+  };
+  in_groups(heads, memory, layout, [&](int64_t first, int64_t count) {
+    task.first_head = first;
+    const Parts parts(task.w_blocks, parts_for(count));
+    const Rounds rounds = pairs ? tournament(parts.count) : Rounds();
+    std::deque<Work> work;
+    std::deque<Phase> phases;
+    phases.emplace_back(count * task.w_blocks, pack_keys);
+    phases.emplace_back(count * task.q_blocks, pack_queries);
+    phases.emplace_back(pairs ? count : 0, prepare);
+    for (const Round& round : rounds) {
+      work.push_back({round, parts, parts, worker, pair, true});
+      phases.emplace_back(count * static_cast<int64_t>(round.size()), work.back());
+    }
+    phases.emplace_back(count * task.q_blocks, rows);
+    phases.emplace_back(count * task.q_blocks, finish);
+    run(executor, phases);
+  });
+}
+
+template <class T>
+void attention_backward(const AttentionProblem<T>& problem, const TokensView<const T>& grad,
+                        const TokensView<const T>& out, const T* lse, const TokensView<T>& grad_q,
+                        const TokensView<T>& grad_w, const Executor& executor) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t heads = problem.w.batch * problem.w.heads, dim = problem.w.dim;
+  if (heads == 0 || problem.w.tokens == 0) return;
+  AttentionTask<T> task = task_of(problem);
+  task.grad = grad;
+  task.out = out;
+  task.given_lse = lse;
+  const std::vector<Worker> worker = workers_of<T>(executor);
+
+  const auto pack_keys = [&](int, int64_t i) {
+    k.attention_pack_keys(task, i / task.w_blocks, i % task.w_blocks);
+  };
+  const auto pack_queries = [&](int, int64_t i) {
+    k.attention_pack_queries(task, i / task.q_blocks, i % task.q_blocks);
+  };
+  const auto each = [&](int64_t head, int64_t i, int64_t j, T* own) {
+    (problem.symmetric ? k.attention_backward_pair : k.attention_backward_rows)(task, head, i, j, own);
+  };
+  const auto unpack_w = [&](int, int64_t i) {
+    k.attention_unpack(task.sum_w + i * kTokens * dim, grad_w, task.first_head + i / task.w_blocks,
+                       i % task.w_blocks);
+  };
+  const auto unpack_q = [&](int, int64_t i) {
+    k.attention_unpack(task.sum_q + i * kTokens * dim, grad_q, task.first_head + i / task.q_blocks,
+                       i % task.q_blocks);
+  };
+
+  Memory<T> memory;
+  const auto layout = [&](int64_t count) {
+    const int64_t queries = count * task.q_blocks * kTokens, keys = count * task.w_blocks * kTokens;
+    task.w_panel = memory.numbers(keys * dim);
+    task.q_panel = problem.symmetric ? task.w_panel : memory.numbers(queries * dim);
+    task.grad_panel = memory.numbers(queries * dim);
+    task.sum_w = memory.numbers(keys * dim);
+    task.sum_q = problem.symmetric ? task.sum_w : memory.numbers(queries * dim);
+    task.lse = memory.numbers(queries);
+    task.delta = memory.numbers(queries);
+  };
+  in_groups(heads, memory, layout, [&](int64_t first, int64_t count) {
+    task.first_head = first;
+    const Parts rows(task.q_blocks, parts_for(count)), columns(task.w_blocks, parts_for(count));
+    const Rounds rounds = problem.symmetric ? tournament(columns.count) : meetings(rows.count, columns.count);
+    std::deque<RoundWork<T, decltype(each)>> work;
+    std::deque<Phase> phases;
+    phases.emplace_back(count * task.w_blocks, pack_keys);
+    phases.emplace_back(count * task.q_blocks, pack_queries);
+    for (const Round& round : rounds) {
+      work.push_back({round, rows, columns, worker, each, problem.symmetric});
+      phases.emplace_back(count * static_cast<int64_t>(round.size()), work.back());
+    }
+    phases.emplace_back(count * task.w_blocks, unpack_w);
+    phases.emplace_back(problem.symmetric ? 0 : count * task.q_blocks, unpack_q);
+    run(executor, phases);
+  });
+}
+
+template void attention_forward<float>(const AttentionProblem<float>&, const TokensView<float>&, float*,
+                                       const Executor&);
+template void attention_forward<double>(const AttentionProblem<double>&, const TokensView<double>&, double*,
+                                        const Executor&);
+template void attention_backward<float>(const AttentionProblem<float>&, const TokensView<const float>&,
+                                        const TokensView<const float>&, const float*,
+                                        const TokensView<float>&, const TokensView<float>&, const Executor&);
+template void attention_backward<double>(const AttentionProblem<double>&, const TokensView<const double>&,
+                                         const TokensView<const double>&, const double*,
+                                         const TokensView<double>&, const TokensView<double>&,
+                                         const Executor&);
+
+}  // namespace depict::cpu

@@ -1,0 +1,270 @@
+// Attention of blocks of kTokens tokens. Everything is in panels (product.h), so that the lanes of every
+// vector are tokens: maxima and sums of the softmax need no step across lanes, and any dim is computed as it
+// is.
+#pragma once
+
+namespace depict::cpu::DEPICT_ISA {
+
+constexpr int kTile = kTokens * kTokens;
+
+// exp of a score less its row's largest, at most 0; what float would hold as a subnormal stays above.
+template <class T>
+DEPICT_INLINE Vec<T> weight_below(Vec<T> x) {
+  return vexp(at_least(x, splat<T>(sizeof(T) == 4 ? T(-87) : T(-700))));
+}
+
+// The same where rounding, of large scores, may leave x anywhere.
+template <class T>
+DEPICT_INLINE Vec<T> weight_of(Vec<T> x) {
+  return weight_below<T>(at_most(x, splat<T>(sizeof(T) == 4 ? T(87) : T(700))));
+}
+
+// --- preparation -----------------------------------------------------------------------------------------
+
+// Block of keys; of the tokens themselves where they are their own keys.
+template <class T>
+void attention_pack_keys(const AttentionTask<T>& task, int64_t head, int64_t block) {
+  const int64_t at = (head * task.w_blocks + block) * kTokens, dim = task.w.dim;
+  pack_tokens<T>(task.w, task.first_head + head, block, task.w_panel + at * dim);
+  if (task.sum_w) __builtin_memset(task.sum_w + at * dim, 0, sizeof(T) * kTokens * dim);
+  if (!task.half) return;
+  const int tokens = tokens_in(task.w.tokens, block);
+  const T* first = first_of(task.w, task.first_head + head, block);
+  for (int t = 0; t < kTokens; ++t) {
+    const T* w = first + (t < tokens ? t : 0) * task.w.stride[1];
+    task.half[at + t] = T(0.5) * task.scale * dot(w, w, dim);
+  }
+}
+
+template <class T>
+void attention_pack_queries(const AttentionTask<T>& task, int64_t head, int64_t block) {
+  const int64_t at = (head * task.q_blocks + block) * kTokens, dim = task.w.dim,
+                of_all = task.first_head + head;
+  if (task.q_panel != task.w_panel) pack_tokens<T>(task.q, of_all, block, task.q_panel + at * dim);
+  if (task.sum_q != task.sum_w) __builtin_memset(task.sum_q + at * dim, 0, sizeof(T) * kTokens * dim);
+  if (task.total) __builtin_memset(task.total + at, 0, sizeof(T) * kTokens);
+  if (!task.grad_panel) return;
+  pack_tokens<T>(task.grad, of_all, block, task.grad_panel + at * dim);
+  const int tokens = tokens_in(task.q.tokens, block);
+  const T *grad = first_of(task.grad, of_all, block), *out = first_of(task.out, of_all, block);
+  const T* lse = task.given_lse + of_all * task.q.tokens + block * kTokens;
+  for (int t = 0; t < kTokens; ++t) {
+    const int token = t < tokens ? t : 0;
+    task.lse[at + t] = lse[token];
+    task.delta[at + t] = dot(grad + token * task.grad.stride[1], out + token * task.out.stride[1], dim);
+  }
+}
+
+// --- forward, tokens that are their own keys
+// -----------------------------------------------------------------
+
+// With h = scale |w|^2 / 2, exp(s_ij - h_i - h_j) is exp(-scale |w_i - w_j|^2 / 2): in (0, 1] and the same
+// for rows i and j. Row i takes token j with that times g_j = exp(h_j - max h). Its largest weight is at
+// least g_i: where the h of a head lie too far apart for that, or are too large to be subtracted, its rows
+// are computed one by one instead.
+template <class T>
+void attention_prepare_pairs(const AttentionTask<T>& task, int64_t head) {
+  constexpr int L = Simd<T>::lanes;
+  const int64_t first = head * task.w_blocks * kTokens, count = task.w_blocks * kTokens;
+  const T* half = task.half + first;
+  T least = half[0], most = half[0];
+  bool ordered = true;
+  for (int64_t i = 0; i < count; ++i) {
+    ordered = ordered && half[i] == half[i];
+    least = half[i] < least ? half[i] : least;
+    most = half[i] > most ? half[i] : most;
+  }
+  task.by_row[head] = !(ordered && most - least <= kSpread && most <= kLargestHalf);
+  if (task.by_row[head]) return;
+  for (int64_t i = 0; i < count; i += L) {
+    const Vec<T> h = load<T>(half + i);
+    store<T>(task.g + first + i, weight_below<T>(h - most));
+    store<T>(task.shift + first + i, h + most);
+  }
+  for (int64_t i = task.w.tokens; i < count; ++i) task.g[first + i] = 0;  // none of them weighs anything
+}
+
+template <class T>
+void attention_forward_pair(const AttentionTask<T>& task, int64_t head, int64_t i, int64_t j, T* scratch) {
+  constexpr int L = Simd<T>::lanes;
+  const int dim = static_cast<int>(task.w.dim);
+  const int64_t first = head * task.w_blocks * kTokens;
+  const int64_t at_i = first + i * kTokens, at_j = first + j * kTokens;
+  const T *wi = task.w_panel + at_i * dim, *wj = task.w_panel + at_j * dim;
+  const int ni = tokens_in(task.w.tokens, i), nj = tokens_in(task.w.tokens, j);
+  const int li = lanes_in<T>(task.w.tokens, i), lj = lanes_in<T>(task.w.tokens, j);
+  T *tile = scratch, *turned = scratch + kTile;
+
+  dot_tokens(wi, li, wj, lj, dim, tile);
+  for (int v = 0; v < lj; v += L) {
+    const Vec<T> h = load<T>(task.half + at_j + v), g = load<T>(task.g + at_j + v);
+    Vec<T> sum = {};
+    for (int r0 = 0; r0 < li; r0 += L) {
+      Vec<T> e[L];
+      DEPICT_UNROLL
+      for (int r = 0; r < L; ++r) {
+        T* s = tile + (r0 + r) * kTokens + v;
+        e[r] = weight_below<T>((load<T>(s) * task.scale - h) - task.half[at_i + r0 + r]);
+        const Vec<T> weight = e[r] * task.g[at_i + r0 + r];
+        store<T>(s, weight);
+        sum += weight;
+        e[r] *= g;
+      }
+      if (i == j) continue;
+      transpose<T>(e);
+      Vec<T> across = {};
+      DEPICT_UNROLL
+      for (int r = 0; r < L; ++r) {
+        store<T>(turned + (v + r) * kTokens + r0, e[r]);
+        across += e[r];
+      }
+      T* total = task.total + at_i + r0;
+      store<T>(total, load<T>(total) + across);
+    }
+    T* total = task.total + at_j + v;
+    store<T>(total, load<T>(total) + sum);
+  }
+  add_weighted(wi, ni, tile, lj, dim, task.sum_q + at_j * dim);
+  if (i != j) add_weighted(wj, nj, turned, li, dim, task.sum_q + at_i * dim);
+}
+
+// --- forward, in general
+// -------------------------------------------------------------------------------------
+
+// A block of queries, with the running maximum of the online softmax.
+template <class T>
+void attention_forward_rows(const AttentionTask<T>& task, int64_t head, int64_t block, T* tile) {
+  constexpr int L = Simd<T>::lanes;
+  const int dim = static_cast<int>(task.w.dim);
+  const int64_t at = (head * task.q_blocks + block) * kTokens;
+  const int lanes = lanes_in<T>(task.q.tokens, block);
+  T *sum = task.sum_q + at * dim, *total = task.total + at, *shift = task.shift + at;
+  for (int64_t key = 0; key < task.w_blocks; ++key) {
+    const T* w = task.w_panel + (head * task.w_blocks + key) * kTokens * dim;
+    const int keys = tokens_in(task.w.tokens, key);
+    dot_tokens(w, keys, task.q_panel + at * dim, lanes, dim, tile);
+    for (int v = 0; v < lanes; v += L) {
+      T* s = tile + v;
+      Vec<T> most = splat<T>(-__builtin_inf());
+      for (int r = 0; r < keys; ++r) {
+        const Vec<T> score = load<T>(s + r * kTokens) * task.scale;
+        store<T>(s + r * kTokens, score);
+        most = at_least(score, most);
+      }
+      if (key > 0) {
+        const Vec<T> before = load<T>(shift + v);
+        most = at_least(before, most);
+        const Vec<T> kept = weight_below<T>(before - most);
+        store<T>(total + v, load<T>(total + v) * kept);
+        for (int d = 0; d < dim; ++d) store<T>(sum + d * kTokens + v, load<T>(sum + d * kTokens + v) * kept);
+      }
+      store<T>(shift + v, most);
+      Vec<T> added = {};
+      for (int r = 0; r < keys; ++r) {
+        const Vec<T> weight = weight_below<T>(load<T>(s + r * kTokens) - most);
+        store<T>(s + r * kTokens, weight);
+        added += weight;
+      }
+      store<T>(total + v, load<T>(total + v) + added);
+    }
+    add_weighted(w, keys, tile, lanes, dim, sum);
+  }
+}
+
+template <class T>
+void attention_finish(const AttentionTask<T>& task, int64_t head, int64_t block, const TokensView<T>& out,
+                      T* lse) {
+  const int64_t at = (head * task.q_blocks + block) * kTokens;
+  const int tokens = tokens_in(task.q.tokens, block);
+  alignas(64) T factor[kTokens];
+  for (int t = 0; t < kTokens; ++t) factor[t] = T(1) / task.total[at + t];
+  unpack_tokens<T>(task.sum_q + at * task.w.dim, factor, out, task.first_head + head, block);
+  T* to = lse + (task.first_head + head) * task.q.tokens + block * kTokens;
+  for (int t = 0; t < tokens; ++t)
+    to[t] = static_cast<T>(static_cast<double>(task.shift[at + t]) +
+                           __builtin_log(static_cast<double>(task.total[at + t])));
+}
+
+// --- backward
+// ------------------------------------------------------------------------------------------------
+
+// Tokens that are their own keys: with P the weights, G the output's gradient and
+// dS_ij = scale P_ij (G_i . w_j - delta_i), the gradient is dw_j = sum_i (dS_ij + dS_ji) w_i + P_ij G_i. The
+// scores of two blocks and the sum of both dS serve both: 7 products in place of 10.
+template <class T>
+void attention_backward_pair(const AttentionTask<T>& task, int64_t head, int64_t i, int64_t j, T* scratch) {
+  constexpr int L = Simd<T>::lanes;
+  const int dim = static_cast<int>(task.w.dim);
+  const int64_t first = head * task.w_blocks * kTokens;
+  const int64_t at_i = first + i * kTokens, at_j = first + j * kTokens;
+  const T *wi = task.w_panel + at_i * dim, *wj = task.w_panel + at_j * dim;
+  const T *gi = task.grad_panel + at_i * dim, *gj = task.grad_panel + at_j * dim;
+  const int ni = tokens_in(task.w.tokens, i), nj = tokens_in(task.w.tokens, j);
+  const int li = lanes_in<T>(task.w.tokens, i), lj = lanes_in<T>(task.w.tokens, j);
+  T *both = scratch, *p_ij = both + kTile, *p_ji = p_ij + kTile, *turned = p_ji + kTile;
+
+  dot_tokens(wi, ni, wj, lj, dim, both);
+  dot_tokens(gi, ni, wj, lj, dim, p_ij);
+  dot_tokens(wi, ni, gj, lj, dim, p_ji);
+  for (int v = 0; v < lj; v += L) {
+    const Vec<T> lse = load<T>(task.lse + at_j + v), delta = load<T>(task.delta + at_j + v);
+    for (int r = 0; r < ni; ++r) {
+      const int at = r * kTokens + v;
+      const Vec<T> s = load<T>(both + at) * task.scale;
+      const Vec<T> p = weight_of<T>(s - task.lse[at_i + r]), q = weight_of<T>(s - lse);
+      store<T>(both + at, task.scale * (p * (load<T>(p_ij + at) - task.delta[at_i + r]) +
+                                        q * (load<T>(p_ji + at) - delta)));
+      store<T>(p_ij + at, p);
+      store<T>(p_ji + at, q);
+    }
+  }
+  T *to_i = task.sum_w + at_i * dim, *to_j = task.sum_w + at_j * dim;
+  add_weighted(wi, ni, both, lj, dim, to_j);
+  add_weighted(gi, ni, p_ij, lj, dim, to_j);
+  if (i == j) return;
+  transpose_tile(both, li, lj, turned);
+  add_weighted(wj, nj, turned, li, dim, to_i);
+  transpose_tile(p_ji, li, lj, turned);
+  add_weighted(gj, nj, turned, li, dim, to_i);
+}
+
+// A block of queries and one of keys.
+template <class T>
+void attention_backward_rows(const AttentionTask<T>& task, int64_t head, int64_t query, int64_t key,
+                             T* scratch) {
+  constexpr int L = Simd<T>::lanes;
+  const int dim = static_cast<int>(task.w.dim);
+  const int64_t at_q = (head * task.q_blocks + query) * kTokens;
+  const int64_t at_w = (head * task.w_blocks + key) * kTokens;
+  const T *w = task.w_panel + at_w * dim, *q = task.q_panel + at_q * dim, *g = task.grad_panel + at_q * dim;
+  const int queries = tokens_in(task.q.tokens, query), keys = tokens_in(task.w.tokens, key);
+  const int query_lanes = lanes_in<T>(task.q.tokens, query), key_lanes = lanes_in<T>(task.w.tokens, key);
+  T *ds = scratch, *p = ds + kTile, *turned = p + kTile;
+
+  dot_tokens(w, keys, q, query_lanes, dim, p);
+  dot_tokens(w, keys, g, query_lanes, dim, ds);
+  for (int v = 0; v < query_lanes; v += L) {
+    const Vec<T> lse = load<T>(task.lse + at_q + v), delta = load<T>(task.delta + at_q + v);
+    for (int r = 0; r < keys; ++r) {
+      const int at = r * kTokens + v;
+      const Vec<T> weight = weight_of<T>(load<T>(p + at) * task.scale - lse);
+      store<T>(ds + at, task.scale * (weight * (load<T>(ds + at) - delta)));
+      store<T>(p + at, weight);
+    }
+  }
+  T* to = task.sum_w + at_w * dim;
+  add_weighted(w, keys, ds, query_lanes, dim, task.sum_q + at_q * dim);
+  transpose_tile(ds, key_lanes, query_lanes, turned);
+  add_weighted(q, queries, turned, key_lanes, dim, to);
+  transpose_tile(p, key_lanes, query_lanes, turned);
+  add_weighted(g, queries, turned, key_lanes, dim, to);
+}
+
+template <class T>
+void attention_unpack(const T* sum, const TokensView<T>& to, int64_t head, int64_t block) {
+  alignas(64) T one[kTokens];
+  for (int t = 0; t < kTokens; ++t) one[t] = 1;
+  unpack_tokens<T>(sum, one, to, head, block);
+}
+
+}  // namespace depict::cpu::DEPICT_ISA

@@ -1,0 +1,182 @@
+// Products of small matrices in panels: blocks of kTokens tokens, (dim, kTokens) each, tokens innermost.
+#pragma once
+
+namespace depict::cpu::DEPICT_ISA {
+
+// Accumulators of the innermost loop, rows by vectors: enough to hide the latency of a multiply-add and no
+// more than the registers hold beside a row of b and a number of a; the wider, the less is loaded for each of
+// them.
+constexpr int kRows = 6;
+constexpr int kColumns = DEPICT_PIXELS == 16 ? 4 : 2;
+constexpr int kFewColumns = 2;  // of the last lanes
+
+// Rows of c and Columns vectors of them, each + sum over k of a(row, k) b(k, lane). Sums over k start from
+// zero and are then added to c, so that long sums over blocks lose less.
+template <class T, int Rows, int Columns, int RowStride, int Step, bool Accumulate>
+DEPICT_INLINE void product_tile(const T* a, const T* b, T* c, int count) {
+  constexpr int L = Simd<T>::lanes;
+  Vec<T> sum[Rows][Columns] = {};
+  for (int k = 0; k < count; ++k) {
+    Vec<T> row[Columns];
+    DEPICT_UNROLL
+    for (int v = 0; v < Columns; ++v) row[v] = load<T>(b + k * kTokens + v * L);
+    DEPICT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<T> x = splat<T>(a[r * RowStride + k * Step]);
+      DEPICT_UNROLL
+      for (int v = 0; v < Columns; ++v) sum[r][v] += x * row[v];
+    }
+  }
+  DEPICT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    DEPICT_UNROLL
+    for (int v = 0; v < Columns; ++v) {
+      T* at = c + r * kTokens + v * L;
+      store<T>(at, Accumulate ? load<T>(at) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+template <class T, int Rows, int Columns, int RowStride, int Step, bool Accumulate>
+DEPICT_INLINE void remaining_rows(const T* a, const T* b, T* c, int rows, int count) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      product_tile<T, Rows, Columns, RowStride, Step, Accumulate>(a, b, c, count);
+    else
+      remaining_rows<T, Rows - 1, Columns, RowStride, Step, Accumulate>(a, b, c, rows, count);
+  }
+}
+
+template <class T, int Columns, int RowStride, int Step, bool Accumulate>
+void product_columns(const T* a, const T* b, T* c, int rows, int count) {
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    product_tile<T, kRows, Columns, RowStride, Step, Accumulate>(a + r * RowStride, b, c + r * kTokens,
+                                                                 count);
+  remaining_rows<T, kRows - 1, Columns, RowStride, Step, Accumulate>(a + r * RowStride, b, c + r * kTokens,
+                                                                     rows - r, count);
+}
+
+template <class T, int RowStride, int Step, bool Accumulate>
+void product(const T* a, const T* b, T* c, int rows, int lanes, int count) {
+  constexpr int L = Simd<T>::lanes;
+  int lane = 0;
+  for (; lane + kColumns * L <= lanes; lane += kColumns * L)
+    product_columns<T, kColumns, RowStride, Step, Accumulate>(a, b + lane, c + lane, rows, count);
+  for (; lane < lanes; lane += kFewColumns * L)
+    product_columns<T, kFewColumns, RowStride, Step, Accumulate>(a, b + lane, c + lane, rows, count);
+}
+
+// c (rows, lanes) = a^T b over the dim numbers of each token: a and b are blocks of panels.
+template <class T>
+DEPICT_INLINE void dot_tokens(const T* a, int rows, const T* b, int lanes, int dim, T* c) {
+  product<T, 1, kTokens, false>(a, b, c, rows, lanes, dim);
+}
+
+// c (dim, lanes) += a b over the first `tokens` tokens of block a; b is (tokens, lanes).
+template <class T>
+DEPICT_INLINE void add_weighted(const T* a, int tokens, const T* b, int lanes, int dim, T* c) {
+  product<T, kTokens, 1, true>(a, b, c, dim, lanes, tokens);
+}
+
+// to (lanes, rows) = from^T, rows of both kTokens apart; rows and lanes are multiples of a vector's.
+template <class T>
+void transpose_tile(const T* from, int rows, int lanes, T* to) {
+  constexpr int L = Simd<T>::lanes;
+  for (int i = 0; i < rows; i += L)
+    for (int j = 0; j < lanes; j += L) {
+      Vec<T> v[L];
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k) v[k] = load<T>(from + (i + k) * kTokens + j);
+      transpose<T>(v);
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k) store<T>(to + (j + k) * kTokens + i, v[k]);
+    }
+}
+
+// The first number of a block; `head` counts (batch, heads).
+template <class View>
+DEPICT_INLINE auto* first_of(const View& view, int64_t head, int64_t block) {
+  return view.data + head / view.heads * view.stride[0] + head % view.heads * view.stride[2] +
+         block * kTokens * view.stride[1];
+}
+
+DEPICT_INLINE int tokens_in(int64_t tokens, int64_t block) {
+  const int64_t left = tokens - block * kTokens;
+  return left < kTokens ? static_cast<int>(left) : kTokens;
+}
+
+// The lanes of a block that hold tokens, rounded up to what is computed together.
+template <class T>
+DEPICT_INLINE int lanes_in(int64_t tokens, int64_t block) {
+  constexpr int together = kFewColumns * Simd<T>::lanes;
+  return (tokens_in(tokens, block) + together - 1) / together * together;
+}
+
+// Block of a panel from a view; tokens that do not exist are 0.
+template <class T>
+void pack_tokens(const TokensView<const T>& view, int64_t head, int64_t block, T* panel) {
+  constexpr int L = Simd<T>::lanes;
+  const int tokens = tokens_in(view.tokens, block), dim = static_cast<int>(view.dim);
+  const int64_t stride = view.stride[1];
+  const T* from = first_of(view, head, block);
+  for (int t = 0; t < kTokens; t += L) {
+    const int rows = tokens - t < L ? tokens - t : L;
+    int d = 0;
+    for (; rows == L && d + L <= dim; d += L) {
+      Vec<T> v[L];
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k) v[k] = load_anywhere<T>(from + (t + k) * stride + d);
+      transpose<T>(v);
+      DEPICT_UNROLL
+      for (int k = 0; k < L; ++k) store<T>(panel + (d + k) * kTokens + t, v[k]);
+    }
+    for (; d < dim; ++d)
+      for (int k = 0; k < L; ++k) panel[d * kTokens + t + k] = k < rows ? from[(t + k) * stride + d] : T(0);
+  }
+}
+
+// The inverse, each token times its `factor`.
+template <class T>
+void unpack_tokens(const T* panel, const T* factor, const TokensView<T>& view, int64_t head, int64_t block) {
+  constexpr int L = Simd<T>::lanes;
+  const int tokens = tokens_in(view.tokens, block), dim = static_cast<int>(view.dim);
+  T* first = first_of(view, head, block);
+  for (int t = 0; t < tokens; t += L) {
+    const int rows = tokens - t < L ? tokens - t : L;
+    const Vec<T> f = load<T>(factor + t);
+    for (int d = 0; d < dim; d += L) {
+      Vec<T> v[L];
+      const int columns = dim - d < L ? dim - d : L;
+      for (int k = 0; k < L; ++k)
+        v[k] = k < columns ? load<T>(panel + (d + k) * kTokens + t) * f : splat<T>(T(0));
+      transpose<T>(v);
+      for (int k = 0; k < rows; ++k) {
+        T* to = first + (t + k) * view.stride[1] + d;
+        if (columns == L) {
+          store_anywhere<T>(to, v[k]);
+        } else {
+          alignas(64) T last[L];
+          store<T>(last, v[k]);
+          for (int c = 0; c < columns; ++c) to[c] = last[c];
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+DEPICT_INLINE T dot(const T* a, const T* b, int64_t n) {
+  constexpr int L = Simd<T>::lanes;
+  Vec<T> sum = {};
+  int64_t i = 0;
+  for (; i + L <= n; i += L) sum += load_anywhere<T>(a + i) * load_anywhere<T>(b + i);
+  alignas(64) T lanes[L];
+  store<T>(lanes, sum);
+  T total = 0;
+  for (; i < n; ++i) total += a[i] * b[i];
+  for (int k = 0; k < L; ++k) total += lanes[k];
+  return total;
+}
+
+}  // namespace depict::cpu::DEPICT_ISA

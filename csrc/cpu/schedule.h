@@ -1,0 +1,110 @@
+// Memory, instruction set and threads of one call of a CPU operator.
+//
+// Every task writes to a place of its own and the order of additions does not depend on which thread did
+// what, so results are bitwise the same for any number of threads.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace depict::cpu {
+
+const InstructionSet& instruction_set();
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (sizeof(T) == 4)
+    return instruction_set().f32;
+  else
+    return instruction_set().f64;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  void* p = nullptr;
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 64) / 64 * 64;
+  if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+struct alignas(64) Worker {
+  Buffer<char> scratch;
+  int64_t unset = 0;  // bytes of it still to be zeroed, by the thread that uses them
+  Buffer<int64_t> confusion;
+  int64_t bad = -1;
+
+  void* zeroed() {
+    std::memset(scratch.get(), 0, static_cast<size_t>(unset));
+    unset = 0;
+    return scratch.get();
+  }
+};
+
+inline std::vector<Worker> workers(const Executor& executor, int64_t scratch_bytes) {
+  std::vector<Worker> all(static_cast<size_t>(executor.workers));
+  for (Worker& worker : all) {
+    worker.scratch = allocate<char>(scratch_bytes);
+    worker.unset = scratch_bytes;
+  }
+  return all;
+}
+
+// Tasks 0 .. count - 1 that may run in any order once the phases before are done. `work(worker, task)` must
+// not throw and must outlive the phase; the worker's number selects scratch memory that was allocated before.
+struct Phase {
+  template <class Work>
+  Phase(int64_t count, const Work& work)
+      : count(count), work(&work), call([](const void* work, int worker, int64_t task) {
+          (*static_cast<const Work*>(work))(worker, task);
+        }) {}
+
+  int64_t count;
+  const void* work;
+  void (*call)(const void*, int, int64_t);
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+// One parallel region for all phases: tasks go to the threads as they become free, and a phase waits for the
+// tasks of the one before, not for threads that the operating system has not yet let run.
+inline void run(const Executor& executor, std::deque<Phase>& phases) {
+  struct Shared {
+    std::deque<Phase>& phases;
+    std::atomic<int> worker{0};
+  } shared{phases};
+  int64_t most = 1;
+  for (const Phase& phase : phases) most = phase.count > most ? phase.count : most;
+  const int workers = most < executor.workers ? static_cast<int>(most) : executor.workers;
+  executor.run(
+      workers,
+      [](void* context) {
+        Shared& shared = *static_cast<Shared*>(context);
+        const int worker = shared.worker.fetch_add(1);
+        for (Phase& phase : shared.phases) {
+          for (int64_t task; (task = phase.next.fetch_add(1)) < phase.count;) {
+            phase.call(phase.work, worker, task);
+            phase.done.fetch_add(1, std::memory_order_release);
+          }
+          while (phase.done.load(std::memory_order_acquire) < phase.count) std::this_thread::yield();
+        }
+      },
+      &shared);
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace depict::cpu
