@@ -155,11 +155,11 @@ def test_labels_are_those_of_the_patches_centres(mode, size):
 
 
 class OneImage:
-    def __init__(self, target):
-        self.target = target
+    def __init__(self, target, times=1):
+        self.target, self.times = target, times
 
     def __len__(self):
-        return 1
+        return self.times
 
     def read(self, index):
         return picture(*self.target.shape), self.target
@@ -171,7 +171,7 @@ def test_measures_by_hand():
     dataset = OneImage(target)
     report = measure(model, dataset, cfg, 4)
     patches, labels = patches_and_labels(model, dataset.read(0)[0], target, cfg)
-    x = analysis.layer_embeddings(model.decoder, patches)[0][0].double()
+    x = analysis.layer_embeddings(model.decoder, patches)[0][0][0].double()
     z = F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
     stage = report["embeddings"][0]
     assert stage["coding_rate"] == pytest.approx(analysis.coding_rate(z).item(), rel=1e-4)
@@ -182,6 +182,16 @@ def test_measures_by_hand():
     unlabelled = measure(model, OneImage(torch.full_like(target, 255)), cfg, 1)
     assert unlabelled["embeddings"][0]["rate_reduction"] is None
     assert unlabelled["embeddings"][0]["coding_rate"] == pytest.approx(stage["coding_rate"])
+
+
+def test_the_decoder_runs_once_per_image_and_bases_are_taken_once(monkeypatch):
+    model, seen = tiny(), []
+    model.decoder.layers[0].register_forward_hook(lambda *_: seen.append("run"))
+    basis = analysis._basis
+    monkeypatch.setattr(analysis, "_basis", lambda x: seen.append("basis") or basis(x))
+    measure(model, OneImage(torch.zeros(32, 64, dtype=torch.uint8), 3), settings(mode="whole"), 3)
+    heads = sum(layer.num_heads for layer in model.decoder.layers)
+    assert seen.count("run") == 3 and seen.count("basis") == heads + 3  # and of each image's class embeddings
 
 
 def test_means_leave_out_what_is_missing():

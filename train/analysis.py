@@ -65,19 +65,19 @@ def measure(
     device = next(model.parameters()).device
     depict_layers = getattr(model.decoder, "layers", ())
     count = min(count, len(dataset))
+    bases = [analysis.subspace_bases(layer.proj, layer.num_heads) for layer in depict_layers]
     embeddings, rates, classes = [], [], []
     for i in range(count):
         image, target = dataset.read(i * len(dataset) // count)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             patches, labels = patches_and_labels(model, image.to(device), target.to(device), cfg)
-            stages = analysis.layer_embeddings(model.decoder, patches)
-            images, queries = model.decoder.embeddings(patches)
+            stages, (images, queries) = analysis.layer_embeddings(model.decoder, patches)
         stages = [analysis.unit_length(F.layer_norm(x[0].double(), x.shape[-1:])) for x in stages]
         embeddings.append([_embedding_measures(z, labels, labels != ignored) for z in stages])
         rates.append(
             [
-                [analysis.subspace_coding_rate(z, layer.proj, layer.num_heads).item() for z in pair]
-                for layer, pair in zip(depict_layers, pairwise(stages))
+                [analysis.subspace_coding_rate(z, heads).item() for z in pair]
+                for heads, pair in zip(bases, pairwise(stages))
             ]
         )
         share, best = analysis.span_energy(images[0], queries[0])
