@@ -211,7 +211,9 @@ def perturbed(module: nn.Module, sigma: float, seed: int = 0) -> Iterator[nn.Mod
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
-    before = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
+    # Parameters that share their memory are one, whatever the objects: noise twice would be more than sigma.
+    distinct = {parameter.data_ptr(): parameter for parameter in module.parameters()}.values()
+    before = [(parameter, parameter.detach().clone()) for parameter in distinct]
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():

@@ -205,3 +205,13 @@ def test_noise_spares_what_half_precision_rounds():
     with analysis.perturbed(linear, 1.0):
         assert linear.weight.dtype == torch.float16 and not linear.weight.equal(before)
     assert linear.weight.equal(before)
+
+
+def test_noise_counts_once_where_parameters_share_memory():
+    tied = torch.nn.Sequential(torch.nn.Linear(300, 200, bias=False), torch.nn.Linear(200, 300, bias=False))
+    tied[1].weight = torch.nn.Parameter(tied[0].weight.detach().T)
+    before = tied[0].weight.detach().clone()
+    with analysis.perturbed(tied, 0.02):
+        assert (tied[0].weight - before).std().item() == pytest.approx(0.02, rel=0.02)
+        assert tied[1].weight.equal(tied[0].weight.T)
+    assert tied[0].weight.equal(before)
