@@ -15,6 +15,7 @@ from depict_kernels import analysis
 from depict_kernels.models import load_model
 from train import run
 from train.analysis import _mean_of, lines, measure, patches_and_labels
+from train.analysis_plot import analysis_figure
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_again_and_elsewhere(trained, tmp_path, capsys):
             == 0
         )
     last = read(trained, "analysis_last.json")
-    assert last["noise"] == [{"sigma": 0.0, "miou": [last["miou"]]}]
+    assert last["noise"] == [{"sigma": 0.0, "miou": [last["miou"]], "broken": 0}]
     assert (trained / "plots" / "analysis_last.png").exists()
     assert run.main(["analyse", str(trained), "--output", str(tmp_path / "there.json"), "--images", "1",
                      "--sigmas", "0.01"]) == 0  # fmt: skip
@@ -93,10 +94,21 @@ def test_again_and_elsewhere(trained, tmp_path, capsys):
     assert (trained / "analysis_last.json").read_bytes() == own
 
 
-def test_noise_that_breaks_the_model_is_told(trained, tmp_path, capsys):
-    words = ["--images", "1", "--sigmas", "1e30", "--output", str(tmp_path / "a.json")]
-    assert run.main(["analyse", str(trained), *words]) == 2
-    assert "error: with noise of 1e+30 on its parameters: the model gives NaN" in capsys.readouterr().err
+def test_noise_that_breaks_the_model_counts_as_0_and_is_told(trained, tmp_path, capsys):
+    words = ["--images", "1", "--sigmas", "1e30,0", "--repeats", "2", "--output", str(tmp_path / "a.json")]
+    assert run.main(["analyse", str(trained), *words]) == 0
+    report, printed = read(tmp_path, "a.json"), capsys.readouterr().out
+    assert report["noise"] == [
+        {"sigma": 1e30, "miou": [0.0, 0.0], "broken": 2},
+        {"sigma": 0.0, "miou": [report["miou"]] * 2, "broken": 0},
+    ]
+    assert (
+        "1e+30     0.0000  (0.0000, 0.0000)  NaN or infinite masks, which count as 0, in 2 of 2 draws"
+        in printed
+    )
+    assert printed.count("NaN") == 1
+    axes = analysis_figure(report, "abcde", "").axes[-1]
+    assert "mean of 2 draws; 0 for NaN or infinite masks" in [line.get_label() for line in axes.lines]
 
 
 @pytest.mark.parametrize(

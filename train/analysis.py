@@ -15,8 +15,7 @@ from torch import Tensor
 from depict_kernels import analysis
 from depict_kernels.models import SegmentationModel
 from depict_kernels.ops import default_ignore_index
-from train.errors import UserError
-from train.windows import enlarged_size, normalised, resize_image, scaled_size
+from train.windows import NotFinite, enlarged_size, normalised, resize_image, scaled_size
 
 
 def patches_and_labels(model: SegmentationModel, image: Tensor, target: Tensor, cfg) -> tuple[Tensor, Tensor]:
@@ -124,17 +123,21 @@ def _mean_of(measures: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def noise_scores(
     model: SegmentationModel, sigmas: Sequence[float], repeats: int, score: Callable[[], float]
 ) -> list[dict[str, Any]]:
-    """mIoU with Gaussian noise on the decoder's parameters: {"sigma", "miou": one for each of ``repeats`` draws}."""
+    """mIoU with Gaussian noise on the decoder's parameters: for each sigma {"sigma", "miou": of each draw, "broken"}.
+
+    "broken" counts the draws that gave NaN or infinite masks: they label no pixel, so that their mIoU is 0.
+    """
     rows = []
     for sigma in sigmas:
-        scores = []
+        scores, broken = [], 0
         for seed in range(repeats):
             with analysis.perturbed(model.decoder, sigma, seed):
                 try:
                     scores.append(score())
-                except UserError as error:
-                    raise UserError(f"with noise of {sigma:g} on its parameters: {error}") from None
-        rows.append({"sigma": sigma, "miou": scores})
+                except NotFinite:
+                    scores.append(0.0)
+                    broken += 1
+        rows.append({"sigma": sigma, "miou": scores, "broken": broken})
     return rows
 
 
@@ -188,4 +191,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         draws = ", ".join(f"{score:.4f}" for score in row["miou"])
         each = f"  ({draws})" if len(row["miou"]) > 1 else ""
         text.append(f"    {row['sigma']:<10g}{np.mean(row['miou']):.4f}{each}")
+        if row["broken"]:
+            text[-1] += (
+                f"  NaN or infinite masks, which count as 0, in {row['broken']} of {len(row['miou'])} draws"
+            )
     return text
