@@ -301,6 +301,11 @@ def test_evaluation_that_cannot_give_a_result(interrupted, tmp_path, capsys):
         assert "/proc: cannot be written: " in capsys.readouterr().err
     for path in (tmp_path / "data" / "annotations" / "validation").iterdir():
         Image.new("L", (32, 32)).save(path)
+    (folder / "plots").write_text("")
+    for command in ("eval", "analyse"):  # said before the data are read
+        assert run.main([command, str(folder)]) == 2
+        assert f"{folder / 'plots'} is no folder; change --output" in capsys.readouterr().err
+    (folder / "plots").unlink()
     assert run.main(["eval", str(folder)]) == 2
     assert "no labelled pixel in validation" in capsys.readouterr().err
 

@@ -122,6 +122,10 @@ def evaluate_run(arguments: list[str]) -> int:
     output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
     check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
     config, classes, model, state, world = open_run(folder, rest, which)
+    picture = output.with_name(f"{output.stem}_confusion.png")
+    if "output" not in own:
+        picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
+        check_writable(picture.parent, "--output")
     from train import build
     from train.inference import Comparison, evaluate, print_progress
     from train.metrics import iou_lines
@@ -155,9 +159,6 @@ def evaluate_run(arguments: list[str]) -> int:
             print(f"  {comparison}")
         of = {"step": state["step"], "checkpoint": which, "multiscale": multiscale, **of}
         write_results(output, metrics, {**of, "confusion": metrics.confusion.tolist()})
-        picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
-        if "output" in own:
-            picture = output.with_name(f"{output.stem}_confusion.png")
         plot_confusion(metrics, picture)
         print(f"written to {output} and {picture}")
     return 0
