@@ -184,8 +184,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model(name, word
             '{"iou_per_class": {}, "checkpoint": "last"}',
             "results of checkpoint last",
         ),
+        (["--checkpoint", "last"], '{"iou_per_class": {}}', "results of an unknown checkpoint, not last"),
     ],
-    ids=["another file", "another checkpoint"],
+    ids=["another file", "another checkpoint", "an unknown checkpoint"],
 )
 def test_nothing_but_own_results_is_overwritten(arguments, held, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -331,6 +331,7 @@ def test_evaluation_on_other_data_keeps_the_first_results(interrupted, tmp_path,
         ("eval.max_images", "1", "images 4, not 1"),
         ("eval.resize", "8", "eval.resize 32, not 8"),
         ("eval.scales", "[0.5]", "eval.scales [1.0], not [0.5]"),
+        ("eval.mode", "slide", "eval.mode whole, not slide"),
         ("train.precision", "bf16", "train.precision fp32, not bf16"),
     ):
         assert run.main(["eval", str(folder), f"--{key}", value]) == 2

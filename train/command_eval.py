@@ -106,9 +106,10 @@ def check_output(output: Path, of: dict[str, Any] | None = None, holds: str = "i
         raise UserError(
             f"{output}: exists and holds no results of this command; name another file with --output"
         )
-    wanted = (of or {}).items()
-    others = [f"{key} {results.get(key)}, not {value}" for key, value in wanted if results.get(key) != value]
-    if others:
+    wanted = {key: value for key, value in (of or {}).items() if results.get(key) != value}
+    # What results lack follows from what they hold: without windows eval.mode is whole. It is told where it is all.
+    others = [f"{key} {results[key]}, not {value}" for key, value in wanted.items() if key in results]
+    if others := others or [f"an unknown {key}, not {value}" for key, value in wanted.items()]:
         raise UserError(
             f"{output}: holds the results of {'; '.join(others)}; name another file with --output"
         )
