@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,20 +78,36 @@ def class_coding_rate(z: Tensor, labels: Tensor, eps: float = EPS) -> Tensor:
     return sum(len(group) / len(z) * coding_rate(group, eps) for group in groups)
 
 
-def subspace_coding_rate(z: Tensor, proj: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
-    """Sum over heads of R(Z U_h), U_h an orthonormal basis of the subspace that head h's rows of the projection span.
+def subspace_bases(proj: Tensor, num_heads: int) -> list[Tensor]:
+    """Orthonormal bases of the subspaces that the heads' rows of a layer's shared projection span.
+
+    Args:
+        proj: (H * d, D).
+
+    Returns:
+        H of (D, rank) float64.
+    """
+    proj = _double("proj", proj, 2)
+    if num_heads < 1 or len(proj) % num_heads:
+        raise ValueError(f"proj must be (H * d, D) with H = {num_heads}, got {tuple(proj.shape)}")
+    return [_basis(head) for head in proj.chunk(num_heads)]
+
+
+def subspace_coding_rate(z: Tensor, bases: Sequence[Tensor], eps: float = EPS) -> Tensor:
+    """Sum over heads of R(Z U_h), with a layer's U_h of :func:`subspace_bases`.
 
     Args:
         z: (..., N, D).
-        proj: (H * d, D), a layer's shared projection.
+        bases: (D, rank) each, with orthonormal columns.
 
     Returns:
         (...) float64.
     """
-    z, proj = _double("z", z), _double("proj", proj, 2)
-    if num_heads < 1 or len(proj) % num_heads or proj.shape[1] != z.shape[-1]:
-        raise ValueError(f"proj must be (H * d, {z.shape[-1]}) with H = {num_heads}, got {tuple(proj.shape)}")
-    return sum(coding_rate(z @ _basis(head), eps) for head in proj.chunk(num_heads))
+    z = _double("z", z)
+    for basis in bases:
+        if len(basis) != z.shape[-1]:
+            raise ValueError(f"bases must be ({z.shape[-1]}, rank) each, got {tuple(basis.shape)}")
+    return sum(coding_rate(z @ basis, eps) for basis in bases)
 
 
 def explained_variance(x: Tensor) -> Tensor:
@@ -157,8 +173,8 @@ def _basis(vectors: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layer_embeddings(decoder: nn.Module, patches: Tensor) -> list[Tensor]:
-    """The image embeddings on their way through a decoder's self-attention layers.
+def layer_embeddings(decoder: nn.Module, patches: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """The image embeddings on their way through a decoder's self-attention layers, and what its mask head compares.
 
     Args:
         decoder: a DepictDecoder or SegmenterDecoder.
@@ -166,7 +182,8 @@ def layer_embeddings(decoder: nn.Module, patches: Tensor) -> list[Tensor]:
 
     Returns:
         A (B, N, D) tensor for each layer, what enters it, and a last one, what leaves the last of them; class
-        embeddings among the tokens are cut off.
+        embeddings among the tokens are cut off. Then the decoder's ``embeddings(patches)``: of the image (B, N, D) and
+        of the classes (B, C, D).
 
     Raises:
         ValueError: the decoder has no such layers.
@@ -179,11 +196,10 @@ def layer_embeddings(decoder: nn.Module, patches: Tensor) -> list[Tensor]:
     hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, :n])) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(lambda _, args, out: seen.append(out[:, :n])))
     try:
-        decoder.embeddings(patches)
+        return seen, decoder.embeddings(patches)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
 
 
 @contextlib.contextmanager
@@ -195,7 +211,9 @@ def perturbed(module: nn.Module, sigma: float, seed: int = 0) -> Iterator[nn.Mod
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
-    before = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
+    # Parameters that share their memory are one, whatever the objects: noise twice would be more than sigma.
+    distinct = {parameter.data_ptr(): parameter for parameter in module.parameters()}.values()
+    before = [(parameter, parameter.detach().clone()) for parameter in distinct]
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():

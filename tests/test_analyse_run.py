@@ -15,6 +15,7 @@ from depict_kernels import analysis
 from depict_kernels.models import load_model
 from train import run
 from train.analysis import _mean_of, lines, measure, patches_and_labels
+from train.analysis_plot import analysis_figure
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_again_and_elsewhere(trained, tmp_path, capsys):
             == 0
         )
     last = read(trained, "analysis_last.json")
-    assert last["noise"] == [{"sigma": 0.0, "miou": [last["miou"]]}]
+    assert last["noise"] == [{"sigma": 0.0, "miou": [last["miou"]], "broken": 0}]
     assert (trained / "plots" / "analysis_last.png").exists()
     assert run.main(["analyse", str(trained), "--output", str(tmp_path / "there.json"), "--images", "1",
                      "--sigmas", "0.01"]) == 0  # fmt: skip
@@ -93,10 +94,21 @@ def test_again_and_elsewhere(trained, tmp_path, capsys):
     assert (trained / "analysis_last.json").read_bytes() == own
 
 
-def test_noise_that_breaks_the_model_is_told(trained, tmp_path, capsys):
-    words = ["--images", "1", "--sigmas", "1e30", "--output", str(tmp_path / "a.json")]
-    assert run.main(["analyse", str(trained), *words]) == 2
-    assert "error: with noise of 1e+30 on its parameters: the model gives NaN" in capsys.readouterr().err
+def test_noise_that_breaks_the_model_counts_as_0_and_is_told(trained, tmp_path, capsys):
+    words = ["--images", "1", "--sigmas", "1e30,0", "--repeats", "2", "--output", str(tmp_path / "a.json")]
+    assert run.main(["analyse", str(trained), *words]) == 0
+    report, printed = read(tmp_path, "a.json"), capsys.readouterr().out
+    assert report["noise"] == [
+        {"sigma": 1e30, "miou": [0.0, 0.0], "broken": 2},
+        {"sigma": 0.0, "miou": [report["miou"]] * 2, "broken": 0},
+    ]
+    assert (
+        "1e+30     0.0000  (0.0000, 0.0000)  NaN or infinite masks, which count as 0, in 2 of 2 draws"
+        in printed
+    )
+    assert printed.count("NaN") == 1
+    axes = analysis_figure(report, "abcde", "").axes[-1]
+    assert "mean of 2 draws; 0 for NaN or infinite masks" in [line.get_label() for line in axes.lines]
 
 
 @pytest.mark.parametrize(
@@ -155,11 +167,11 @@ def test_labels_are_those_of_the_patches_centres(mode, size):
 
 
 class OneImage:
-    def __init__(self, target):
-        self.target = target
+    def __init__(self, target, times=1):
+        self.target, self.times = target, times
 
     def __len__(self):
-        return 1
+        return self.times
 
     def read(self, index):
         return picture(*self.target.shape), self.target
@@ -171,7 +183,7 @@ def test_measures_by_hand():
     dataset = OneImage(target)
     report = measure(model, dataset, cfg, 4)
     patches, labels = patches_and_labels(model, dataset.read(0)[0], target, cfg)
-    x = analysis.layer_embeddings(model.decoder, patches)[0][0].double()
+    x = analysis.layer_embeddings(model.decoder, patches)[0][0][0].double()
     z = F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
     stage = report["embeddings"][0]
     assert stage["coding_rate"] == pytest.approx(analysis.coding_rate(z).item(), rel=1e-4)
@@ -182,6 +194,16 @@ def test_measures_by_hand():
     unlabelled = measure(model, OneImage(torch.full_like(target, 255)), cfg, 1)
     assert unlabelled["embeddings"][0]["rate_reduction"] is None
     assert unlabelled["embeddings"][0]["coding_rate"] == pytest.approx(stage["coding_rate"])
+
+
+def test_the_decoder_runs_once_per_image_and_bases_are_taken_once(monkeypatch):
+    model, seen = tiny(), []
+    model.decoder.layers[0].register_forward_hook(lambda *_: seen.append("run"))
+    basis = analysis._basis
+    monkeypatch.setattr(analysis, "_basis", lambda x: seen.append("basis") or basis(x))
+    measure(model, OneImage(torch.zeros(32, 64, dtype=torch.uint8), 3), settings(mode="whole"), 3)
+    heads = sum(layer.num_heads for layer in model.decoder.layers)
+    assert seen.count("run") == 3 and seen.count("basis") == heads + 3  # and of each image's class embeddings
 
 
 def test_means_leave_out_what_is_missing():

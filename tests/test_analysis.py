@@ -59,12 +59,12 @@ def test_rate_reduction_is_largest_for_orthogonal_classes():
 
 def test_rate_in_subspaces_does_not_depend_on_their_bases():
     z, proj = torch.randn(2, 11, 12), torch.randn(3 * 4, 12)
-    rate = analysis.subspace_coding_rate(z, proj, 3)
+    rate = analysis.subspace_coding_rate(z, analysis.subspace_bases(proj, 3))
     other = torch.cat([torch.randn(4, 4) @ head for head in proj.chunk(3)])  # other rows, the same spans
-    torch.testing.assert_close(analysis.subspace_coding_rate(z, other, 3), rate)
+    torch.testing.assert_close(analysis.subspace_coding_rate(z, analysis.subspace_bases(other, 3)), rate)
     parts = [torch.linalg.qr(head.double().T).Q for head in proj.chunk(3)]
     torch.testing.assert_close(rate, sum(analysis.coding_rate(z.double() @ u) for u in parts))
-    whole = analysis.subspace_coding_rate(z, orthogonal(12), 1)  # all of the space
+    whole = analysis.subspace_coding_rate(z, [orthogonal(12)])  # all of the space
     torch.testing.assert_close(whole, analysis.coding_rate(z))
 
 
@@ -118,15 +118,15 @@ def test_coherence():
         (lambda: analysis.coding_rate(torch.zeros(3)), ValueError, r"\(\.\.\., N, D\).*\(3,\)"),
         (lambda: analysis.coding_rate(torch.zeros(0, 3)), ValueError, "N and D at least 1"),
         (lambda: analysis.class_coding_rate(torch.ones(3, 2), [0, 1, 1]), TypeError, "must be a tensor.*list"),
-        (lambda: analysis.subspace_coding_rate(torch.ones(3, 4), torch.ones(6, 4), 0), ValueError, "H = 0"),
+        (lambda: analysis.subspace_bases(torch.ones(6, 4), 0), ValueError, "H = 0"),
         (lambda: analysis.coding_rate(torch.zeros(2, 3), 0.0), ValueError, "eps must be above 0"),
         (lambda: analysis.coding_rate(torch.tensor([[math.nan]])), ValueError, "NaN"),
         (lambda: analysis.coding_rate([[1.0]]), TypeError, "real tensor.*list"),
         (lambda: analysis.coding_rate(torch.zeros(2, 2, dtype=torch.complex64)), TypeError, "complex64"),
         (lambda: analysis.class_coding_rate(torch.ones(3, 2), torch.zeros(2)), ValueError, r"\(3,\)"),
         (lambda: analysis.class_coding_rate(torch.ones(1, 3, 2), torch.zeros(1)), ValueError, r"\(N, D\)"),
-        (lambda: analysis.subspace_coding_rate(torch.ones(3, 4), torch.ones(6, 5), 2), ValueError, r"\(H \* d, 4\)"),
-        (lambda: analysis.subspace_coding_rate(torch.ones(3, 4), torch.ones(7, 4), 2), ValueError, "H = 2"),
+        (lambda: analysis.subspace_coding_rate(torch.ones(3, 4), [torch.eye(5)]), ValueError, r"\(4, rank\).*\(5, 5\)"),
+        (lambda: analysis.subspace_bases(torch.ones(7, 4), 2), ValueError, "H = 2"),
         (lambda: analysis.span_energy(torch.ones(3, 4), torch.ones(2, 5)), ValueError, r"\(C, 4\)"),
         (lambda: analysis.span_energy(torch.zeros(3, 4), torch.ones(2, 4)), ValueError, "all zero"),
     ],
@@ -148,11 +148,12 @@ def decoders():
 def test_layer_embeddings_are_those_of_the_images(name):
     decoder = decoders()[name].eval()
     patches = torch.randn(2, 9, 24)
-    seen = analysis.layer_embeddings(decoder, patches)
+    seen, compared = analysis.layer_embeddings(decoder, patches)
     layers = decoder.layers if name != "segmenter" else decoder.blocks
     assert [x.shape for x in seen] == [(2, 9, 24)] * (len(layers) + 1)
     assert not any(x.requires_grad for x in seen)
-    images = decoder.embeddings(patches)[0]
+    images, classes = decoder.embeddings(patches)
+    assert compared[0].equal(images) and compared[1].equal(classes)
     if name == "segmenter":
         torch.testing.assert_close(seen[0], decoder.proj_dec(patches))
         torch.testing.assert_close(decoder.norm(seen[-1]) @ decoder.proj_patch, images)
@@ -204,3 +205,13 @@ def test_noise_spares_what_half_precision_rounds():
     with analysis.perturbed(linear, 1.0):
         assert linear.weight.dtype == torch.float16 and not linear.weight.equal(before)
     assert linear.weight.equal(before)
+
+
+def test_noise_counts_once_where_parameters_share_memory():
+    tied = torch.nn.Sequential(torch.nn.Linear(300, 200, bias=False), torch.nn.Linear(200, 300, bias=False))
+    tied[1].weight = torch.nn.Parameter(tied[0].weight.detach().T)
+    before = tied[0].weight.detach().clone()
+    with analysis.perturbed(tied, 0.02):
+        assert (tied[0].weight - before).std().item() == pytest.approx(0.02, rel=0.02)
+        assert tied[1].weight.equal(tied[0].weight.T)
+    assert tied[0].weight.equal(before)

@@ -50,6 +50,25 @@ def test_check_data_names_every_bad_file(folder, classes):
     assert report.splits[0].pixels.tolist() == [int((good == c).sum()) for c in (1, 2, 3)]
 
 
+def test_a_bad_label_takes_nothing_from_a_files_other_labels(folder, classes):
+    annotations = folder / "annotations" / "training"
+    for path in (folder / "annotations").rglob("*.png"):
+        png(np.array(Image.open(path)) % 3, path)
+    mixed = np.full((20, 30), 9, np.uint8)
+    mixed[0] = [0] * 10 + [255] * 5 + [3] * 15
+    png(mixed, annotations / "b.png")
+    report = check_data(folder, classes)
+    assert [Path(problem.split(": ")[0]).name for problem in report.problems] == ["b.png"]
+    stored = np.stack([np.array(Image.open(path)) for path in annotations.iterdir()])
+    split = report.splits[0]
+    assert split.pixels.tolist() == [int((stored == c).sum()) for c in (1, 2, 3)]
+    assert split.images_with.tolist() == [2, 2, 1] and split.ignored == np.isin(stored, (0, 255)).sum()
+    assert split.smallest == (20, 30) and "never occur" not in report.text()
+    for path in annotations.iterdir():
+        png(mixed * (mixed != 3), path)
+    assert len(check_data(folder, classes, ("training",)).problems) == 3  # and not that nothing is labelled
+
+
 def turned(path: Path, orientation: int, size: tuple[int, int] = (30, 20)) -> np.ndarray:
     """A JPEG of this stored size (width, height) with EXIF's word on how to turn it; its pixels as stored."""
     exif = Image.Exif()
@@ -205,5 +224,7 @@ def test_check_data_hints_at_masks_of_0_and_255(tmp_path):
     assert "unlabelled pixels (255): 66.67%" in said and "write 1 in place of 255" in said
     report = check_data(tmp_path, two, ("training",))
     assert "(0 or 255 everywhere)" in report.problems[0] and "in place of 255" not in report.text()
+    png(np.array([[0, 255, 7]], np.uint8), tmp_path / "annotations" / "training" / "a.png")
+    assert "in place" not in check_data(tmp_path, two, ("training",), reduce_zero_label=False).text()
     png(np.array([[0, 255, 1]], np.uint8), tmp_path / "annotations" / "training" / "a.png")
     assert "in place" not in check_data(tmp_path, two, ("training",), reduce_zero_label=False).text()

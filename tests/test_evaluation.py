@@ -17,7 +17,7 @@ from train.inference import (
     prefetch,
     stock_scores,
 )
-from train.windows import window_masks
+from train.windows import NotFinite, window_masks
 
 
 class Pictures:
@@ -135,8 +135,15 @@ def test_comparison_sees_a_wrong_label_and_forgives_a_tie():
 
 def _evaluate_as(rank, init_file, out=None):
     torch.distributed.init_process_group("gloo", f"file://{init_file}", rank=rank, world_size=2)
+    world, broken = World(torch.device("cpu"), rank, 2), TinyModel()
     try:
-        metrics = evaluate(TinyModel(), Pictures(), settings(), world=World(torch.device("cpu"), rank, 2))
+        if rank == 1:
+            torch.nn.init.constant_(broken.head.weight, torch.nan)
+        with pytest.raises(
+            NotFinite, match="the model gives NaN or infinite masks"
+        ):  # on both, and both go on
+            evaluate(broken, Pictures(), settings(), world=world)
+        metrics = evaluate(TinyModel(), Pictures(), settings(), world=world)
         if out is not None:
             torch.save(metrics.confusion, out)
     finally:
@@ -177,8 +184,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model(name, word
             '{"iou_per_class": {}, "checkpoint": "last"}',
             "results of checkpoint last",
         ),
+        (["--checkpoint", "last"], '{"iou_per_class": {}}', "results of an unknown checkpoint, not last"),
     ],
-    ids=["another file", "another checkpoint"],
+    ids=["another file", "another checkpoint", "an unknown checkpoint"],
 )
 def test_nothing_but_own_results_is_overwritten(arguments, held, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

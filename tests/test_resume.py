@@ -301,6 +301,11 @@ def test_evaluation_that_cannot_give_a_result(interrupted, tmp_path, capsys):
         assert "/proc: cannot be written: " in capsys.readouterr().err
     for path in (tmp_path / "data" / "annotations" / "validation").iterdir():
         Image.new("L", (32, 32)).save(path)
+    (folder / "plots").write_text("")
+    for command in ("eval", "analyse"):  # said before the data are read
+        assert run.main([command, str(folder)]) == 2
+        assert f"{folder / 'plots'} is no folder; change --output" in capsys.readouterr().err
+    (folder / "plots").unlink()
     assert run.main(["eval", str(folder)]) == 2
     assert "no labelled pixel in validation" in capsys.readouterr().err
 
@@ -326,6 +331,7 @@ def test_evaluation_on_other_data_keeps_the_first_results(interrupted, tmp_path,
         ("eval.max_images", "1", "images 4, not 1"),
         ("eval.resize", "8", "eval.resize 32, not 8"),
         ("eval.scales", "[0.5]", "eval.scales [1.0], not [0.5]"),
+        ("eval.mode", "slide", "eval.mode whole, not slide"),
         ("train.precision", "bf16", "train.precision fp32, not bf16"),
     ):
         assert run.main(["eval", str(folder), f"--{key}", value]) == 2

@@ -236,6 +236,16 @@ def _reason(error: BaseException) -> str:
     return first_line(error).split(".cpp:")[-1].split(", ")[-1]
 
 
+class ForeignLabel(UserError):
+    """An annotation, readable and of its image's size, that holds a label out of range."""
+
+
+def foreign(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = True) -> np.ndarray:
+    """Which of the stored annotation values ``to_target`` refuses: bool of their shape."""
+    highest = num_classes if reduce_zero_label else num_classes - 1
+    return (labels > highest) & (labels != np.iinfo(labels.dtype).max)
+
+
 def to_target(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = True) -> np.ndarray:
     """Maps stored annotation values to targets.
 
@@ -257,7 +267,7 @@ def to_target(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = Tr
     if not wide and labels.dtype == np.uint8 and labels.max(initial=0) <= highest:
         return labels - np.uint8(1) if reduce_zero_label else labels  # 0 wraps to 255, which is ignored
     void = np.iinfo(labels.dtype).max
-    invalid = (labels > highest) & (labels != void) if void > highest else labels > highest
+    invalid = foreign(labels, num_classes, reduce_zero_label)
     if invalid.any():
         values, counts = np.unique(labels[invalid], return_counts=True)
         others = len(values) - 1
@@ -295,7 +305,7 @@ def read_pair(
     try:
         return image, to_target(labels, classes.num_classes, reduce_zero_label)
     except ValueError as error:
-        raise UserError(f"{annotation_path}: {error} (class list: {classes.source})") from None
+        raise ForeignLabel(f"{annotation_path}: {error} (class list: {classes.source})") from None
 
 
 # ------------------------------------------------------------------------------------------- the data set

@@ -15,8 +15,7 @@ from torch import Tensor
 from depict_kernels import analysis
 from depict_kernels.models import SegmentationModel
 from depict_kernels.ops import default_ignore_index
-from train.errors import UserError
-from train.windows import enlarged_size, normalised, resize_image, scaled_size
+from train.windows import NotFinite, enlarged_size, normalised, resize_image, scaled_size
 
 
 def patches_and_labels(model: SegmentationModel, image: Tensor, target: Tensor, cfg) -> tuple[Tensor, Tensor]:
@@ -65,19 +64,19 @@ def measure(
     device = next(model.parameters()).device
     depict_layers = getattr(model.decoder, "layers", ())
     count = min(count, len(dataset))
+    bases = [analysis.subspace_bases(layer.proj, layer.num_heads) for layer in depict_layers]
     embeddings, rates, classes = [], [], []
     for i in range(count):
         image, target = dataset.read(i * len(dataset) // count)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             patches, labels = patches_and_labels(model, image.to(device), target.to(device), cfg)
-            stages = analysis.layer_embeddings(model.decoder, patches)
-            images, queries = model.decoder.embeddings(patches)
+            stages, (images, queries) = analysis.layer_embeddings(model.decoder, patches)
         stages = [analysis.unit_length(F.layer_norm(x[0].double(), x.shape[-1:])) for x in stages]
         embeddings.append([_embedding_measures(z, labels, labels != ignored) for z in stages])
         rates.append(
             [
-                [analysis.subspace_coding_rate(z, layer.proj, layer.num_heads).item() for z in pair]
-                for layer, pair in zip(depict_layers, pairwise(stages))
+                [analysis.subspace_coding_rate(z, heads).item() for z in pair]
+                for heads, pair in zip(bases, pairwise(stages))
             ]
         )
         share, best = analysis.span_energy(images[0], queries[0])
@@ -124,17 +123,21 @@ def _mean_of(measures: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def noise_scores(
     model: SegmentationModel, sigmas: Sequence[float], repeats: int, score: Callable[[], float]
 ) -> list[dict[str, Any]]:
-    """mIoU with Gaussian noise on the decoder's parameters: {"sigma", "miou": one for each of ``repeats`` draws}."""
+    """mIoU with Gaussian noise on the decoder's parameters: for each sigma {"sigma", "miou": of each draw, "broken"}.
+
+    "broken" counts the draws that gave NaN or infinite masks: they label no pixel, so that their mIoU is 0.
+    """
     rows = []
     for sigma in sigmas:
-        scores = []
+        scores, broken = [], 0
         for seed in range(repeats):
             with analysis.perturbed(model.decoder, sigma, seed):
                 try:
                     scores.append(score())
-                except UserError as error:
-                    raise UserError(f"with noise of {sigma:g} on its parameters: {error}") from None
-        rows.append({"sigma": sigma, "miou": scores})
+                except NotFinite:
+                    scores.append(0.0)
+                    broken += 1
+        rows.append({"sigma": sigma, "miou": scores, "broken": broken})
     return rows
 
 
@@ -188,4 +191,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         draws = ", ".join(f"{score:.4f}" for score in row["miou"])
         each = f"  ({draws})" if len(row["miou"]) > 1 else ""
         text.append(f"    {row['sigma']:<10g}{np.mean(row['miou']):.4f}{each}")
+        if row["broken"]:
+            text[-1] += (
+                f"  NaN or infinite masks, which count as 0, in {row['broken']} of {len(row['miou'])} draws"
+            )
     return text

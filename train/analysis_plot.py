@@ -95,6 +95,8 @@ def _draw_noise(axes: Axes, report: dict[str, Any]) -> None:
         sigmas = [sigma for sigma, _ in rows]
         means, draws = [np.mean(scores) for _, scores in rows], len(rows[0][1])
         label = f"mean of {draws} draws" if draws > 1 else "one draw"
+        if any(row["broken"] for row in report["noise"]):
+            label += "; 0 for NaN or infinite masks"
         axes.plot(sigmas, means, color=BLUE, linewidth=2, marker="o", label=label)
         if draws > 1:
             lowest, highest = zip(*((min(scores), max(scores)) for _, scores in rows))

@@ -9,7 +9,17 @@ import numpy as np
 import torch
 
 from depict_kernels.ops import default_ignore_index
-from train.ade20k import ClassList, each_sample, exif_orientation, list_pairs, read_pair
+from train.ade20k import (
+    ClassList,
+    ForeignLabel,
+    each_sample,
+    exif_orientation,
+    foreign,
+    list_pairs,
+    read_labels,
+    read_pair,
+    to_target,
+)
 from train.errors import UserError
 from train.predict import short_name
 
@@ -79,8 +89,8 @@ class DataReport:
         lines.append("")
         if self._may_start_at_0():
             lines.append(
-                f"warning: the largest label is {len(names) - 1}, of {len(names)} classes, and some pixels count as "
-                "unlabelled: if 0 is the first class, give --data.reduce_zero_label false"
+                f"warning: label {len(names)}, the last class's, occurs nowhere, {len(names) - 1} does, and some "
+                "pixels count as unlabelled: if 0 is the first class, give --data.reduce_zero_label false"
             )
         if self._may_be_0_and_255():
             lines.append(
@@ -98,12 +108,13 @@ class DataReport:
             self.reduce_zero_label
             or self.classes.num_classes > 255
             or not any(s.ignored for s in self.splits)
+            or self.problems
         ):
             return False
         return [*np.flatnonzero(sum(s.images_with for s in self.splits))] == [0]
 
     def _may_start_at_0(self) -> bool:
-        """Whether the largest label is C - 1 and some are ignored, as it is where 0 is a class and not unlabelled."""
+        """Whether labels go up to C - 1 and some are ignored, as they do where 0 is a class and not unlabelled."""
         if not self.reduce_zero_label or not any(s.ignored for s in self.splits):
             return False
         seen = [0, *(np.flatnonzero(sum(s.images_with for s in self.splits)) + 1)]
@@ -121,7 +132,10 @@ def _bad_files(count: int) -> str:
 
 
 class _Checked(torch.utils.data.Dataset):
-    """Pair i as (histogram (C + 1,) with the ignored pixels last, (H, W), problem or None, warning or None)."""
+    """Pair i as (histogram (C + 1,) with the ignored pixels last, (H, W), problem or None, warning or None).
+
+    There is a histogram too, of the other labels, where the problem is a label out of range; else None with a problem.
+    """
 
     def __init__(self, pairs: list[tuple[Path, Path]], classes: ClassList, reduce_zero_label: bool):
         self.pairs, self.classes, self.reduce_zero_label = pairs, classes, reduce_zero_label
@@ -130,17 +144,22 @@ class _Checked(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray | None, tuple[int, int], str | None, str | None]:
+        num_classes, problem = self.classes.num_classes, None
         try:
             _, target = read_pair(*self.pairs[i], self.classes, self.reduce_zero_label)
+            size = target.shape
+        except ForeignLabel as error:  # its other labels are none the worse for it
+            problem, labels = str(error), read_labels(self.pairs[i][1])
+            size, wrong = labels.shape, foreign(labels, num_classes, self.reduce_zero_label)
+            target = to_target(labels[~wrong], num_classes, self.reduce_zero_label)
         except UserError as error:
             return None, (0, 0), str(error), None
-        num_classes = self.classes.num_classes
         ignored = default_ignore_index(num_classes)
         if ignored < 0:
             target, ignored = np.where(target == ignored, num_classes, target), num_classes
         counts = np.bincount(target.ravel(), minlength=max(256, num_classes + 1))
         counts = np.append(counts[:num_classes], counts[ignored])
-        return counts, target.shape, None, _orientation_warning(self.pairs[i][0])
+        return counts, size, problem, _orientation_warning(self.pairs[i][0])
 
 
 def _orientation_warning(image: Path) -> str | None:
@@ -164,9 +183,9 @@ def check_data(
     """Reads every file of a data set once, with `workers` processes.
 
     Returns a report with counts, the label histogram and one line for every file that is missing, unreadable,
-    of another size than its annotation, or holds a label out of range, and a warning for every image with an EXIF
-    orientation. Nothing is printed except, on request, a progress bar. Raises UserError where a folder is missing
-    or empty.
+    of another size than its annotation, or holds a label out of range (its other labels count), and a warning for every
+    image with an EXIF orientation. Nothing is printed except, on request, a progress bar. Raises UserError where a
+    folder is missing or empty.
     """
     reports = []
     for split in splits:
@@ -180,6 +199,7 @@ def check_data(
         ):
             if problem is not None:
                 report.problems.append(problem)
+            if counts is None:
                 continue
             if warning is not None:
                 report.warnings.append(warning)
@@ -191,7 +211,7 @@ def check_data(
                 report.smallest = size
             if area > report.largest[0] * report.largest[1]:
                 report.largest = size
-        if report.ignored and not report.pixels.any():
+        if report.ignored and not report.pixels.any() and not report.problems:
             folder = Path(root) / "annotations" / split
             unlabelled = _unlabelled(classes.num_classes, reduce_zero_label)
             report.problems.append(

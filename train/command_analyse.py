@@ -33,6 +33,10 @@ def analyse_run(arguments: list[str]) -> int:
     config, classes, model, state, world = open_run(folder, rest, which)
     ending = "" if which == "best" else scored(which, False)
     output = Path(own.get("output", folder / f"analysis{ending}.json"))
+    picture = output.with_name(f"{output.stem}_analysis.png")
+    if "output" not in own:
+        picture = folder / "plots" / f"analysis{ending}.png"
+        check_writable(picture.parent, "--output")
 
     from train import analysis, build
     from train.analysis_plot import analysis_figure
@@ -42,10 +46,6 @@ def analyse_run(arguments: list[str]) -> int:
     dataset = build.split(config, build.data_root(config, world), config.data.val_split, classes)
     of = {"checkpoint": which, **scored_on(config, dataset)}
     check_output(output, None if "output" in own else of, holds="embeddings")
-    picture = output.with_name(f"{output.stem}_analysis.png")
-    if "output" not in own:
-        picture = folder / "plots" / f"analysis{ending}.png"
-        check_writable(picture.parent, "--output")
     dataset.require_labels(config.eval.max_images)
     amp_dtype = build.autocast_dtype(config)
 

@@ -106,9 +106,10 @@ def check_output(output: Path, of: dict[str, Any] | None = None, holds: str = "i
         raise UserError(
             f"{output}: exists and holds no results of this command; name another file with --output"
         )
-    wanted = (of or {}).items()
-    others = [f"{key} {results.get(key)}, not {value}" for key, value in wanted if results.get(key) != value]
-    if others:
+    wanted = {key: value for key, value in (of or {}).items() if results.get(key) != value}
+    # What results lack follows from what they hold: without windows eval.mode is whole. It is told where it is all.
+    others = [f"{key} {results[key]}, not {value}" for key, value in wanted.items() if key in results]
+    if others := others or [f"an unknown {key}, not {value}" for key, value in wanted.items()]:
         raise UserError(
             f"{output}: holds the results of {'; '.join(others)}; name another file with --output"
         )
@@ -122,6 +123,10 @@ def evaluate_run(arguments: list[str]) -> int:
     output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
     check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
     config, classes, model, state, world = open_run(folder, rest, which)
+    picture = output.with_name(f"{output.stem}_confusion.png")
+    if "output" not in own:
+        picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
+        check_writable(picture.parent, "--output")
     from train import build
     from train.inference import Comparison, evaluate, print_progress
     from train.metrics import iou_lines
@@ -155,9 +160,6 @@ def evaluate_run(arguments: list[str]) -> int:
             print(f"  {comparison}")
         of = {"step": state["step"], "checkpoint": which, "multiscale": multiscale, **of}
         write_results(output, metrics, {**of, "confusion": metrics.confusion.tolist()})
-        picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
-        if "output" in own:
-            picture = output.with_name(f"{output.stem}_confusion.png")
         plot_confusion(metrics, picture)
         print(f"written to {output} and {picture}")
     return 0

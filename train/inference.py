@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from depict_kernels import backends
 from depict_kernels.ops import upsample_argmax, upsample_confusion
-from train.distributed import World, sum_over
+from train.distributed import World, gather, sum_over
 from train.metrics import SegmentationMetrics
-from train.windows import View, window_masks
+from train.windows import NotFinite, View, window_masks
 
 # Rows of one matrix product. A BLAS picks its order of summation by the shapes, so every product has the
 # same shape, whatever strip_rows is: the labels do not depend on it by a single bit.
@@ -394,6 +394,9 @@ def evaluate(
 
     Returns:
         The metrics over all processes, on every process.
+
+    Raises:
+        NotFinite: on every process, where the model of one gives NaN or infinite masks.
     """
     device = next(model.parameters()).device
     world = world or World(device)
@@ -403,6 +406,7 @@ def evaluate(
     mine = range(world.rank, total, world.size)
     start = time.monotonic()
     training = model.training
+    failed = None
     model.eval()
     try:
         for done, (_, get) in enumerate(prefetch(dataset.read, mine), 1):
@@ -419,8 +423,13 @@ def evaluate(
             if progress is not None:
                 all_done = min(done * world.size, total)  # the other processes are about as far
                 progress(all_done, total, all_done / max(time.monotonic() - start, 1e-9))
+    except NotFinite as error:
+        failed = str(error)
     finally:
         model.train(training)
+    # The other processes must learn of it: they would wait for this one's counts.
+    if failures := [failure for failure in gather(world, failed) if failure]:
+        raise NotFinite(failures[0])
     sum_over(world, metrics.confusion)  # integers, so that the sum is the same for any number of processes
     if comparison is not None:
         comparison.reduce(world)

@@ -20,6 +20,10 @@ MAX_RATIO = 4
 MAX_LENGTH = 16
 
 
+class NotFinite(UserError):
+    """A model gives NaN or infinite masks."""
+
+
 @dataclass(frozen=True)
 class View:
     """One scale and flip of an image: the low-resolution masks of its windows and where they lie.
@@ -107,7 +111,7 @@ def window_masks(
         cfg: the ``eval`` section of the configuration.
 
     Raises:
-        UserError: a model that gives NaN or infinite masks.
+        NotFinite: a model that gives NaN or infinite masks.
     """
     image = image.to(next(model.parameters()).device)
 
@@ -142,7 +146,7 @@ def window_masks(
         views.append(View(masks=torch.stack(masks[:count]), **layout))
         del masks[:count]
     if not all(view.masks.isfinite().all() for view in views):
-        raise UserError(
+        raise NotFinite(
             "the model gives NaN or infinite masks: its training diverged, or its weights are damaged"
         )
     return views
