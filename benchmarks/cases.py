@@ -269,7 +269,8 @@ def _cpu() -> Iterator[Case]:
     for classes in (19, 1000):
         yield Case("upsample_cross_entropy", (1, classes, 32, 32, 512, 512), memory=True, full=True)
     for backward in (False, True):
-        yield Case("subspace_self_attention", (2, 1174, HEADS, SELF_DIM), backward=backward)
+        for batch in (1, 2):
+            yield Case("subspace_self_attention", (batch, 1174, HEADS, SELF_DIM), backward=backward)
         yield Case("subspace_cross_attention", (2, 150, 1024, HEADS, CROSS_DIM), backward=backward)
         yield Case("subspace_self_attention", (1, 1750, HEADS, SELF_DIM), backward=backward, full=True)
         yield Case("mask_logits", (2, 150, 32, 32, 192), backward=backward)

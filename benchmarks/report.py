@@ -70,6 +70,7 @@ def _cpu(stem: str, data: dict) -> list[str]:
         "",
         *tables.cpu_loss(data),
         *tables.cpu_labels(data),
+        *tables.cpu_attention(data),
         *tables.kept_memory(data),
     ]
     lines += [f"Not met: {v.goal} (found {v.found})." for v in unmet] + ([""] if unmet else [])
@@ -101,8 +102,7 @@ def _where_not(data: dict, device: str) -> list[str]:
     if device == "cpu":
         lost = tables.slower_than_eager(data)
         lines[0] += (
-            " Nor do they help attention, mask head and decoder on a CPU, which have no kernel there: what they gain "
-            "over eager torch is SDPA's"
+            " Nor do they help the mask head and cross-attention on a CPU, where `auto` takes stock operators"
             + (f"; `auto` is slower than plain eager torch there for {', '.join(lost)}" if lost else "")
             + ". Backbone and optimizer are counted with the smaller of their two times: on "
             f"this shared machine the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "

@@ -281,6 +281,7 @@ CORES = [
     core("eager", "subspace_self_attention", "fwd", 60.0),
     core("torch", "subspace_self_attention", "fwd", 26.0, 1.42),
     core("sdpa flash", "subspace_self_attention", "fwd", 35.0, 1.63),  # its minute was a busier one
+    core("cpp", "subspace_self_attention", "fwd", 30.0, 2.1),
     core("eager", "mask_logits", "fwd+bwd", 10.0),
     core("torch", "mask_logits", "fwd+bwd", 11.0, 0.71),
     core("eager", "depict_ca_decoder", "fwd+bwd", 320.0),
@@ -290,12 +291,12 @@ CORES = [
 
 def test_table_and_plot_of_the_cores_take_the_same_best_stock():
     text = tables.page(made(CORES), "x")
-    assert "| 60 ms | 1.63 (sdpa flash) | 1.42 (no kernel: takes `torch`) |" in text
-    assert "| 320 ms | eager alone was timed | 0.98 (no kernel: takes `torch`) |" in text
+    assert "| 60 ms | 1.63 (sdpa flash) | 2.10 | 1.42 |" in text
+    assert "| 320 ms | eager alone was timed | no kernel | 0.98 |" in text
     assert text.count(tables.RATIO) == 1
     bars = {name.split()[0]: (stock, ours) for name, stock, ours in plots.speedups(made(CORES))}
     assert bars == {
-        "self_attention": (1.63, None),
+        "self_attention": (1.63, 2.1),
         "mask_logits": (0.71, None),
         "depict_ca_decoder": (1.0, 0.98),
     }
@@ -304,8 +305,16 @@ def test_table_and_plot_of_the_cores_take_the_same_best_stock():
 def test_what_is_slower_than_eager_is_said():
     found = tables.slower_than_eager(made(CORES))
     assert found == ["mask_logits fwd+bwd (0.71)", "depict_ca_decoder fwd+bwd (0.98)"]
-    kernel = core("cpp", "mask_logits", "fwd+bwd", 1.0, 9.0)
-    assert tables.slower_than_eager(made([*CORES, kernel])) == found[1:]
+    named = core("cpp", "mask_logits", "fwd+bwd", 1.0, 9.0)
+    assert tables.slower_than_eager(made([*CORES, named])) == found
+    taken = core("auto", "mask_logits", "fwd+bwd", 1.0, 9.0)
+    assert tables.slower_than_eager(made([*CORES, taken])) == found[1:]
+
+
+def test_self_attention_stands_beside_stock_torchs_fastest():
+    lines = tables.cpu_attention(made(CORES))
+    assert "sdpa flash" in lines[2] and lines[2].endswith("| 1.29 |")  # 2.1 / 1.63
+    assert tables.cpu_attention(made(CORES[:3])) == []
 
 
 def test_session_s_table_has_eager_and_the_ratio():
