@@ -1,13 +1,12 @@
-// Attention of blocks of kTokens tokens. Everything is in panels (product.h), so that the lanes of every
-// vector are tokens: maxima and sums of the softmax need no step across lanes, and any dim is computed as it
-// is.
+// Attention of blocks of kTokens tokens. Everything is in panels (product.h): the lanes of every vector are
+// tokens, so that maxima and sums of the softmax need no step across lanes and any dim is computed as it is.
 #pragma once
 
 namespace depict::cpu::DEPICT_ISA {
 
 constexpr int kTile = kTokens * kTokens;
 
-// exp of a score less its row's largest, at most 0; what float would hold as a subnormal stays above.
+// exp of a score less its row's largest, which is at most 0; never less than the smallest normal number.
 template <class T>
 DEPICT_INLINE Vec<T> weight_below(Vec<T> x) {
   return vexp(at_least(x, splat<T>(sizeof(T) == 4 ? T(-87) : T(-700))));
@@ -55,8 +54,7 @@ void attention_pack_queries(const AttentionTask<T>& task, int64_t head, int64_t 
   }
 }
 
-// --- forward, tokens that are their own keys
-// -----------------------------------------------------------------
+// --- forward, tokens that are their own keys -------------------------------------------------------------
 
 // With h = scale |w|^2 / 2, exp(s_ij - h_i - h_j) is exp(-scale |w_i - w_j|^2 / 2): in (0, 1] and the same
 // for rows i and j. Row i takes token j with that times g_j = exp(h_j - max h). Its largest weight is at
@@ -128,8 +126,7 @@ void attention_forward_pair(const AttentionTask<T>& task, int64_t head, int64_t 
   if (i != j) add_weighted(wj, nj, turned, li, dim, task.sum_q + at_i * dim);
 }
 
-// --- forward, in general
-// -------------------------------------------------------------------------------------
+// --- forward, in general ---------------------------------------------------------------------------------
 
 // A block of queries, with the running maximum of the online softmax.
 template <class T>
@@ -185,8 +182,7 @@ void attention_finish(const AttentionTask<T>& task, int64_t head, int64_t block,
                            __builtin_log(static_cast<double>(task.total[at + t])));
 }
 
-// --- backward
-// ------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------
 
 // Tokens that are their own keys: with P the weights, G the output's gradient and
 // dS_ij = scale P_ij (G_i . w_j - delta_i), the gradient is dw_j = sum_i (dS_ij + dS_ji) w_i + P_ij G_i. The
