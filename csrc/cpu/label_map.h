@@ -141,7 +141,7 @@ void find_candidates(int64_t classes, int first, CellBlock<T>& cells, LabelWorks
   IVec<T> lane{};
   for (int i = 0; i < L; ++i) lane[i] = i, cells.count[i] = 0;
   const Vec<T> never = splat<T>(__builtin_nan(""));
-  const Vec<T> threshold = (peak <= kHuge<T>)&(lane >= first) ? floor - peak * kRounding<T> : never;
+  const Vec<T> threshold = ((peak <= kHuge<T>)&(lane >= first)) ? floor - peak * kRounding<T> : never;
   for (int64_t c = 0; c < classes; ++c)
     each_lane<T>(load<T>(ws.high + c * L) >= threshold,
                  [&](int i) { ws.candidate[i * classes + cells.count[i]++] = static_cast<int32_t>(c); });
