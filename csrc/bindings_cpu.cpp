@@ -75,7 +75,10 @@ T* contiguous(const std::optional<Tensor>& tensor, ScalarType type, int64_t coun
   STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() && tensor->scalar_type() == type &&
                       tensor->numel() == count,
                   name, " must be a contiguous CPU tensor of ", count, " elements of the right dtype");
-  return static_cast<T*>(tensor->mutable_data_ptr());
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(tensor->const_data_ptr());
+  else
+    return static_cast<T*>(tensor->mutable_data_ptr());
 }
 
 template <class T>
@@ -183,7 +186,8 @@ depict::cpu::TokensView<T> tokens_view(const Tensor& tensor, const Tensor& w, in
 template <class T>
 depict::cpu::AttentionProblem<T> attention_problem(const std::optional<Tensor>& q, const Tensor& w,
                                                    double scale) {
-  STD_TORCH_CHECK(w.dim() == 4 && w.size(3) > 0, "w must be (batch, tokens, heads, head_dim)");
+  STD_TORCH_CHECK(w.dim() == 4 && w.size(3) > 0 && w.size(3) < (1 << 24),
+                  "w must be (batch, tokens, heads, head_dim), head_dim below 2^24");
   const auto keys = tokens_view<const T>(w, w, w.size(1), "w");
   STD_TORCH_CHECK(!q || (q->dim() == 4 && keys.tokens > 0),
                   "q must be (batch, queries, heads, head_dim), w not empty");
@@ -209,7 +213,7 @@ void run_attention_backward(const Tensor& grad, const std::optional<Tensor>& q, 
   STD_TORCH_CHECK(q.has_value() == grad_q.has_value(), "q and grad_q go together");
   depict::cpu::attention_backward(
       problem, tokens_view<const T>(grad, w, queries, "grad"), tokens_view<const T>(out, w, queries, "out"),
-      contiguous<T>(lse, scalar_type_of<T>(), problem.w.batch * problem.w.heads * queries, "lse"),
+      contiguous<const T>(lse, scalar_type_of<T>(), problem.w.batch * problem.w.heads * queries, "lse"),
       grad_q ? tokens_view<T>(*grad_q, w, queries, "grad_q") : depict::cpu::TokensView<T>{},
       tokens_view<T>(grad_w, w, problem.w.tokens, "grad_w"), torch_threads());
 }

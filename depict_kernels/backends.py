@@ -314,7 +314,7 @@ def choose(
             )
         return "torch"
     shape = None
-    if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype):
+    if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype) and not _exports(sizes.get("tokens")):
         shape = shape_class(operator, **sizes)
     name = _resolve(requested, operator, tensor.device, tensor.dtype, shape, parameter_dtype)
     if requested == "auto":
@@ -322,6 +322,11 @@ def choose(
         if largest is not None and tensor.shape[-1] > largest:
             return "torch"
     return name
+
+
+def _exports(tokens: int | torch.SymInt | None) -> bool:
+    """Whether a program for a range of tokens is exported, which may not depend on a threshold within the range."""
+    return torch.compiler.is_exporting() and isinstance(tokens, torch.SymInt)
 
 
 @constant_in_graphs

@@ -13,11 +13,16 @@ namespace {
 
 int64_t blocks_of(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
 
+// An even number of parts of about three blocks: with several heads work for many threads in every round, and
+// a part's blocks meet others while they are in the cache. The same whatever the batch and the threads, and
+// with it the order of every sum.
+int64_t parts_for(int64_t blocks) { return blocks < 4 ? 1 : std::min<int64_t>(16, (blocks + 3) / 6 * 2); }
+
 // Consecutive blocks, dealt to a few parts of nearly the same size.
 struct Parts {
   int64_t blocks, count;
 
-  Parts(int64_t blocks, int64_t most) : blocks(blocks), count(std::min(blocks, most)) {}
+  explicit Parts(int64_t blocks) : blocks(blocks), count(blocks == 0 ? 0 : parts_for(blocks)) {}
   int64_t begin(int64_t part) const { return part * blocks / count; }
 };
 
@@ -53,16 +58,12 @@ Rounds meetings(int64_t ones, int64_t others) {
   return rounds;
 }
 
-// Enough parts for work for many threads in every round, few enough that a part's blocks meet many others
-// while they are in the cache; the same for any number of threads.
-int64_t parts_for(int64_t heads) { return std::clamp<int64_t>(24 / heads, 1, 16); }
-
 // One round as the work of a phase: calls each(head, block, block, scratch) for the pairs of two parts.
 template <class T, class Each>
 struct RoundWork {
   const Round& round;
   const Parts &rows, &columns;
-  const std::vector<Worker>& workers;
+  std::vector<Worker>& workers;
   const Each& each;
   bool symmetric;
 
@@ -74,8 +75,9 @@ struct RoundWork {
         each(head, i, j, tiles(workers, worker));
   }
 
-  static T* tiles(const std::vector<Worker>& workers, int worker) {
-    return reinterpret_cast<T*>(workers[static_cast<size_t>(worker)].scratch.get());
+  // Zeroed at first: lanes without a token may be read, but not used.
+  static T* tiles(std::vector<Worker>& workers, int worker) {
+    return static_cast<T*>(workers[static_cast<size_t>(worker)].zeroed());
   }
 };
 
@@ -126,11 +128,7 @@ AttentionTask<T> task_of(const AttentionProblem<T>& problem) {
 }
 
 template <class T>
-std::vector<Worker> workers_of(const Executor& executor) {
-  std::vector<Worker> all = workers(executor, kAttentionTiles * kTokens * kTokens * sizeof(T));
-  for (Worker& worker : all) worker.zeroed();  // lanes without a token may be read, but not used
-  return all;
-}
+constexpr int64_t kScratchBytes = kAttentionTiles * kTokens * kTokens * sizeof(T);
 
 }  // namespace
 
@@ -141,10 +139,10 @@ void attention_forward(const AttentionProblem<T>& problem, const TokensView<T>& 
   const int64_t heads = problem.w.batch * problem.w.heads, dim = problem.w.dim;
   if (heads == 0 || problem.q.tokens == 0) return;
   AttentionTask<T> task = task_of(problem);
-  const bool pairs = problem.symmetric && problem.scale >= 0;
+  const bool pairs = problem.symmetric && problem.scale > 0;
   Buffer<bool> by_row = allocate<bool>(heads);
   if (pairs) task.by_row = by_row.get();
-  const std::vector<Worker> worker = workers_of<T>(executor);
+  std::vector<Worker> worker = workers(executor, kScratchBytes<T>);
 
   const auto pack_keys = [&](int, int64_t i) {
     k.attention_pack_keys(task, i / task.w_blocks, i % task.w_blocks);
@@ -177,10 +175,11 @@ void attention_forward(const AttentionProblem<T>& problem, const TokensView<T>& 
     if (!pairs) return;
     task.half = memory.numbers(queries);
     task.g = memory.numbers(queries);
+    task.top = memory.numbers(count);
   };
   in_groups(heads, memory, layout, [&](int64_t first, int64_t count) {
     task.first_head = first;
-    const Parts parts(task.w_blocks, parts_for(count));
+    const Parts parts(task.w_blocks);
     const Rounds rounds = pairs ? tournament(parts.count) : Rounds();
     std::deque<Work> work;
     std::deque<Phase> phases;
@@ -208,7 +207,7 @@ void attention_backward(const AttentionProblem<T>& problem, const TokensView<con
   task.grad = grad;
   task.out = out;
   task.given_lse = lse;
-  const std::vector<Worker> worker = workers_of<T>(executor);
+  std::vector<Worker> worker = workers(executor, kScratchBytes<T>);
 
   const auto pack_keys = [&](int, int64_t i) {
     k.attention_pack_keys(task, i / task.w_blocks, i % task.w_blocks);
@@ -241,7 +240,7 @@ void attention_backward(const AttentionProblem<T>& problem, const TokensView<con
   };
   in_groups(heads, memory, layout, [&](int64_t first, int64_t count) {
     task.first_head = first;
-    const Parts rows(task.q_blocks, parts_for(count)), columns(task.w_blocks, parts_for(count));
+    const Parts rows(task.q_blocks), columns(task.w_blocks);
     const Rounds rounds = problem.symmetric ? tournament(columns.count) : meetings(rows.count, columns.count);
     std::deque<RoundWork<T, decltype(each)>> work;
     std::deque<Phase> phases;

@@ -6,16 +6,17 @@ namespace depict::cpu::DEPICT_ISA {
 
 constexpr int kTile = kTokens * kTokens;
 
-// exp of a score less its row's largest, which is at most 0; never less than the smallest normal number.
+// exp of a score less its row's largest, which is at most 0. What is below e^-60 of the largest is 0: it adds
+// nothing, and its products with other numbers could be subnormal, which take a hundred cycles each.
 template <class T>
 DEPICT_INLINE Vec<T> weight_below(Vec<T> x) {
-  return vexp(at_least(x, splat<T>(sizeof(T) == 4 ? T(-87) : T(-700))));
+  return x < T(kLeastExponent) ? Vec<T>{} : vexp(x);
 }
 
 // The same where rounding, of large scores, may leave x anywhere.
 template <class T>
 DEPICT_INLINE Vec<T> weight_of(Vec<T> x) {
-  return weight_below<T>(at_most(x, splat<T>(sizeof(T) == 4 ? T(87) : T(700))));
+  return weight_below<T>(at_most(x, splat<T>(T(-kLeastExponent))));
 }
 
 // --- preparation -----------------------------------------------------------------------------------------
@@ -27,11 +28,13 @@ void attention_pack_keys(const AttentionTask<T>& task, int64_t head, int64_t blo
   pack_tokens<T>(task.w, task.first_head + head, block, task.w_panel + at * dim);
   if (task.sum_w) __builtin_memset(task.sum_w + at * dim, 0, sizeof(T) * kTokens * dim);
   if (!task.half) return;
-  const int tokens = tokens_in(task.w.tokens, block);
-  const T* first = first_of(task.w, task.first_head + head, block);
-  for (int t = 0; t < kTokens; ++t) {
-    const T* w = first + (t < tokens ? t : 0) * task.w.stride[1];
-    task.half[at + t] = T(0.5) * task.scale * dot(w, w, dim);
+  // In the order of the scores' sums, so that a token's score with itself is twice this to the last bit.
+  const T* panel = task.w_panel + at * dim;
+  for (int v = 0; v < kTokens; v += Simd<T>::lanes) {
+    Vec<T> square = {};
+    for (int64_t d = 0; d < dim; ++d)
+      square += load<T>(panel + d * kTokens + v) * load<T>(panel + d * kTokens + v);
+    store<T>(task.half + at + v, square * task.scale * T(0.5));
   }
 }
 
@@ -43,15 +46,16 @@ void attention_pack_queries(const AttentionTask<T>& task, int64_t head, int64_t 
   if (task.sum_q != task.sum_w) __builtin_memset(task.sum_q + at * dim, 0, sizeof(T) * kTokens * dim);
   if (task.total) __builtin_memset(task.total + at, 0, sizeof(T) * kTokens);
   if (!task.grad_panel) return;
-  pack_tokens<T>(task.grad, of_all, block, task.grad_panel + at * dim);
+  T *grad = task.grad_panel + at * dim, *delta = task.delta + at;
+  pack_tokens<T>(task.grad, of_all, block, grad);
+  __builtin_memset(delta, 0, sizeof(T) * kTokens);
+  // In the order of the dot products that it is subtracted from: where one weight is 1 the difference is 0.
+  visit_tokens<T>(task.out, of_all, block, [&](int d, int t, Vec<T> v) {
+    store<T>(delta + t, load<T>(delta + t) + load<T>(grad + d * kTokens + t) * v);
+  });
   const int tokens = tokens_in(task.q.tokens, block);
-  const T *grad = first_of(task.grad, of_all, block), *out = first_of(task.out, of_all, block);
   const T* lse = task.given_lse + of_all * task.q.tokens + block * kTokens;
-  for (int t = 0; t < kTokens; ++t) {
-    const int token = t < tokens ? t : 0;
-    task.lse[at + t] = lse[token];
-    task.delta[at + t] = dot(grad + token * task.grad.stride[1], out + token * task.out.stride[1], dim);
-  }
+  for (int t = 0; t < kTokens; ++t) task.lse[at + t] = lse[t < tokens ? t : 0];
 }
 
 // --- forward, tokens that are their own keys -------------------------------------------------------------
@@ -59,27 +63,26 @@ void attention_pack_queries(const AttentionTask<T>& task, int64_t head, int64_t 
 // With h = scale |w|^2 / 2, exp(s_ij - h_i - h_j) is exp(-scale |w_i - w_j|^2 / 2): in (0, 1] and the same
 // for rows i and j. Row i takes token j with that times g_j = exp(h_j - max h). Its largest weight is at
 // least g_i: where the h of a head lie too far apart for that, or are too large to be subtracted, its rows
-// are computed one by one instead.
+// are computed one by one.
 template <class T>
 void attention_prepare_pairs(const AttentionTask<T>& task, int64_t head) {
   constexpr int L = Simd<T>::lanes;
-  const int64_t first = head * task.w_blocks * kTokens, count = task.w_blocks * kTokens;
+  const int64_t first = head * task.w_blocks * kTokens, tokens = task.w.tokens;
   const T* half = task.half + first;
   T least = half[0], most = half[0];
-  bool ordered = true;
-  for (int64_t i = 0; i < count; ++i) {
-    ordered = ordered && half[i] == half[i];
+  for (int64_t i = 1; i < tokens; ++i) {
     least = half[i] < least ? half[i] : least;
     most = half[i] > most ? half[i] : most;
   }
-  task.by_row[head] = !(ordered && most - least <= kSpread && most <= kLargestHalf);
+  task.by_row[head] = !(most - least <= kSpread && most <= kLargestHalf);
+  task.top[head] = task.by_row[head] ? 0 : most;
   if (task.by_row[head]) return;
-  for (int64_t i = 0; i < count; i += L) {
+  for (int64_t i = 0; i < tokens; i += L) {
     const Vec<T> h = load<T>(half + i);
     store<T>(task.g + first + i, weight_below<T>(h - most));
-    store<T>(task.shift + first + i, h + most);
+    store<T>(task.shift + first + i, h);
   }
-  for (int64_t i = task.w.tokens; i < count; ++i) task.g[first + i] = 0;  // none of them weighs anything
+  for (int64_t i = tokens; i < task.w_blocks * kTokens; ++i) task.g[first + i] = 0;  // nobody takes them
 }
 
 template <class T>
@@ -93,7 +96,7 @@ void attention_forward_pair(const AttentionTask<T>& task, int64_t head, int64_t 
   const int li = lanes_in<T>(task.w.tokens, i), lj = lanes_in<T>(task.w.tokens, j);
   T *tile = scratch, *turned = scratch + kTile;
 
-  dot_tokens(wi, li, wj, lj, dim, tile);
+  dot_tokens(wi, li, wj, lj, dim, task.scale, tile);
   for (int v = 0; v < lj; v += L) {
     const Vec<T> h = load<T>(task.half + at_j + v), g = load<T>(task.g + at_j + v);
     Vec<T> sum = {};
@@ -102,7 +105,7 @@ void attention_forward_pair(const AttentionTask<T>& task, int64_t head, int64_t 
       DEPICT_UNROLL
       for (int r = 0; r < L; ++r) {
         T* s = tile + (r0 + r) * kTokens + v;
-        e[r] = weight_below<T>((load<T>(s) * task.scale - h) - task.half[at_i + r0 + r]);
+        e[r] = weight_below<T>((load<T>(s) - h) - task.half[at_i + r0 + r]);
         const Vec<T> weight = e[r] * task.g[at_i + r0 + r];
         store<T>(s, weight);
         sum += weight;
@@ -139,15 +142,11 @@ void attention_forward_rows(const AttentionTask<T>& task, int64_t head, int64_t 
   for (int64_t key = 0; key < task.w_blocks; ++key) {
     const T* w = task.w_panel + (head * task.w_blocks + key) * kTokens * dim;
     const int keys = tokens_in(task.w.tokens, key);
-    dot_tokens(w, keys, task.q_panel + at * dim, lanes, dim, tile);
+    dot_tokens(w, keys, task.q_panel + at * dim, lanes, dim, task.scale, tile);
     for (int v = 0; v < lanes; v += L) {
       T* s = tile + v;
       Vec<T> most = splat<T>(-__builtin_inf());
-      for (int r = 0; r < keys; ++r) {
-        const Vec<T> score = load<T>(s + r * kTokens) * task.scale;
-        store<T>(s + r * kTokens, score);
-        most = at_least(score, most);
-      }
+      for (int r = 0; r < keys; ++r) most = at_least(load<T>(s + r * kTokens), most);
       if (key > 0) {
         const Vec<T> before = load<T>(shift + v);
         most = at_least(before, most);
@@ -177,8 +176,9 @@ void attention_finish(const AttentionTask<T>& task, int64_t head, int64_t block,
   for (int t = 0; t < kTokens; ++t) factor[t] = T(1) / task.total[at + t];
   unpack_tokens<T>(task.sum_q + at * task.w.dim, factor, out, task.first_head + head, block);
   T* to = lse + (task.first_head + head) * task.q.tokens + block * kTokens;
+  const double top = task.top ? static_cast<double>(task.top[head]) : 0;
   for (int t = 0; t < tokens; ++t)
-    to[t] = static_cast<T>(static_cast<double>(task.shift[at + t]) +
+    to[t] = static_cast<T>(static_cast<double>(task.shift[at + t]) + top +
                            __builtin_log(static_cast<double>(task.total[at + t])));
 }
 
@@ -199,14 +199,14 @@ void attention_backward_pair(const AttentionTask<T>& task, int64_t head, int64_t
   const int li = lanes_in<T>(task.w.tokens, i), lj = lanes_in<T>(task.w.tokens, j);
   T *both = scratch, *p_ij = both + kTile, *p_ji = p_ij + kTile, *turned = p_ji + kTile;
 
-  dot_tokens(wi, ni, wj, lj, dim, both);
-  dot_tokens(gi, ni, wj, lj, dim, p_ij);
-  dot_tokens(wi, ni, gj, lj, dim, p_ji);
+  dot_tokens(wi, ni, wj, lj, dim, task.scale, both);
+  dot_tokens(gi, ni, wj, lj, dim, T(1), p_ij);
+  dot_tokens(wi, ni, gj, lj, dim, T(1), p_ji);
   for (int v = 0; v < lj; v += L) {
     const Vec<T> lse = load<T>(task.lse + at_j + v), delta = load<T>(task.delta + at_j + v);
     for (int r = 0; r < ni; ++r) {
       const int at = r * kTokens + v;
-      const Vec<T> s = load<T>(both + at) * task.scale;
+      const Vec<T> s = load<T>(both + at);
       const Vec<T> p = weight_of<T>(s - task.lse[at_i + r]), q = weight_of<T>(s - lse);
       store<T>(both + at, task.scale * (p * (load<T>(p_ij + at) - task.delta[at_i + r]) +
                                         q * (load<T>(p_ji + at) - delta)));
@@ -237,13 +237,13 @@ void attention_backward_rows(const AttentionTask<T>& task, int64_t head, int64_t
   const int query_lanes = lanes_in<T>(task.q.tokens, query), key_lanes = lanes_in<T>(task.w.tokens, key);
   T *ds = scratch, *p = ds + kTile, *turned = p + kTile;
 
-  dot_tokens(w, keys, q, query_lanes, dim, p);
-  dot_tokens(w, keys, g, query_lanes, dim, ds);
+  dot_tokens(w, keys, q, query_lanes, dim, task.scale, p);
+  dot_tokens(w, keys, g, query_lanes, dim, T(1), ds);
   for (int v = 0; v < query_lanes; v += L) {
     const Vec<T> lse = load<T>(task.lse + at_q + v), delta = load<T>(task.delta + at_q + v);
     for (int r = 0; r < keys; ++r) {
       const int at = r * kTokens + v;
-      const Vec<T> weight = weight_of<T>(load<T>(p + at) * task.scale - lse);
+      const Vec<T> weight = weight_of<T>(load<T>(p + at) - lse);
       store<T>(ds + at, task.scale * (weight * (load<T>(ds + at) - delta)));
       store<T>(p + at, weight);
     }

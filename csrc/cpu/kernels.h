@@ -86,9 +86,11 @@ struct LabelTask {
 
 constexpr int kTokens = 64;         // tokens of a block: a multiple of every register tile's lanes
 constexpr int kAttentionTiles = 4;  // of kTokens x kTokens, a task's scratch
+// Weights below exp of this, of a row's largest, are 0.
+constexpr double kLeastExponent = -60;
 // The furthest that scale |w|^2 / 2 of one head's tokens may lie apart for exponentials that serve both
-// tokens of a pair: exp(-40) is 4e-18, and a weight of 1e-16 of a row's largest is still a normal float.
-constexpr double kSpread = 40;
+// tokens of a pair: what these drop is then below e^-36 of a row's largest weight.
+constexpr double kSpread = 24;
 constexpr double kLargestHalf = 1e5;  // and how large it may be, for differences of float to be exact to 0.02
 
 // Heads (batch x heads) are done in groups, which bounds the memory: `head` counts within one. Panels are
@@ -101,9 +103,11 @@ struct AttentionTask {
   int64_t q_blocks, w_blocks;
   T *q_panel, *w_panel, *grad_panel;  // q_panel is w_panel where tokens are their own keys; grad: backward
   T *sum_q, *sum_w;                   // zeroed by packing: the output or the gradients, for one w the same
-  // Of forward: sums of weights and what their exponents are less by. half is scale |w|^2 / 2, or null, as g
-  // and by_row, where no pairs are formed; by_row is of a head.
-  T *total, *shift, *half, *g;
+  T *total,
+      *shift;  // of forward: each query's sum of weights, and what their scores are less by, beside `top`
+  // Of forward where pairs are formed, else null: scale |w|^2 / 2 and g of every token; of every head, the
+  // largest of the former, or that its rows are done one by one (and 0).
+  T *half, *g, *top;
   bool* by_row;
   const T* given_lse;  // of backward, (all heads, queries)
   T *lse, *delta;      // of backward: delta is the sum of grad times out
@@ -122,8 +126,7 @@ struct Kernels {
                                   T* scratch);
   void (*attention_finish)(const AttentionTask<T>&, int64_t head, int64_t block, const TokensView<T>& out,
                            T* lse);
-  void (*attention_unpack)(const T* sum, const TokensView<T>& to, int64_t head,
-                           int64_t block);  // of all heads
+  void (*attention_unpack)(const T* sum, const TokensView<T>& to, int64_t head, int64_t block);
   // Does band `task` of (batch, bands), all of the gradient but its scale and the bands' borders, with one
   // partial result for each of (batch, h + 1) cell rows. Scratch is 64-byte aligned, zero at first and kept
   // between tasks.

@@ -10,10 +10,11 @@ constexpr int kRows = 6;
 constexpr int kColumns = DEPICT_PIXELS == 16 ? 4 : 2;
 constexpr int kFewColumns = 2;  // of the last lanes
 
-// Rows of c and Columns vectors of them, each + sum over k of a(row, k) b(k, lane). Sums over k start from
-// zero and are then added to c, so that long sums over blocks lose less.
+// Rows of c and Columns vectors of them: sum over k of a(row, k) b(k, lane), in the order of k, times
+// `factor` or added to what is there. Sums over k start from zero either way, so that long sums over blocks
+// lose less.
 template <class T, int Rows, int Columns, int RowStride, int Step, bool Accumulate>
-DEPICT_INLINE void product_tile(const T* a, const T* b, T* c, int count) {
+DEPICT_INLINE void product_tile(const T* a, const T* b, T* c, int count, T factor) {
   constexpr int L = Simd<T>::lanes;
   Vec<T> sum[Rows][Columns] = {};
   for (int k = 0; k < count; ++k) {
@@ -32,51 +33,53 @@ DEPICT_INLINE void product_tile(const T* a, const T* b, T* c, int count) {
     DEPICT_UNROLL
     for (int v = 0; v < Columns; ++v) {
       T* at = c + r * kTokens + v * L;
-      store<T>(at, Accumulate ? load<T>(at) + sum[r][v] : sum[r][v]);
+      store<T>(at, Accumulate ? load<T>(at) + sum[r][v] : sum[r][v] * factor);
     }
   }
 }
 
 template <class T, int Rows, int Columns, int RowStride, int Step, bool Accumulate>
-DEPICT_INLINE void remaining_rows(const T* a, const T* b, T* c, int rows, int count) {
+DEPICT_INLINE void remaining_rows(const T* a, const T* b, T* c, int rows, int count, T factor) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      product_tile<T, Rows, Columns, RowStride, Step, Accumulate>(a, b, c, count);
+      product_tile<T, Rows, Columns, RowStride, Step, Accumulate>(a, b, c, count, factor);
     else
-      remaining_rows<T, Rows - 1, Columns, RowStride, Step, Accumulate>(a, b, c, rows, count);
+      remaining_rows<T, Rows - 1, Columns, RowStride, Step, Accumulate>(a, b, c, rows, count, factor);
   }
 }
 
 template <class T, int Columns, int RowStride, int Step, bool Accumulate>
-void product_columns(const T* a, const T* b, T* c, int rows, int count) {
+void product_columns(const T* a, const T* b, T* c, int rows, int count, T factor) {
   int r = 0;
   for (; r + kRows <= rows; r += kRows)
-    product_tile<T, kRows, Columns, RowStride, Step, Accumulate>(a + r * RowStride, b, c + r * kTokens,
-                                                                 count);
+    product_tile<T, kRows, Columns, RowStride, Step, Accumulate>(a + r * RowStride, b, c + r * kTokens, count,
+                                                                 factor);
   remaining_rows<T, kRows - 1, Columns, RowStride, Step, Accumulate>(a + r * RowStride, b, c + r * kTokens,
-                                                                     rows - r, count);
+                                                                     rows - r, count, factor);
 }
 
 template <class T, int RowStride, int Step, bool Accumulate>
-void product(const T* a, const T* b, T* c, int rows, int lanes, int count) {
+void product(const T* a, const T* b, T* c, int rows, int lanes, int count, T factor) {
   constexpr int L = Simd<T>::lanes;
   int lane = 0;
   for (; lane + kColumns * L <= lanes; lane += kColumns * L)
-    product_columns<T, kColumns, RowStride, Step, Accumulate>(a, b + lane, c + lane, rows, count);
+    product_columns<T, kColumns, RowStride, Step, Accumulate>(a, b + lane, c + lane, rows, count, factor);
   for (; lane < lanes; lane += kFewColumns * L)
-    product_columns<T, kFewColumns, RowStride, Step, Accumulate>(a, b + lane, c + lane, rows, count);
+    product_columns<T, kFewColumns, RowStride, Step, Accumulate>(a, b + lane, c + lane, rows, count, factor);
 }
 
-// c (rows, lanes) = a^T b over the dim numbers of each token: a and b are blocks of panels.
+// c (rows, lanes) = factor a^T b over the dim numbers of each token: a and b are blocks of panels. The
+// product with the factor is rounded before anything is subtracted from it, here and wherever it is computed
+// again.
 template <class T>
-DEPICT_INLINE void dot_tokens(const T* a, int rows, const T* b, int lanes, int dim, T* c) {
-  product<T, 1, kTokens, false>(a, b, c, rows, lanes, dim);
+DEPICT_INLINE void dot_tokens(const T* a, int rows, const T* b, int lanes, int dim, T factor, T* c) {
+  product<T, 1, kTokens, false>(a, b, c, rows, lanes, dim, factor);
 }
 
 // c (dim, lanes) += a b over the first `tokens` tokens of block a; b is (tokens, lanes).
 template <class T>
 DEPICT_INLINE void add_weighted(const T* a, int tokens, const T* b, int lanes, int dim, T* c) {
-  product<T, kTokens, 1, true>(a, b, c, dim, lanes, tokens);
+  product<T, kTokens, 1, true>(a, b, c, dim, lanes, tokens, T(1));
 }
 
 // to (lanes, rows) = from^T, rows of both kTokens apart; rows and lanes are multiples of a vector's.
@@ -113,9 +116,11 @@ DEPICT_INLINE int lanes_in(int64_t tokens, int64_t block) {
   return (tokens_in(tokens, block) + together - 1) / together * together;
 }
 
-// Block of a panel from a view; tokens that do not exist are 0.
-template <class T>
-void pack_tokens(const TokensView<const T>& view, int64_t head, int64_t block, T* panel) {
+// Calls each(d, t, v) for the numbers of a block of a view, in the order of d for every t: v are those at d
+// of as many tokens as a vector has lanes, from t on; 0 for tokens that do not exist.
+template <class T, class Each>
+DEPICT_INLINE void visit_tokens(const TokensView<const T>& view, int64_t head, int64_t block,
+                                const Each& each) {
   constexpr int L = Simd<T>::lanes;
   const int tokens = tokens_in(view.tokens, block), dim = static_cast<int>(view.dim);
   const int64_t stride = view.stride[1];
@@ -129,11 +134,19 @@ void pack_tokens(const TokensView<const T>& view, int64_t head, int64_t block, T
       for (int k = 0; k < L; ++k) v[k] = load_anywhere<T>(from + (t + k) * stride + d);
       transpose<T>(v);
       DEPICT_UNROLL
-      for (int k = 0; k < L; ++k) store<T>(panel + (d + k) * kTokens + t, v[k]);
+      for (int k = 0; k < L; ++k) each(d + k, t, v[k]);
     }
-    for (; d < dim; ++d)
-      for (int k = 0; k < L; ++k) panel[d * kTokens + t + k] = k < rows ? from[(t + k) * stride + d] : T(0);
+    for (; d < dim; ++d) {
+      alignas(64) T v[L];
+      for (int k = 0; k < L; ++k) v[k] = k < rows ? from[(t + k) * stride + d] : T(0);
+      each(d, t, load<T>(v));
+    }
   }
+}
+
+template <class T>
+void pack_tokens(const TokensView<const T>& view, int64_t head, int64_t block, T* panel) {
+  visit_tokens<T>(view, head, block, [&](int d, int t, Vec<T> v) { store<T>(panel + d * kTokens + t, v); });
 }
 
 // The inverse, each token times its `factor`.
@@ -163,20 +176,6 @@ void unpack_tokens(const T* panel, const T* factor, const TokensView<T>& view, i
       }
     }
   }
-}
-
-template <class T>
-DEPICT_INLINE T dot(const T* a, const T* b, int64_t n) {
-  constexpr int L = Simd<T>::lanes;
-  Vec<T> sum = {};
-  int64_t i = 0;
-  for (; i + L <= n; i += L) sum += load_anywhere<T>(a + i) * load_anywhere<T>(b + i);
-  alignas(64) T lanes[L];
-  store<T>(lanes, sum);
-  T total = 0;
-  for (; i < n; ++i) total += a[i] * b[i];
-  for (int k = 0; k < L; ++k) total += lanes[k];
-  return total;
 }
 
 }  // namespace depict::cpu::DEPICT_ISA
