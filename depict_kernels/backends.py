@@ -314,7 +314,11 @@ def choose(
             )
         return "torch"
     shape = None
-    if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype) and not _exports(sizes.get("tokens")):
+    if (
+        requested == "auto"
+        and _asks_shape(operator, tensor.device, tensor.dtype)
+        and not _exports(sizes.get("tokens"))
+    ):
         shape = shape_class(operator, **sizes)
     name = _resolve(requested, operator, tensor.device, tensor.dtype, shape, parameter_dtype)
     if requested == "auto":

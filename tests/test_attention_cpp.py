@@ -92,7 +92,7 @@ def with_halves(halves, dim, scale):
     return (w * (2 * halves / abs(scale)).sqrt()[:, None, None]).float()
 
 
-# The 24 that pairs of tokens may lie apart, and beyond; up to 1e5, where pairs' differences would be too coarse.
+# The 24 that pairs of tokens may lie apart, and beyond.
 @pytest.mark.parametrize("spread", [10, 23, 25, 60, 150, 400])
 @pytest.mark.parametrize("least", [0.0, 50.0, 9e4])
 def test_norms_that_lie_apart(spread, least, instruction_set):
@@ -113,27 +113,13 @@ def test_norms_that_lie_apart(spread, least, instruction_set):
 @pytest.mark.parametrize("half", [40.0, 1e3, 1e6, 1e10])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_norms_that_are_equal(half, sign, instruction_set):
-    """Long tokens: with a negative scale pairs would have exponents of twice that; differences of 1e10 are coarse."""
+    """Long tokens in random directions."""
     torch.manual_seed(0)
     w = with_halves(torch.full((70,), half, dtype=torch.float64), 16, 1.0)
     truth = run_self(w.double(), sign, "torch")
     out, (grad,) = value_and_gradients(lambda w: run_self(w, float(sign)), [w])
     assert ((out - truth).abs() < 1e-6 * min(half, 1e6) * w.abs().max()).all()
     assert grad.isfinite().all() or half > 1e8  # as documented
-
-
-@pytest.mark.parametrize("instructions", ["avx512", "avx2"])
-def test_small_weights_cost_nothing(instructions):
-    """Products with weights near the smallest normal number would be subnormal, and ten times slower."""
-    library = torch.ops.depict_kernels_cpu
-    if instructions not in library.instruction_sets().split():
-        pytest.skip(f"this processor has no {instructions}")
-    w = with_halves(torch.full((130,), 43.0, dtype=torch.float64), 20, 1.0)
-    q = w[:, :70] * 0.9
-    for run, inputs in ((run_self, [w]), (run_cross, [q, w])):
-        out, grads = value_and_gradients(lambda *t, f=run: f(*t, 1.0), inputs)
-        for t in (out, *grads):
-            assert not ((t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)).any()
 
 
 def test_token_of_zeros_beside_a_long_one(instruction_set):

@@ -6,17 +6,12 @@ namespace depict::cpu::DEPICT_ISA {
 
 constexpr int kTile = kTokens * kTokens;
 
-// exp of a score less its row's largest, which is at most 0. What is below e^-60 of the largest is 0: it adds
-// nothing, and its products with other numbers could be subnormal, which take a hundred cycles each.
-template <class T>
-DEPICT_INLINE Vec<T> weight_below(Vec<T> x) {
-  return x < T(kLeastExponent) ? Vec<T>{} : vexp(x);
-}
-
-// The same where rounding, of large scores, may leave x anywhere.
+// exp of a score less its row's largest or log-sum-exp: at most 0 but for rounding, which is small up to the
+// scores that have gradients at all. What is below e^-60 of the largest is 0: it adds nothing, and its
+// products with other numbers could be subnormal, which take a hundred cycles each.
 template <class T>
 DEPICT_INLINE Vec<T> weight_of(Vec<T> x) {
-  return weight_below<T>(at_most(x, splat<T>(T(-kLeastExponent))));
+  return x < T(kLeastExponent) ? Vec<T>{} : vexp(x);
 }
 
 // --- preparation -----------------------------------------------------------------------------------------
@@ -79,7 +74,7 @@ void attention_prepare_pairs(const AttentionTask<T>& task, int64_t head) {
   if (task.by_row[head]) return;
   for (int64_t i = 0; i < tokens; i += L) {
     const Vec<T> h = load<T>(half + i);
-    store<T>(task.g + first + i, weight_below<T>(h - most));
+    store<T>(task.g + first + i, weight_of<T>(h - most));
     store<T>(task.shift + first + i, h);
   }
   for (int64_t i = tokens; i < task.w_blocks * kTokens; ++i) task.g[first + i] = 0;  // nobody takes them
@@ -105,7 +100,7 @@ void attention_forward_pair(const AttentionTask<T>& task, int64_t head, int64_t 
       DEPICT_UNROLL
       for (int r = 0; r < L; ++r) {
         T* s = tile + (r0 + r) * kTokens + v;
-        e[r] = weight_below<T>((load<T>(s) - h) - task.half[at_i + r0 + r]);
+        e[r] = weight_of<T>((load<T>(s) - h) - task.half[at_i + r0 + r]);
         const Vec<T> weight = e[r] * task.g[at_i + r0 + r];
         store<T>(s, weight);
         sum += weight;
@@ -150,14 +145,14 @@ void attention_forward_rows(const AttentionTask<T>& task, int64_t head, int64_t 
       if (key > 0) {
         const Vec<T> before = load<T>(shift + v);
         most = at_least(before, most);
-        const Vec<T> kept = weight_below<T>(before - most);
+        const Vec<T> kept = weight_of<T>(before - most);
         store<T>(total + v, load<T>(total + v) * kept);
         for (int d = 0; d < dim; ++d) store<T>(sum + d * kTokens + v, load<T>(sum + d * kTokens + v) * kept);
       }
       store<T>(shift + v, most);
       Vec<T> added = {};
       for (int r = 0; r < keys; ++r) {
-        const Vec<T> weight = weight_below<T>(load<T>(s + r * kTokens) - most);
+        const Vec<T> weight = weight_of<T>(load<T>(s + r * kTokens) - most);
         store<T>(s + r * kTokens, weight);
         added += weight;
       }
