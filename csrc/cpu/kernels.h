@@ -87,7 +87,8 @@ struct LabelTask {
 constexpr int kTokens = 64;         // tokens of a block: a multiple of every register tile's lanes
 constexpr int kAttentionTiles = 4;  // of kTokens x kTokens, a task's scratch
 // Weights below exp of this, of a row's largest, are 0.
-constexpr double kLeastExponent = -60;
+template <class T>
+constexpr T kLeastExponent = sizeof(T) == 4 ? T(-60) : T(-300);
 // The furthest that scale |w|^2 / 2 of one head's tokens may lie apart for exponentials that serve both
 // tokens of a pair: what these drop is then below e^-36 of a row's largest weight.
 constexpr double kSpread = 24;
