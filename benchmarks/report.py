@@ -102,8 +102,8 @@ def _where_not(data: dict, device: str) -> list[str]:
     if device == "cpu":
         lost = tables.slower_than_eager(data)
         lines[0] += (
-            " Nor do they help the mask head and cross-attention on a CPU, where `auto` takes stock operators"
-            + (f"; `auto` is slower than plain eager torch there for {', '.join(lost)}" if lost else "")
+            " Nor does `auto` take one on a CPU for the mask head, which has none there, and for cross-attention"
+            + (f"; it is slower than plain eager torch there for {', '.join(lost)}" if lost else "")
             + ". Backbone and optimizer are counted with the smaller of their two times: on "
             f"this shared machine the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "
             "column than in the other."

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from depict_kernels import measured, self_check, shape_classes
+from depict_kernels import measured, self_check
 from depict_kernels._constant import constant_in_graphs
 from depict_kernels.shape_classes import shape_class
 
@@ -42,13 +42,13 @@ _FOLDERS = {
     "cuda": "depict_kernels.ops.cuda_kernels",
 }
 
-# What "auto" prefers on the CPU: C++ for the upsample operators, and for attention where it measured faster than SDPA
-# (benchmarks/results/cpu_*.json), which is in these classes of shapes in float32. On a GPU it is what measured.py has
-# for the architecture, the operator, the dtype and the class of the shape. Neither holds anything that was not
+# What "auto" prefers on the CPU: C++ for the upsample operators, and for attention in float32 in the classes of shapes
+# where it measured faster than SDPA (benchmarks/results/cpu_*.json). On a GPU it is what measured.py has for the
+# architecture, the operator, the dtype and the class of the shape. Neither holds anything that was not
 # measured. What no record knows of an NVIDIA GPU the operators of self_check.py give to _AUTO_CHECKED, once they have
 # passed: by the bytes they move they are ahead of stock torch by far. "cuda" needs nothing compiled at the first call.
 _AUTO_CPU = ("cpp",)
-_CPU_ATTENTION = {"subspace_self_attention": shape_classes.MANY_TOKENS_CLASSES}
+_CPU_ATTENTION = {"subspace_self_attention": ("head_dim 100, over 512 tokens",)}
 _AUTO_CHECKED = ("cuda", "triton")
 
 _DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
@@ -182,7 +182,7 @@ def auto_source(device: str | torch.device) -> str:
             "float32 shown, 16 bit is checked at its first call"
         )
     if device.type == "cpu":
-        return "C++ where it is built"
+        return "C++ where it is built and measured ahead"
     return f"no measurement of {device.type} yet"
 
 
@@ -204,7 +204,8 @@ def _on_cpu(device: torch.device) -> bool:
 def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
     if _on_cpu(device):
-        return operator in _CPU_ATTENTION
+        # An exported program is for other machines too, and for a range of tokens: stock attention.
+        return operator in _CPU_ATTENTION and not torch.compiler.is_exporting()
     return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))
 
 
@@ -314,11 +315,7 @@ def choose(
             )
         return "torch"
     shape = None
-    if (
-        requested == "auto"
-        and _asks_shape(operator, tensor.device, tensor.dtype)
-        and not _exports(sizes.get("tokens"))
-    ):
+    if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype):
         shape = shape_class(operator, **sizes)
     name = _resolve(requested, operator, tensor.device, tensor.dtype, shape, parameter_dtype)
     if requested == "auto":
@@ -326,11 +323,6 @@ def choose(
         if largest is not None and tensor.shape[-1] > largest:
             return "torch"
     return name
-
-
-def _exports(tokens: int | torch.SymInt | None) -> bool:
-    """Whether a program for a range of tokens is exported, which may not depend on a threshold within the range."""
-    return torch.compiler.is_exporting() and isinstance(tokens, torch.SymInt)
 
 
 @constant_in_graphs

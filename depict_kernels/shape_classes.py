@@ -1,4 +1,4 @@
-"""Classes of shapes: within one of them ``auto`` takes one backend on a GPU (depict_kernels/measured.py).
+"""Classes of shapes: within one of them ``auto`` takes one backend, on a GPU that of depict_kernels/measured.py.
 
 A backend may be the fastest at one shape and slower than stock torch at another. What divides them is asked of
 dimensions that a model fixes, and of image sizes only by thresholds far from the sizes in use: under torch.compile
@@ -28,7 +28,6 @@ WIDE = 512
 # Largest number of classes of each class but the last, the largest factor of the lower class, the least factor.
 CLASSES = (32, 256)
 HIGH_FACTOR, LEAST_FACTOR = 8, 2
-MANY_TOKENS_CLASSES = tuple(f"head_dim {known}, over {MANY_TOKENS} tokens" for known in HEAD_DIMS)
 
 
 def shape_class(operator: str, **sizes) -> str | None:

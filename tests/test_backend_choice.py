@@ -259,7 +259,7 @@ def test_status_page_of_a_cpu(monkeypatch, capsys):
         pytest.skip("there is a GPU")
     monkeypatch.setattr(sys, "argv", ["depict_kernels"])
     page.main()
-    assert "auto takes (C++ where it is built):" in capsys.readouterr().out
+    assert "auto takes (C++ where it is built and measured ahead):" in capsys.readouterr().out
 
 
 def test_require_names_what_is_missing():

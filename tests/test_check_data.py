@@ -222,6 +222,12 @@ def test_check_data_hints_at_masks_of_0_and_255(tmp_path):
     two = load_classes(tmp_path / "two.txt")
     said = check_data(tmp_path, two, ("training",), reduce_zero_label=False).text()
     assert "unlabelled pixels (255): 66.67%" in said and "write 1 in place of 255" in said
+    png(
+        np.zeros((1, 3, 3), np.uint8), tmp_path / "images" / "training" / "alone.png"
+    )  # another fault hides nothing
+    said = check_data(tmp_path, two, ("training",), reduce_zero_label=False).text()
+    assert "has no annotation" in said and "write 1 in place of 255" in said
+    (tmp_path / "images" / "training" / "alone.png").unlink()
     report = check_data(tmp_path, two, ("training",))
     assert "(0 or 255 everywhere)" in report.problems[0] and "in place of 255" not in report.text()
     png(np.array([[0, 255, 7]], np.uint8), tmp_path / "annotations" / "training" / "a.png")

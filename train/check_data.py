@@ -37,6 +37,7 @@ class SplitReport:
     smallest: tuple[int, int] = (0, 0)  # (H, W) by area
     largest: tuple[int, int] = (0, 0)
     problems: list[str] = field(default_factory=list)  # "path: what is wrong", one per bad file
+    foreign: int = 0  # of these, files that hold a label out of range
     warnings: list[str] = field(default_factory=list)  # "path: what to know", of files that are taken
 
 
@@ -108,7 +109,7 @@ class DataReport:
             self.reduce_zero_label
             or self.classes.num_classes > 255
             or not any(s.ignored for s in self.splits)
-            or self.problems
+            or any(s.foreign for s in self.splits)
         ):
             return False
         return [*np.flatnonzero(sum(s.images_with for s in self.splits))] == [0]
@@ -199,6 +200,7 @@ def check_data(
         ):
             if problem is not None:
                 report.problems.append(problem)
+                report.foreign += counts is not None
             if counts is None:
                 continue
             if warning is not None:
@@ -211,7 +213,7 @@ def check_data(
                 report.smallest = size
             if area > report.largest[0] * report.largest[1]:
                 report.largest = size
-        if report.ignored and not report.pixels.any() and not report.problems:
+        if report.ignored and not report.pixels.any() and not report.foreign:
             folder = Path(root) / "annotations" / split
             unlabelled = _unlabelled(classes.num_classes, reduce_zero_label)
             report.problems.append(
