@@ -8,7 +8,7 @@ constexpr int kTile = kTokens * kTokens;
 
 // exp of a score less its row's largest or log-sum-exp: at most 0 but for rounding, which is small up to the
 // scores that have gradients at all. What is far below the largest is 0: it adds nothing, and its
-// products with other numbers could be subnormal, which take a hundred cycles each.
+// products with other numbers could be subnormal, which processors compute slowly.
 template <class T>
 DEPICT_INLINE Vec<T> weight_of(Vec<T> x) {
   return x < kLeastExponent<T> ? Vec<T>{} : vexp(x);
