@@ -45,6 +45,7 @@ CUDA_MINIMUM = (12, 0)  # the first that knows sm_90a
 CPU_SOURCES = [
     "csrc/bindings_cpu.cpp",
     "csrc/cpu/attention.cpp",
+    "csrc/cpu/mask_head.cpp",
     "csrc/cpu/upsample.cpp",
     "csrc/cpu/instruction_set.cpp",
     "csrc/cpu/avx512.cpp",
@@ -130,6 +131,8 @@ def why_not() -> str | None:
         return (
             f"there was no C++ compiler (looked for {os.environ.get('CXX', 'c++')!r}); install g++ or set CXX"
         )
+    if not output_of(*shlex.split(compiler()), "--version"):  # so does macOS without its developer tools
+        return f"{compiler()!r} does not answer to --version; install a C++ compiler (macOS: xcode-select --install)"
     try:
         import torch
     except ImportError:
@@ -235,7 +238,10 @@ def build_record() -> dict:
         "python": platform.python_version(),
         "cpu": {"built": reason is None, "reason": reason},
         "cuda": {"built": cuda_reason is None, "reason": cuda_reason},
-        "cuda_emulated": {"built": emulate, "reason": None if emulate else "it is built for tests only"},
+        "cuda_emulated": {
+            "built": emulate,
+            "reason": None if emulate else "it is built for tests only, on Linux",
+        },
     }
     if reason is None:
         import torch
@@ -278,7 +284,7 @@ def compile_objects(folder: Path, command: list[str], sources: list[str]) -> lis
 
 reason = why_not()
 cuda_reason = reason or why_not_cuda()
-emulate = reason is None and switched_on("DEPICT_KERNELS_EMULATE_CUDA")
+emulate = reason is None and sys.platform == "linux" and switched_on("DEPICT_KERNELS_EMULATE_CUDA")
 flags = CXX_FLAGS + (SANITIZE_FLAGS if switched_on("DEPICT_KERNELS_SANITIZE") else [])
 sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
 headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]

@@ -274,6 +274,9 @@ def _cpu() -> Iterator[Case]:
         yield Case("subspace_cross_attention", (2, 150, 1024, HEADS, CROSS_DIM), backward=backward)
         yield Case("subspace_self_attention", (1, 1750, HEADS, SELF_DIM), backward=backward, full=True)
         yield Case("mask_logits", (2, 150, 32, 32, 192), backward=backward)
+        yield Case("mask_logits", (1, 150, 40, 40, 1024), backward=backward)  # ViT-L
+        for width in (192, 768):  # Cityscapes' 19 classes
+            yield Case("mask_logits", (1, 19, 48, 96, width), backward=backward)
         for width in (384, 768):
             yield Case("mask_logits", (2, 150, 32, 32, width), backward=backward, full=True)
     for mode in ("sa", "ca"):
@@ -333,6 +336,8 @@ def _gpu() -> Iterator[Case]:
         yield cuda("subspace_cross_attention", (8, 150, 1024, HEADS, CROSS_DIM), dtype=dtype)
         yield cuda("mask_logits", (8, 150, 32, 32, WIDTHS["small"]), dtype=dtype)
     # Without a case of its own a class of shapes (depict_kernels/shape_classes.py) stays with stock torch.
+    for backward in (False, True):
+        yield cuda("mask_logits", (8, 150, 14, 14, WIDTHS["small"]), backward=backward)
     for classes in (19, 1000):
         yield cuda("upsample_cross_entropy", (8, classes, 32, 32, 512, 512), dtype=torch.float32)
         yield cuda("upsample_argmax", (8, classes, 32, 32, 512, 512), dtype=torch.float32, backward=False)

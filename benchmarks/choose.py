@@ -88,7 +88,7 @@ def _shape_class(operator: str, sizes: dict[str, int]) -> str | None:
     if operator in ("subspace_self_attention", "subspace_cross_attention"):
         return shape_class(operator, tokens=sizes["N"], head_dim=sizes["d"])
     if operator == "mask_logits":
-        return shape_class(operator, classes=sizes["C"], width=sizes["D"])
+        return shape_class(operator, classes=sizes["C"], width=sizes["D"], patches=sizes["h"] * sizes["w"])
     low, high = (sizes["h"], sizes["w"]), (sizes["H"], sizes["W"])
     return shape_class(operator, classes=sizes["C"], grid=low, size=high)
 

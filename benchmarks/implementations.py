@@ -59,7 +59,7 @@ def names_for(case: Case, full: bool = False) -> list[str]:
         names += ["triton", "cuda"]
     elif case.family != "decoder":  # a decoder calls several operators: "auto" is what a user gets
         names.append("cpp")
-    if case.device == "cuda" or case.family in ("attention", "decoder"):  # elsewhere it is "cpp" or "torch"
+    if case.device == "cuda" or case.family != "upsample":  # of which it is "cpp"
         names.append("auto")
     if case.family == "decoder" and "compile(torch)" in names:  # the rest are one operator: nothing to fuse
         names.append("compile(auto)")

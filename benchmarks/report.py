@@ -70,7 +70,7 @@ def _cpu(stem: str, data: dict) -> list[str]:
         "",
         *tables.cpu_loss(data),
         *tables.cpu_labels(data),
-        *tables.cpu_attention(data),
+        *tables.cpu_cores(data),
         *tables.kept_memory(data),
     ]
     lines += [f"Not met: {v.goal} (found {v.found})." for v in unmet] + ([""] if unmet else [])
@@ -102,7 +102,8 @@ def _where_not(data: dict, device: str) -> list[str]:
     if device == "cpu":
         lost = tables.slower_than_eager(data)
         lines[0] += (
-            " Nor does `auto` take one on a CPU for the mask head, which has none there, and for cross-attention"
+            " Nor does `auto` take one on a CPU for cross-attention, and for self-attention and mask head outside of "
+            "the classes of shapes that were measured ahead"
             + (f"; it is slower than plain eager torch there for {', '.join(lost)}" if lost else "")
             + ". Backbone and optimizer are counted with the smaller of their two times: on "
             f"this shared machine the same backbone took up to {tables.unsteady(data, device):.1f} times longer in one "

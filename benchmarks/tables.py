@@ -89,17 +89,24 @@ def cpu_labels(record: dict) -> list[str]:
     )
 
 
-def cpu_attention(record: dict) -> list[str]:
-    """Self-attention, which has a kernel on the CPU, beside stock torch's fastest."""
+def cpu_cores(record: dict) -> list[str]:
+    """What ``auto`` takes C++ for on the CPU beside the upsample operators, against stock torch's fastest."""
+    names = {"subspace_self_attention": "self-attention", "mask_logits": "mask head"}
     rows = []
     for found in goals.by_case(record).values():
         kernel, stock = goals.fastest(found, ("cpp",)), goals.fastest(found, STOCK[1:])
-        if found[0]["operator"] != "subspace_self_attention" or not (kernel and stock and stock.get("ratio")):
+        name = names.get(found[0]["operator"])
+        if name is None or not (kernel and stock and stock.get("ratio")):
             continue
-        name = f"({', '.join(map(str, found[0]['sizes'].values()))}), {found[0]['passes']}"
+        name = f"{name} ({', '.join(map(str, found[0]['sizes'].values()))}), {found[0]['passes']}"
         best = f"{stock['ratio']:.2f} ({stock['implementation']})"
         rows.append([name, best, f"{kernel['ratio']:.2f}", f"{kernel['ratio'] / stock['ratio']:.2f}"])
-    head = ["self-attention (B, N, H, d), times eager torch", "stock torch's fastest", "`cpp`", "quotient"]
+    head = [
+        "self-attention (B, N, H, d), mask head (B, C, h, w, D), times eager torch",
+        "stock torch's fastest",
+        "`cpp`",
+        "quotient",
+    ]
     return table(head, rows)
 
 

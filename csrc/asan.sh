@@ -19,6 +19,6 @@ runtime="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=l
 # Python and torch never free everything, and memory use is not what it is without the sanitizer. What starts nvcc and looks
 # at its code (cuda_ptx, cuda_report) has nothing for the sanitizer.
 LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_upsample*.py tests/test_attention_cpp.py \
+  "$python" -m pytest -q -p no:cacheprovider tests/test_upsample*.py tests/test_attention_cpp.py tests/test_mask_head_cpp.py \
   tests/test_extension.py tests/test_tiled_upsample.py tests/test_cuda_*.py \
   -k "not triton and not memory and not opcheck and not compile and not stable_interface and not cuda_ptx and not cuda_report" "$@"

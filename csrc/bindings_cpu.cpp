@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/attention.h"
+#include "cpu/mask_head.h"
 #include "cpu/upsample.h"
 
 namespace {
@@ -232,6 +233,82 @@ void attention_backward(Tensor grad, std::optional<Tensor> q, Tensor w, Tensor o
   run_attention_backward<float>(grad, q, w, out, lse, grad_q, grad_w, scale);
 }
 
+// patches (batch, N, 1, dim), classes (batch, C, 1, dim); nothing but dim may be 0.
+template <class T>
+depict::cpu::MaskHeadProblem<T> mask_head_problem(const Tensor& patches, const Tensor& classes,
+                                                  const Tensor& weight) {
+  STD_TORCH_CHECK(patches.dim() == 4 && classes.dim() == 4 && patches.size(2) == 1,
+                  "patches and classes must be (batch, tokens, 1, dim)");
+  STD_TORCH_CHECK(patches.numel() > 0 && classes.numel() > 0 && patches.size(3) < (1 << 24),
+                  "patches and classes must not be empty, dim below 2^24");
+  return {tokens_view<const T>(patches, patches, patches.size(1), "patches"),
+          tokens_view<const T>(classes, patches, classes.size(1), "classes"),
+          contiguous<const T>(weight, scalar_type_of<T>(), classes.size(1), "weight")};
+}
+
+template <class T>
+depict::cpu::MaskHeadStatistics<T> mask_head_statistics(const Tensor& patches, const Tensor& classes,
+                                                        const Tensor& inv_patches, const Tensor& inv_classes,
+                                                        const Tensor& mean, const Tensor& rstd) {
+  const ScalarType type = scalar_type_of<T>();
+  const int64_t batch = patches.size(0), rows = batch * patches.size(1);
+  return {contiguous<T>(inv_patches, type, rows, "inv_patches"),
+          contiguous<T>(inv_classes, type, batch * classes.size(1), "inv_classes"),
+          contiguous<T>(mean, type, rows, "mean"), contiguous<T>(rstd, type, rows, "rstd")};
+}
+
+template <class T>
+void run_mask_head_forward(const Tensor& patches, const Tensor& classes, const Tensor& weight,
+                           const Tensor& bias, double eps, const Tensor& logits, const Tensor& inv_patches,
+                           const Tensor& inv_classes, const Tensor& mean, const Tensor& rstd) {
+  const auto problem = mask_head_problem<T>(patches, classes, weight);
+  const ScalarType type = scalar_type_of<T>();
+  const int64_t count = problem.classes.tokens;
+  depict::cpu::mask_head_forward(
+      problem, contiguous<const T>(bias, type, count, "bias"), eps,
+      contiguous<T>(logits, type, problem.patches.batch * count * problem.patches.tokens, "logits"),
+      mask_head_statistics<T>(patches, classes, inv_patches, inv_classes, mean, rstd), torch_threads());
+}
+
+template <class T>
+void run_mask_head_backward(const Tensor& grad, const Tensor& patches, const Tensor& classes,
+                            const Tensor& weight, const Tensor& inv_patches, const Tensor& inv_classes,
+                            const Tensor& mean, const Tensor& rstd, const Tensor& grad_patches,
+                            const Tensor& grad_classes, const Tensor& grad_weight, const Tensor& grad_bias) {
+  const auto problem = mask_head_problem<T>(patches, classes, weight);
+  const ScalarType type = scalar_type_of<T>();
+  const int64_t count = problem.classes.tokens;
+  depict::cpu::mask_head_backward(
+      problem,
+      contiguous<const T>(grad, type, problem.patches.batch * count * problem.patches.tokens, "grad"),
+      mask_head_statistics<const T>(patches, classes, inv_patches, inv_classes, mean, rstd),
+      tokens_view<T>(grad_patches, patches, patches.size(1), "grad_patches"),
+      tokens_view<T>(grad_classes, patches, count, "grad_classes"),
+      contiguous<T>(grad_weight, type, count, "grad_weight"),
+      contiguous<T>(grad_bias, type, count, "grad_bias"), torch_threads());
+}
+
+void mask_head_forward(Tensor patches, Tensor classes, Tensor weight, Tensor bias, double eps, Tensor logits,
+                       Tensor inv_patches, Tensor inv_classes, Tensor mean, Tensor rstd) {
+  if (patches.scalar_type() == ScalarType::Double)
+    return run_mask_head_forward<double>(patches, classes, weight, bias, eps, logits, inv_patches,
+                                         inv_classes, mean, rstd);
+  STD_TORCH_CHECK(patches.scalar_type() == ScalarType::Float, "patches must be float32 or float64");
+  run_mask_head_forward<float>(patches, classes, weight, bias, eps, logits, inv_patches, inv_classes, mean,
+                               rstd);
+}
+
+void mask_head_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor inv_patches,
+                        Tensor inv_classes, Tensor mean, Tensor rstd, Tensor grad_patches,
+                        Tensor grad_classes, Tensor grad_weight, Tensor grad_bias) {
+  if (patches.scalar_type() == ScalarType::Double)
+    return run_mask_head_backward<double>(grad, patches, classes, weight, inv_patches, inv_classes, mean,
+                                          rstd, grad_patches, grad_classes, grad_weight, grad_bias);
+  STD_TORCH_CHECK(patches.scalar_type() == ScalarType::Float, "patches must be float32 or float64");
+  run_mask_head_backward<float>(grad, patches, classes, weight, inv_patches, inv_classes, mean, rstd,
+                                grad_patches, grad_classes, grad_weight, grad_bias);
+}
+
 std::string instruction_sets() { return depict::cpu::instruction_sets(); }
 
 std::string use_instruction_set(std::string name) {
@@ -247,6 +324,13 @@ STABLE_TORCH_LIBRARY(depict_kernels_cpu, m) {
   m.def(
       "attention_backward(Tensor grad, Tensor? q, Tensor w, Tensor out, Tensor lse, Tensor(a!)? grad_q, "
       "Tensor(b!) grad_w, float scale) -> ()");
+  m.def(
+      "mask_head_forward(Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps, Tensor(a!) "
+      "logits, Tensor(b!) inv_patches, Tensor(c!) inv_classes, Tensor(d!) mean, Tensor(e!) rstd) -> ()");
+  m.def(
+      "mask_head_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor inv_patches, "
+      "Tensor inv_classes, Tensor mean, Tensor rstd, Tensor(a!) grad_patches, Tensor(b!) grad_classes, "
+      "Tensor(c!) grad_weight, Tensor(d!) grad_bias) -> ()");
   // Both return the linear index in (B, H, W) of the first bad label, or -1.
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_gradient, Tensor(a!)? loss, "
@@ -262,6 +346,8 @@ STABLE_TORCH_LIBRARY(depict_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(depict_kernels_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("mask_head_forward", TORCH_BOX(&mask_head_forward));
+  m.impl("mask_head_backward", TORCH_BOX(&mask_head_backward));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("label_map", TORCH_BOX(&label_map));
 }

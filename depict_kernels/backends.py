@@ -8,7 +8,6 @@ raises :class:`BackendUnavailable`, saying what is missing and what is available
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os
@@ -42,13 +41,22 @@ _FOLDERS = {
     "cuda": "depict_kernels.ops.cuda_kernels",
 }
 
-# What "auto" prefers on the CPU: C++ for the upsample operators, and for attention in float32 in the classes of shapes
-# where it measured faster than SDPA (benchmarks/results/cpu_*.json). On a GPU it is what measured.py has for the
-# architecture, the operator, the dtype and the class of the shape. Neither holds anything that was not
-# measured. What no record knows of an NVIDIA GPU the operators of self_check.py give to _AUTO_CHECKED, once they have
-# passed: by the bytes they move they are ahead of stock torch by far. "cuda" needs nothing compiled at the first call.
+# What "auto" prefers on the CPU: C++ for the upsample operators, and for attention and mask head in float32 in the
+# classes of shapes where it measured faster than stock torch (benchmarks/results/cpu_*.json). On a GPU it is what
+# measured.py has for the architecture, the operator, the dtype and the class of the shape. Neither holds anything that
+# was not measured. What no record knows of an NVIDIA GPU the operators of self_check.py give to _AUTO_CHECKED, once
+# they have passed: by the bytes they move they are ahead of stock torch by far. "cuda" needs nothing compiled at the
+# first call.
 _AUTO_CPU = ("cpp",)
-_CPU_ATTENTION = {"subspace_self_attention": ("head_dim 100, over 512 tokens",)}
+_CPU_MEASURED = {
+    "subspace_self_attention": ("head_dim 100, over 512 tokens",),
+    "subspace_cross_attention": (),
+    "mask_logits": tuple(
+        f"{classes} classes, width {width} 512, over 1000 patches"
+        for classes in ("up to 32", "33 to 256")
+        for width in ("up to", "over")
+    ),
+}
 _AUTO_CHECKED = ("cuda", "triton")
 
 _DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
@@ -90,11 +98,6 @@ def named(requested: str) -> str:
     return _override or "auto" if requested == "auto" else requested
 
 
-@functools.cache  # every call asks, and a module that is not imported is looked for on the disk
-def _has_stem(backend: str, stem: str) -> bool:
-    return importlib.util.find_spec(f"{_FOLDERS[backend]}.{stem}") is not None
-
-
 def why_unavailable(
     backend: str, operator: str, device: str | torch.device, dtype: torch.dtype
 ) -> str | None:
@@ -105,8 +108,6 @@ def why_unavailable(
     device_type = torch.device(device).type
     if backend in ("reference", "torch"):
         return None
-    if not _has_stem(backend, OPERATORS[operator]):
-        return f"this version has no {backend} kernel for {operator}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"it takes float16, bfloat16, float32 or float64, not {dtype}"
     if backend == "cpp":
@@ -204,8 +205,8 @@ def _on_cpu(device: torch.device) -> bool:
 def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
     if _on_cpu(device):
-        # An exported program is for other machines too, and for a range of tokens: stock attention.
-        return operator in _CPU_ATTENTION and not torch.compiler.is_exporting()
+        # An exported program is for other machines too, and for a range of tokens: stock operators.
+        return bool(_CPU_MEASURED.get(operator)) and not torch.compiler.is_exporting()
     return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))
 
 
@@ -214,9 +215,7 @@ def _candidates(
 ) -> tuple[tuple[str, ...], bool]:
     """What ``auto`` tries before ``torch``, best first, and whether that must pass its check first."""
     if _on_cpu(device):
-        ahead = OPERATORS[operator] != "attention" or (
-            dtype == torch.float32 and shape in _CPU_ATTENTION.get(operator, ())
-        )
+        ahead = operator not in _CPU_MEASURED or (dtype == torch.float32 and shape in _CPU_MEASURED[operator])
         return (_AUTO_CPU if ahead else ()), False
     known = _measured(operator, device, dtype)
     if shape in known:
@@ -244,6 +243,8 @@ def _resolve(
 
     if requested == "auto":
         names, checks = _candidates(operator, device, dtype, shape)
+        if _on_cpu(device) and parameter_dtype not in (None, dtype):
+            names = ()  # stock torch computes in the wider of two dtypes, a kernel in the tensor's
         for name in names:
             if why_not(name) is None and not (
                 checks and self_check.why_not(name, operator, device, dtype, shape)
@@ -276,8 +277,8 @@ def auto_choices(operator: str, device: str | torch.device) -> dict[str, str]:
         name: [*known]
         for name, known in measured.AUTO.get(_architecture(device), {}).get(operator, {}).items()
     }
-    if _on_cpu(device) and operator in _CPU_ATTENTION:
-        table["float32"] = _CPU_ATTENTION[operator]
+    if _on_cpu(device) and operator in _CPU_MEASURED:
+        table["float32"] = _CPU_MEASURED[operator]
     if _checks_itself(operator, device):
         table["float32"] = dict.fromkeys([*table.get("float32", ()), *self_check.SHAPES])
     choices = {}
@@ -338,6 +339,8 @@ def followed(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         # The level is read where the compiler sees it: entering one later then compiles anew.
         return torch.autograd.forward_ad._current_level >= 0 or _traces_transform()
+    if torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0:
+        return False  # the usual call, soon done
     return any(_in_transform(t) for t in tensors)
 
 

@@ -8,9 +8,9 @@ nothing anew. Batch, number of heads and number of queries divide nothing.
     attention     head_dim, exactly, and tokens (keys) up to 512 or over. Stock attention is fastest at multiples of 8
                   and worst just above 64 or 128, to which its kernels pad: a measurement at 100 says nothing of 96.
                   Few tokens are a matter of launches, many of arithmetic.
-    mask head     number of classes and width of the embeddings. Up to 32 classes are one tile of the kernels, above
-                  256 they no longer stay in registers; the wider the embeddings, the larger the share of the matrix
-                  product, at which stock torch is good.
+    mask head     number of classes, width of the embeddings and patches up to 1000 or over. Up to 32 classes are one
+                  tile of the kernels, above 256 they no longer stay in registers; the wider the embeddings, the larger
+                  the share of the matrix product, at which stock torch is good; few patches are a matter of launches.
     upsampling    number of classes, as above, and the factor, the smaller one of the two axes: up to 8, or over, where
                   a cell holds enough pixels for its series of exponentials to pay.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 HEAD_DIMS = (50, 100)  # the paper's, and benchmarks/cases.py's
 MANY_TOKENS = 512
+MANY_PATCHES = 1000
 WIDE = 512
 # Largest number of classes of each class but the last, the largest factor of the lower class, the least factor.
 CLASSES = (32, 256)
@@ -35,8 +36,8 @@ def shape_class(operator: str, **sizes) -> str | None:
 
     Args:
         operator: a key of :data:`depict_kernels.backends.OPERATORS`.
-        sizes: tokens, head_dim of attention (of cross-attention the keys are the tokens); classes, width of the mask
-            head; classes, grid (h, w), size (H, W) of the upsample operators.
+        sizes: tokens, head_dim of attention (of cross-attention the keys are the tokens); classes, width, patches of
+            the mask head; classes, grid (h, w), size (H, W) of the upsample operators.
     """
     if operator.startswith("subspace"):
         return _attention(**sizes)
@@ -53,8 +54,8 @@ def _attention(tokens: int, head_dim: int) -> str | None:
     return None
 
 
-def _mask_head(classes: int, width: int) -> str:
-    return f"{_classes(classes)}, width {_against(width, WIDE)}"
+def _mask_head(classes: int, width: int, patches: int) -> str:
+    return f"{_classes(classes)}, width {_against(width, WIDE)}, {_against(patches, MANY_PATCHES)} patches"
 
 
 def _upsample(classes: int, grid: tuple[int, int], size: tuple[int, int]) -> str | None:

@@ -51,9 +51,21 @@ def taken(monkeypatch):
         ("subspace_cross_attention", {"tokens": 513, "head_dim": 50}, "head_dim 50, over 512 tokens"),
         ("subspace_self_attention", {"tokens": 1174, "head_dim": 101}, None),
         ("subspace_self_attention", {"tokens": 1174, "head_dim": 64}, None),
-        ("mask_logits", {"classes": 32, "width": 512}, "up to 32 classes, width up to 512"),
-        ("mask_logits", {"classes": 33, "width": 513}, "33 to 256 classes, width over 512"),
-        ("mask_logits", {"classes": 257, "width": 1}, "over 256 classes, width up to 512"),
+        (
+            "mask_logits",
+            {"classes": 32, "width": 512, "patches": 1001},
+            "up to 32 classes, width up to 512, over 1000 patches",
+        ),
+        (
+            "mask_logits",
+            {"classes": 33, "width": 513, "patches": 1000},
+            "33 to 256 classes, width over 512, up to 1000 patches",
+        ),
+        (
+            "mask_logits",
+            {"classes": 257, "width": 1, "patches": 4},
+            "over 256 classes, width up to 512, up to 1000 patches",
+        ),
         ("upsample_argmax", {"classes": 19, "grid": (32, 32), "size": (512, 512)}, FEW_HIGH),
         ("upsample_argmax", {"classes": 256, "grid": (37, 53), "size": (500, 683)}, MANY_HIGH),
         (
@@ -80,7 +92,7 @@ def test_every_gpu_case_is_in_a_class():
 def test_choice_goes_by_operator_dtype_and_class(table, taken):
     table(
         upsample_argmax={"float32": {FEW_HIGH: ("reference",)}, "bfloat16": {MANY_HIGH: ("reference",)}},
-        mask_logits={"float32": {"up to 32 classes, width up to 512": ("reference",)}},
+        mask_logits={"float32": {"up to 32 classes, width up to 512, up to 1000 patches": ("reference",)}},
     )
     low = lambda classes, dtype=torch.float32: torch.randn(1, classes, 2, 2).to(dtype)
     ops.upsample_argmax(low(19), (32, 32))
@@ -97,7 +109,7 @@ def test_every_operator_gives_its_sizes(operator, table, taken):
     shapes = {
         "subspace_self_attention": "head_dim 50, up to 512 tokens",
         "subspace_cross_attention": "head_dim 50, up to 512 tokens",
-        "mask_logits": "up to 32 classes, width up to 512",
+        "mask_logits": "up to 32 classes, width up to 512, up to 1000 patches",
     }
     table(**{operator: {"float32": {shapes.get(operator, FEW_HIGH): ("reference",)}}})
     w, q, logits = torch.randn(1, 6, 2, 50), torch.randn(1, 4, 2, 50), torch.randn(1, 3, 2, 2)
@@ -194,7 +206,7 @@ def test_a_new_image_size_compiles_nothing_anew(dynamic, table):
 def test_attention_and_mask_head_compile_once_for_all_image_sizes(table):
     table(
         subspace_self_attention={"float32": {"head_dim 50, up to 512 tokens": ("reference",)}},
-        mask_logits={"float32": {"up to 32 classes, width up to 512": ("reference",)}},
+        mask_logits={"float32": {"up to 32 classes, width up to 512, up to 1000 patches": ("reference",)}},
     )
 
     def f(w, classes, weight, bias, grid):
@@ -265,8 +277,10 @@ def test_status_page_of_a_cpu(monkeypatch, capsys):
 def test_require_names_what_is_missing():
     backends.require("auto", backends.OPERATORS, "cpu", torch.float32)
     backends.require("reference", backends.OPERATORS, "cpu", torch.float32)
-    with pytest.raises(backends.BackendUnavailable, match="'cpp' cannot run mask_logits here: this version"):
-        backends.require("cpp", ["upsample_argmax", "mask_logits"], "cpu", torch.float32)
+    with pytest.raises(
+        backends.BackendUnavailable, match="'cpp' cannot run mask_logits here: it runs on CPU"
+    ):
+        backends.require("cpp", ["mask_logits", "upsample_argmax"], "meta", torch.float32)
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         backends.require("fast", [], "cpu", torch.float32)
 

@@ -87,10 +87,16 @@ def test_dtypes_and_widths_are_apart():
     chosen, _ = choose.choose(made(rows))
     assert set(chosen["mask_logits"]["float16"].values()) == {()} and chosen["mask_logits"]["float32"]
     narrow = {
-        f"{classes}, width up to 512": ("cuda",)
-        for classes in ("33 to 256 classes", "over 256 classes", "up to 32 classes")
+        f"{classes} classes, width up to 512, {patches} 1000 patches": ("cuda",)
+        for classes, patches in (
+            ("33 to 256", "up to"),
+            ("33 to 256", "over"),
+            ("over 256", "over"),
+            ("up to 32", "over"),
+        )
     }
-    assert chosen["mask_logits"]["bfloat16"] == narrow | {"33 to 256 classes, width over 512": ()}
+    wide = {"33 to 256 classes, width over 512, over 1000 patches": ()}
+    assert chosen["mask_logits"]["bfloat16"] == narrow | wide
 
 
 def test_choice_needs_every_registered_case_of_the_class():

@@ -311,10 +311,13 @@ def test_what_is_slower_than_eager_is_said():
     assert tables.slower_than_eager(made([*CORES, taken])) == found[1:]
 
 
-def test_self_attention_stands_beside_stock_torchs_fastest():
-    lines = tables.cpu_attention(made(CORES))
+def test_cpu_kernels_stand_beside_stock_torchs_fastest():
+    lines = tables.cpu_cores(made(CORES))
     assert "sdpa flash" in lines[2] and lines[2].endswith("| 1.29 |")  # 2.1 / 1.63
-    assert tables.cpu_attention(made(CORES[:3])) == []
+    assert tables.cpu_cores(made(CORES[:3])) == []
+    head = core("cpp", "mask_logits", "fwd+bwd", 9.0, 1.42)
+    assert tables.cpu_cores(made([*CORES, head]))[3].startswith("| mask head (")
+    assert tables.cpu_cores(made([*CORES, head]))[3].endswith("| 0.71 (torch) | 1.42 | 2.00 |")
 
 
 def test_session_s_table_has_eager_and_the_ratio():

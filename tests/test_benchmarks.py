@@ -329,7 +329,7 @@ def test_gpu_cases_skip_with_a_reason():
 
 
 def test_sanitizer_subset_runs():
-    assert sanitize.launch("cpu", "cpp") == 12
+    assert sanitize.launch("cpu", "cpp") == 13
 
 
 @pytest.mark.parametrize(

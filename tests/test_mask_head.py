@@ -217,7 +217,7 @@ def test_auto_takes_no_kernel_that_refuses_a_dtype(dtype, parameters, run, kerne
     stock = value_and_gradients(lambda *t: ops.mask_logits(*t, (1, 3), backend="torch"), inputs)
     assert ours[0].dtype == stock[0].dtype == parameters
     torch.testing.assert_close(ours, stock, rtol=2e-2, atol=2e-2)  # a bfloat16 logit's ulp is 2**-8
-    sizes = {"classes": 4, "width": 8}
+    sizes = {"classes": 4, "width": 8, "patches": 3}
     chosen = backends.choose("auto", "mask_logits", patches, parameter_dtype=parameters, **sizes)
     assert chosen == (kernels32.backend if kernel else "torch")
     torch.compiler.reset()

@@ -47,7 +47,9 @@ def test_right_kernels_are_taken_and_checked_once(operator, dtype, monkeypatch):
 
 def test_what_has_no_example_or_another_operator_takes_torch():
     assert taken(size=(3, 4)) == "torch"  # no upsampling
-    assert backends.choose("auto", "mask_logits", torch.randn(1, 6, 8), classes=7, width=8) == "torch"
+    assert (
+        backends.choose("auto", "mask_logits", torch.randn(1, 6, 8), classes=7, width=8, patches=6) == "torch"
+    )
     assert (
         backends.choose("auto", "subspace_self_attention", torch.randn(1, 6, 2, 50), tokens=6, head_dim=50)
         == "torch"

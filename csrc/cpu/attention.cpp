@@ -11,8 +11,6 @@
 namespace depict::cpu {
 namespace {
 
-int64_t blocks_of(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
-
 // An even number of parts of about three blocks: with several heads work for many threads in every round, and
 // a part's blocks meet others while they are in the cache. The same whatever the batch and the threads, and
 // with it the order of every sum.
@@ -81,41 +79,6 @@ struct RoundWork {
   }
 };
 
-// The arrays of a task, one after the other in one piece of memory: glibc keeps what was freed in one piece
-// for the next call, where several would be mapped afresh.
-template <class T>
-struct Memory {
-  Buffer<T> buffer;
-  int64_t used = 0;
-
-  // Twice: to count, then with the memory there.
-  T* numbers(int64_t count) {
-    T* p = buffer ? buffer.get() + used : nullptr;
-    used += round_up(count, 64 / sizeof(T));
-    return p;
-  }
-  void provide() {
-    buffer = allocate<T>(used);
-    used = 0;
-  }
-};
-
-constexpr int64_t kGroupBytes = 16 << 20;  // of all arrays of a group of heads, if more than one
-
-// Calls body(first, count) for groups of heads; `layout(count)` sets the task's arrays for one of them.
-template <class T, class Layout, class Body>
-void in_groups(int64_t heads, Memory<T>& memory, const Layout& layout, const Body& body) {
-  layout(1);
-  const int64_t bytes = memory.used * static_cast<int64_t>(sizeof(T));
-  const int64_t most = std::max<int64_t>(1, kGroupBytes / bytes), groups = (heads + most - 1) / most;
-  const int64_t largest = (heads + groups - 1) / groups;
-  memory.used = 0;
-  layout(largest);
-  memory.provide();
-  layout(largest);
-  for (int64_t first = 0; first < heads; first += largest) body(first, std::min(largest, heads - first));
-}
-
 template <class T>
 AttentionTask<T> task_of(const AttentionProblem<T>& problem) {
   AttentionTask<T> task{};
@@ -144,25 +107,21 @@ void attention_forward(const AttentionProblem<T>& problem, const TokensView<T>& 
   if (pairs) task.by_row = by_row.get();
   std::vector<Worker> worker = workers(executor, kScratchBytes<T>);
 
-  const auto pack_keys = [&](int, int64_t i) {
-    k.attention_pack_keys(task, i / task.w_blocks, i % task.w_blocks);
-  };
-  const auto pack_queries = [&](int, int64_t i) {
-    k.attention_pack_queries(task, i / task.q_blocks, i % task.q_blocks);
-  };
+  const auto pack_keys = by_block(
+      task.w_blocks, [&](int, int64_t head, int64_t block) { k.attention_pack_keys(task, head, block); });
+  const auto pack_queries = by_block(
+      task.q_blocks, [&](int, int64_t head, int64_t block) { k.attention_pack_queries(task, head, block); });
   const auto prepare = [&](int, int64_t head) { k.attention_prepare_pairs(task, head); };
   const auto pair = [&](int64_t head, int64_t i, int64_t j, T* own) {
     if (!task.by_row[head]) k.attention_forward_pair(task, head, i, j, own);
   };
   using Work = RoundWork<T, decltype(pair)>;
-  const auto rows = [&](int w, int64_t i) {
-    const int64_t head = i / task.q_blocks;
-    if (!pairs || task.by_row[head])
-      k.attention_forward_rows(task, head, i % task.q_blocks, Work::tiles(worker, w));
-  };
-  const auto finish = [&](int, int64_t i) {
-    k.attention_finish(task, i / task.q_blocks, i % task.q_blocks, out, lse);
-  };
+  const auto rows = by_block(task.q_blocks, [&](int w, int64_t head, int64_t block) {
+    if (!pairs || task.by_row[head]) k.attention_forward_rows(task, head, block, Work::tiles(worker, w));
+  });
+  const auto finish = by_block(task.q_blocks, [&](int, int64_t head, int64_t block) {
+    k.attention_finish(task, head, block, out, lse);
+  });
 
   Memory<T> memory;
   const auto layout = [&](int64_t count) {
@@ -177,7 +136,7 @@ void attention_forward(const AttentionProblem<T>& problem, const TokensView<T>& 
     task.g = memory.numbers(queries);
     task.top = memory.numbers(count);
   };
-  in_groups(heads, memory, layout, [&](int64_t first, int64_t count) {
+  in_groups(heads, heads, memory, layout, [&](int64_t first, int64_t count) {
     task.first_head = first;
     const Parts parts(task.w_blocks);
     const Rounds rounds = pairs ? tournament(parts.count) : Rounds();
@@ -209,23 +168,21 @@ void attention_backward(const AttentionProblem<T>& problem, const TokensView<con
   task.given_lse = lse;
   std::vector<Worker> worker = workers(executor, kScratchBytes<T>);
 
-  const auto pack_keys = [&](int, int64_t i) {
-    k.attention_pack_keys(task, i / task.w_blocks, i % task.w_blocks);
-  };
-  const auto pack_queries = [&](int, int64_t i) {
-    k.attention_pack_queries(task, i / task.q_blocks, i % task.q_blocks);
-  };
+  const auto pack_keys = by_block(
+      task.w_blocks, [&](int, int64_t head, int64_t block) { k.attention_pack_keys(task, head, block); });
+  const auto pack_queries = by_block(
+      task.q_blocks, [&](int, int64_t head, int64_t block) { k.attention_pack_queries(task, head, block); });
   const auto each = [&](int64_t head, int64_t i, int64_t j, T* own) {
     (problem.symmetric ? k.attention_backward_pair : k.attention_backward_rows)(task, head, i, j, own);
   };
-  const auto unpack_w = [&](int, int64_t i) {
-    k.attention_unpack(task.sum_w + i * kTokens * dim, grad_w, task.first_head + i / task.w_blocks,
-                       i % task.w_blocks);
-  };
-  const auto unpack_q = [&](int, int64_t i) {
-    k.attention_unpack(task.sum_q + i * kTokens * dim, grad_q, task.first_head + i / task.q_blocks,
-                       i % task.q_blocks);
-  };
+  const auto unpack_w = by_block(task.w_blocks, [&](int, int64_t head, int64_t block) {
+    k.attention_unpack(task.sum_w + (head * task.w_blocks + block) * kTokens * dim, grad_w,
+                       task.first_head + head, block);
+  });
+  const auto unpack_q = by_block(task.q_blocks, [&](int, int64_t head, int64_t block) {
+    k.attention_unpack(task.sum_q + (head * task.q_blocks + block) * kTokens * dim, grad_q,
+                       task.first_head + head, block);
+  });
 
   Memory<T> memory;
   const auto layout = [&](int64_t count) {
@@ -238,7 +195,7 @@ void attention_backward(const AttentionProblem<T>& problem, const TokensView<con
     task.lse = memory.numbers(queries);
     task.delta = memory.numbers(queries);
   };
-  in_groups(heads, memory, layout, [&](int64_t first, int64_t count) {
+  in_groups(heads, heads, memory, layout, [&](int64_t first, int64_t count) {
     task.first_head = first;
     const Parts rows(task.q_blocks), columns(task.w_blocks);
     const Rounds rounds = problem.symmetric ? tournament(columns.count) : meetings(rows.count, columns.count);

@@ -4,8 +4,6 @@
 
 namespace depict::cpu::DEPICT_ISA {
 
-constexpr int kTile = kTokens * kTokens;
-
 // exp of a score less its row's largest or log-sum-exp: at most 0 but for rounding, which is small up to the
 // scores that have gradients at all. What is far below the largest is 0: it adds nothing, and its
 // products with other numbers could be subnormal, which processors compute slowly.
@@ -169,7 +167,9 @@ void attention_finish(const AttentionTask<T>& task, int64_t head, int64_t block,
   const int tokens = tokens_in(task.q.tokens, block);
   alignas(64) T factor[kTokens];
   for (int t = 0; t < kTokens; ++t) factor[t] = T(1) / task.total[at + t];
-  unpack_tokens<T>(task.sum_q + at * task.w.dim, factor, out, task.first_head + head, block);
+  const T* sum = task.sum_q + at * task.w.dim;
+  unpack_tokens<T>(out, task.first_head + head, block,
+                   [&](int d, int t) { return load<T>(sum + d * kTokens + t) * load<T>(factor + t); });
   T* to = lse + (task.first_head + head) * task.q.tokens + block * kTokens;
   const double top = task.top ? static_cast<double>(task.top[head]) : 0;
   for (int t = 0; t < tokens; ++t)
@@ -253,9 +253,7 @@ void attention_backward_rows(const AttentionTask<T>& task, int64_t head, int64_t
 
 template <class T>
 void attention_unpack(const T* sum, const TokensView<T>& to, int64_t head, int64_t block) {
-  alignas(64) T one[kTokens];
-  for (int t = 0; t < kTokens; ++t) one[t] = 1;
-  unpack_tokens<T>(sum, one, to, head, block);
+  unpack_tokens<T>(to, head, block, [&](int d, int t) { return load<T>(sum + d * kTokens + t); });
 }
 
 }  // namespace depict::cpu::DEPICT_ISA

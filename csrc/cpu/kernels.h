@@ -1,9 +1,10 @@
 // What the instruction-set specific translation units (avx512.cpp, avx2.cpp, baseline.cpp) hand to
-// attention.cpp and upsample.cpp: functions that do one task each. Shared by both sides, so nothing here
-// depends on the instruction set.
+// attention.cpp, mask_head.cpp and upsample.cpp: functions that do one task each. Shared by both sides, so
+// nothing here depends on the instruction set.
 #pragma once
 
 #include "attention.h"
+#include "mask_head.h"
 #include "upsample.h"
 
 namespace depict::cpu {
@@ -114,8 +115,40 @@ struct AttentionTask {
   T *lse, *delta;      // of backward: delta is the sum of grad times out
 };
 
+constexpr int kMaskHeadWidth = 64;  // numbers of an embedding whose sums over the patches are one task
+
+// Images are done in groups: `image` counts within one. Panels are (images of the group, blocks, dim,
+// kTokens) and hold unit vectors.
+template <class T>
+struct MaskHeadTask {
+  TokensView<const T> patches, classes;
+  const T *weight, *bias;
+  double eps;
+  int64_t first_image;
+  int64_t patch_blocks, class_blocks;
+  T *patch_panel, *class_panel;       // the former of backward
+  T* logits;                          // (batch, classes, patches)
+  MaskHeadStatistics<T> made;         // of forward
+  MaskHeadStatistics<const T> given;  // of backward, and the rest:
+  const T* grad;                      // (batch, classes, patches)
+  T* turned;       // gradient of the cosines, (images, patch blocks, class blocks, kTokens patches, kTokens
+                   // classes)
+  T* sum_classes;  // gradient of the unit class embeddings, as class_panel
+  double* sums;    // (batch, patch blocks, 2, classes): each block's gradient of weight and bias
+};
+
 template <class T>
 struct Kernels {
+  void (*mask_head_pack_classes)(const MaskHeadTask<T>&, int64_t image, int64_t block);
+  // What one task of a block of patches needs: numbers, 64-byte aligned.
+  int64_t (*mask_head_scratch)(const MaskHeadTask<T>&);
+  void (*mask_head_forward)(const MaskHeadTask<T>&, int64_t image, int64_t block, T* scratch);
+  void (*mask_head_backward)(const MaskHeadTask<T>&, int64_t image, int64_t block,
+                             const TokensView<T>& grad_patches, T* scratch);
+  // Part `part` of kMaskHeadWidth numbers of the class embeddings' gradient, summed over the patches.
+  void (*mask_head_sum_classes)(const MaskHeadTask<T>&, int64_t image, int64_t block, int64_t part);
+  void (*mask_head_finish_classes)(const MaskHeadTask<T>&, int64_t image, int64_t block,
+                                   const TokensView<T>& grad_classes);
   void (*attention_pack_keys)(const AttentionTask<T>&, int64_t head, int64_t block);
   void (*attention_pack_queries)(const AttentionTask<T>&, int64_t head, int64_t block);
   void (*attention_prepare_pairs)(const AttentionTask<T>&, int64_t head);

@@ -19,11 +19,19 @@
 
 #include "attention_kernels.h"
 
+#include "mask_head_kernels.h"
+
 namespace depict::cpu::DEPICT_ISA {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {attention_pack_keys<T>,
+  return {mask_head_pack_classes<T>,
+          mask_head_scratch<T>,
+          mask_head_forward<T>,
+          mask_head_backward<T>,
+          mask_head_sum_classes<T>,
+          mask_head_finish_classes<T>,
+          attention_pack_keys<T>,
           attention_pack_queries<T>,
           attention_prepare_pairs<T>,
           attention_forward_pair<T>,

@@ -3,6 +3,8 @@
 
 namespace depict::cpu::DEPICT_ISA {
 
+constexpr int kTile = kTokens * kTokens;
+
 // Accumulators of the innermost loop, rows by vectors: enough to hide the latency of a multiply-add and no
 // more than the registers hold beside a row of b and a number of a; the wider, the less is loaded for each of
 // them.
@@ -149,20 +151,18 @@ void pack_tokens(const TokensView<const T>& view, int64_t head, int64_t block, T
   visit_tokens<T>(view, head, block, [&](int d, int t, Vec<T> v) { store<T>(panel + d * kTokens + t, v); });
 }
 
-// The inverse, each token times its `factor`.
-template <class T>
-void unpack_tokens(const T* panel, const T* factor, const TokensView<T>& view, int64_t head, int64_t block) {
+// The inverse: writes value(d, t), numbers at d of the tokens from t on, of a block's tokens to a view.
+template <class T, class Value>
+DEPICT_INLINE void unpack_tokens(const TokensView<T>& view, int64_t head, int64_t block, const Value& value) {
   constexpr int L = Simd<T>::lanes;
   const int tokens = tokens_in(view.tokens, block), dim = static_cast<int>(view.dim);
   T* first = first_of(view, head, block);
   for (int t = 0; t < tokens; t += L) {
     const int rows = tokens - t < L ? tokens - t : L;
-    const Vec<T> f = load<T>(factor + t);
     for (int d = 0; d < dim; d += L) {
       Vec<T> v[L];
       const int columns = dim - d < L ? dim - d : L;
-      for (int k = 0; k < L; ++k)
-        v[k] = k < columns ? load<T>(panel + (d + k) * kTokens + t) * f : splat<T>(T(0));
+      for (int k = 0; k < L; ++k) v[k] = k < columns ? value(d + k, t) : splat<T>(T(0));
       transpose<T>(v);
       for (int k = 0; k < rows; ++k) {
         T* to = first + (t + k) * view.stride[1] + d;

@@ -4,6 +4,7 @@
 // what, so results are bitwise the same for any number of threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -106,5 +107,49 @@ inline void run(const Executor& executor, std::deque<Phase>& phases) {
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t blocks_of(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
+
+// The work of a phase that does `blocks` blocks of every head or image.
+template <class Body>
+auto by_block(int64_t blocks, const Body& body) {
+  return [=](int worker, int64_t task) { body(worker, task / blocks, task % blocks); };
+}
+
+// The arrays of a task, one after the other in one piece of memory: glibc keeps what was freed in one piece
+// for the next call, where several would be mapped afresh.
+template <class T>
+struct Memory {
+  Buffer<T> buffer;
+  int64_t used = 0;
+
+  // Twice: to count, then with the memory there.
+  T* numbers(int64_t count) {
+    T* p = buffer ? buffer.get() + used : nullptr;
+    used += round_up(count, 64 / sizeof(T));
+    return p;
+  }
+  void provide() {
+    buffer = allocate<T>(used);
+    used = 0;
+  }
+};
+
+constexpr int64_t kGroupBytes = 16 << 20;  // of all arrays of a group, if it is more than one head or image
+
+// Calls body(first, count) for groups of `all` heads or images; `layout(count)` sets the task's arrays for
+// one of them.
+template <class T, class Layout, class Body>
+void in_groups(int64_t all, int64_t most, Memory<T>& memory, const Layout& layout, const Body& body) {
+  layout(1);
+  const int64_t bytes = memory.used * static_cast<int64_t>(sizeof(T));
+  most = std::min(most, std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, bytes)));
+  const int64_t groups = (all + most - 1) / most;
+  const int64_t largest = (all + groups - 1) / groups;
+  memory.used = 0;
+  layout(largest);
+  memory.provide();
+  layout(largest);
+  for (int64_t first = 0; first < all; first += largest) body(first, std::min(largest, all - first));
+}
 
 }  // namespace depict::cpu

@@ -50,7 +50,7 @@ def mask_logits(
     patches, classes = _library.autocast(patches, classes)
     if patches.dtype != classes.dtype:
         raise TypeError(f"patches and classes must have one dtype, got {patches.dtype} and {classes.dtype}")
-    sizes = {"classes": classes.shape[1], "width": classes.shape[2]}
+    sizes = {"classes": classes.shape[1], "width": classes.shape[2], "patches": patches.shape[1]}
     inputs = (patches, classes, weight, bias)
     backend = backends.choose(backend, "mask_logits", *inputs, parameter_dtype=weight.dtype, **sizes)
     if backend == "torch":

@@ -9,12 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depict_kernels.ops.compiled._library import ops
-
-
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    tensors = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
-    return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+from depict_kernels.ops.compiled._library import ops, rows
 
 
 def _empty(t: Tensor) -> Tensor:
@@ -28,11 +23,11 @@ def self_attention_forward(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def cross_attention_forward(q: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q (B, M, H, d), w (B, N, H, d) -> out (B, M, H, d), log-sum-exp (B, H, M)."""
-    return _forward(*_rows(q), w, q.dtype, scale)
+    return _forward(*rows(q), w, q.dtype, scale)
 
 
 def _forward(q: Tensor | None, w: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
-    (w,) = _rows(w)
+    (w,) = rows(w)
     batch, queries, heads, _ = (w if q is None else q).shape
     out = _empty(w if q is None else q)
     lse = w.new_empty((batch, heads, queries))
@@ -42,9 +37,9 @@ def _forward(q: Tensor | None, w: Tensor, dtype: torch.dtype, scale: float) -> t
 
 def self_attention_backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """The query-, key- and value-side gradients of w, added up: (B, N, H, d)."""
-    grad, rows, out = _rows(grad, w, out)
-    grad_w = _empty(rows)
-    ops().attention_backward(grad, None, rows, out, lse, None, grad_w, scale)
+    grad, tokens, out = rows(grad, w, out)
+    grad_w = _empty(tokens)
+    ops().attention_backward(grad, None, tokens, out, lse, None, grad_w, scale)
     return grad_w.to(w.dtype)
 
 
@@ -52,7 +47,7 @@ def cross_attention_backward(
     grad: Tensor, q: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q (B, M, H, d) and of w (B, N, H, d), key and value side added up."""
-    grad, queries, rows, out = _rows(grad, q, w, out)
-    grad_q, grad_w = _empty(queries), _empty(rows)
-    ops().attention_backward(grad, queries, rows, out, lse, grad_q, grad_w, scale)
+    grad, queries, tokens, out = rows(grad, q, w, out)
+    grad_q, grad_w = _empty(queries), _empty(tokens)
+    ops().attention_backward(grad, queries, tokens, out, lse, grad_q, grad_w, scale)
     return grad_q.to(q.dtype), grad_w.to(w.dtype)
