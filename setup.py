@@ -113,12 +113,13 @@ def host_compiler() -> str | None:
     return shutil.which(words[len(words) > 1 and Path(words[0]).name in LAUNCHERS])
 
 
-def output_of(*command: str) -> str:
+def output_of(*command: str) -> str | None:
+    """What a command prints, or None where it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def why_not() -> str | None:
@@ -131,7 +132,9 @@ def why_not() -> str | None:
         return (
             f"there was no C++ compiler (looked for {os.environ.get('CXX', 'c++')!r}); install g++ or set CXX"
         )
-    if not output_of(*shlex.split(compiler()), "--version"):  # so does macOS without its developer tools
+    if (
+        output_of(*shlex.split(compiler()), "--version") is None
+    ):  # so does macOS' c++ without the developer tools
         return f"{compiler()!r} does not answer to --version; install a C++ compiler (macOS: xcode-select --install)"
     try:
         import torch
@@ -163,7 +166,7 @@ def cuda_home() -> Path:
 
 
 def nvcc_version() -> tuple[int, ...]:
-    found = re.search(r"release (\d+)\.(\d+)", output_of(str(nvcc()), "--version"))
+    found = re.search(r"release (\d+)\.(\d+)", output_of(str(nvcc()), "--version") or "")
     return tuple(map(int, found.groups())) if found else (0, 0)
 
 
@@ -182,7 +185,7 @@ def why_not_cuda() -> str | None:
 
 def architectures() -> list[str]:
     """Compute capabilities to compile for, such as ["8.0", "9.0a", "12.0+PTX"]."""
-    known = output_of(str(nvcc()), "--list-gpu-code").split()
+    known = (output_of(str(nvcc()), "--list-gpu-code") or "").split()
     number = lambda entry: re.match(r"\d+\.\d", entry)[0].replace(".", "")
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
     if asked.strip(";"):

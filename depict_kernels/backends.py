@@ -211,11 +211,16 @@ def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool
 
 
 def _candidates(
-    operator: str, device: torch.device, dtype: torch.dtype, shape: str | None
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: str | None,
+    parameter_dtype: torch.dtype | None = None,
 ) -> tuple[tuple[str, ...], bool]:
     """What ``auto`` tries before ``torch``, best first, and whether that must pass its check first."""
     if _on_cpu(device):
-        ahead = operator not in _CPU_MEASURED or (dtype == torch.float32 and shape in _CPU_MEASURED[operator])
+        measured_dtype = dtype == (parameter_dtype or dtype) == torch.float32
+        ahead = operator not in _CPU_MEASURED or (measured_dtype and shape in _CPU_MEASURED[operator])
         return (_AUTO_CPU if ahead else ()), False
     known = _measured(operator, device, dtype)
     if shape in known:
@@ -242,9 +247,7 @@ def _resolve(
         return reason
 
     if requested == "auto":
-        names, checks = _candidates(operator, device, dtype, shape)
-        if _on_cpu(device) and parameter_dtype not in (None, dtype):
-            names = ()  # stock torch computes in the wider of two dtypes, a kernel in the tensor's
+        names, checks = _candidates(operator, device, dtype, shape, parameter_dtype)
         for name in names:
             if why_not(name) is None and not (
                 checks and self_check.why_not(name, operator, device, dtype, shape)

@@ -300,9 +300,10 @@ def test_a_package_holds_what_its_own_build_made_and_leaves_the_tree_alone(tmp_p
     "variables, words",
     [
         ({"CXX": "no-such-compiler"}, "no C++ compiler (looked for 'no-such-compiler')"),
+        ({"CXX": "false"}, "'false' does not answer to --version; install a C++ compiler"),
         ({"DEPICT_KERNELS_NO_EXTENSIONS": "1"}, "DEPICT_KERNELS_NO_EXTENSIONS was set"),
     ],
-    ids=["no compiler", "switched off"],
+    ids=["no compiler", "one that does nothing", "switched off"],
 )
 def test_builds_without_the_compiled_part(tmp_path, variables, words):
     copy_sources(tmp_path)
