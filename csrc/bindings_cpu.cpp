@@ -239,8 +239,9 @@ depict::cpu::MaskHeadProblem<T> mask_head_problem(const Tensor& patches, const T
                                                   const Tensor& weight) {
   STD_TORCH_CHECK(patches.dim() == 4 && classes.dim() == 4 && patches.size(2) == 1,
                   "patches and classes must be (batch, tokens, 1, dim)");
-  STD_TORCH_CHECK(patches.numel() > 0 && classes.numel() > 0 && patches.size(3) < (1 << 24),
-                  "patches and classes must not be empty, dim below 2^24");
+  STD_TORCH_CHECK(patches.size(0) > 0 && patches.size(1) > 0 && classes.size(1) > 0,
+                  "patches and classes must not be empty");
+  STD_TORCH_CHECK(patches.size(3) < (1 << 24), "dim must be below 2^24");
   return {tokens_view<const T>(patches, patches, patches.size(1), "patches"),
           tokens_view<const T>(classes, patches, classes.size(1), "classes"),
           contiguous<const T>(weight, scalar_type_of<T>(), classes.size(1), "weight")};

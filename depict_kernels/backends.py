@@ -205,8 +205,9 @@ def _on_cpu(device: torch.device) -> bool:
 def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
     if _on_cpu(device):
-        # An exported program is for other machines too, and for a range of tokens: stock operators.
-        return bool(_CPU_MEASURED.get(operator)) and not torch.compiler.is_exporting()
+        # A program that is exported or traced is for other machines too, and for other sizes: stock operators.
+        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        return bool(_CPU_MEASURED.get(operator)) and not traced
     return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))
 
 

@@ -1,5 +1,7 @@
 """The C++ mask head against float64, on every instruction set."""
 
+import warnings
+
 import pytest
 import torch
 from cpp_problems import needs_extension
@@ -61,6 +63,27 @@ def test_float64(shape, instruction_set):
     inputs = tensors(shape, torch.float64)
     expected = value_and_gradients(run(shape[2], "reference"), inputs)
     torch.testing.assert_close(value_and_gradients(run(shape[2]), inputs), expected, rtol=1e-10, atol=1e-11)
+
+
+def parallel(shape, spread):
+    """Patches and classes in nearly one direction, as trained ones may be."""
+    patches, classes, weight, bias = tensors(shape)
+    direction = torch.randn(shape[3])
+    return [direction + spread * patches, direction + spread * classes, weight, bias]
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.03])
+@pytest.mark.parametrize("shape", [(1, 150, (8, 9), 192), (2, 19, (5, 13), 768)], ids=ids)
+def test_parallel_vectors(shape, spread, instruction_set):
+    """Nearly equal cosines: what rounding leaves of the gradient along a patch is large against the rest of it."""
+    check(parallel(shape, spread), shape[2])
+
+
+@pytest.mark.parametrize("dim", [1024, 4096])
+def test_positive_vectors(dim, instruction_set):
+    """Sums of a thousand numbers of one sign."""
+    patches, classes, weight, bias = tensors((1, 19, (5, 13), dim))
+    check([patches.abs(), classes.abs(), weight, bias], (5, 13))
 
 
 @pytest.mark.parametrize("width", [192, 1024])
@@ -201,6 +224,14 @@ def test_nothing_to_do(shape):
     assert all(g.shape == t.shape and g.eq(0).all() for g, t in zip(grads, inputs))
 
 
+def test_embeddings_of_no_width():
+    inputs = tensors((2, 3, (2, 2), 0))
+    for backend in ("cpp", "torch"):
+        out, grads = value_and_gradients(run((2, 2), backend), inputs)
+        assert torch.equal(out, inputs[3][None, :, None, None].expand(2, 3, 2, 2))
+        assert grads[2].eq(0).all() and grads[0].shape == (2, 4, 0)
+
+
 def test_backward_saves_only_inputs_and_statistics():
     inputs = [t.requires_grad_() for t in tensors((2, 5, (2, 3), 8))]
     saved = []
@@ -244,7 +275,7 @@ def test_auto_takes_it_for_many_patches_in_float32(monkeypatch):
     assert out.dtype == torch.float64 and not calls
 
 
-def test_exported_programs_hold_stock_operators():
+def test_exported_and_traced_programs_hold_stock_operators():
     class Head(torch.nn.Module):
         def forward(self, *inputs):
             return ops.mask_logits(*inputs, (32, 32))
@@ -253,6 +284,10 @@ def test_exported_programs_hold_stock_operators():
     program = torch.export.export(Head(), inputs)
     assert not any("depict_kernels" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*inputs), run((32, 32))(*inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced = torch.jit.trace(Head(), inputs)
+    assert "depict_kernels::" not in str(traced.inlined_graph)
 
 
 def test_bad_arguments_of_the_private_operators():

@@ -6,24 +6,33 @@ namespace depict::cpu::DEPICT_ISA {
 
 constexpr int kDepth = 128;  // numbers of an embedding summed before they are added to the others: loses less
 
-// The sum of squares of every token of a panel, in vectors of Wide.
 template <class Wide, class T>
-DEPICT_INLINE void sums_of_squares(const T* panel, int64_t dim, Wide* sums) {
+DEPICT_INLINE Vec<Wide> widened(const T* p) {
+  if constexpr (sizeof(Wide) == sizeof(T))
+    return load<T>(p);
+  else
+    return load_wide(p);
+}
+
+// The dot product of every token of one panel with the same of another, in vectors of Wide.
+template <class Wide, class T>
+void dot_products(const T* a, const T* b, int64_t dim, Wide* to) {
   constexpr int L = Simd<Wide>::lanes, kTogether = 4;  // sums that do not wait for each other
   for (int t = 0; t < kTokens; t += kTogether * L) {
     Vec<Wide> sum[kTogether] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      DEPICT_UNROLL
-      for (int v = 0; v < kTogether; ++v) {
-        Vec<Wide> x;
-        if constexpr (sizeof(Wide) == sizeof(T))
-          x = load<T>(panel + d * kTokens + t + v * L);
-        else
-          x = load_wide(panel + d * kTokens + t + v * L);
-        sum[v] += x * x;
+    for (int64_t first = 0; first < dim; first += kDepth) {
+      const int64_t end = dim < first + kDepth ? dim : first + kDepth;
+      Vec<Wide> part[kTogether] = {};
+      for (int64_t d = first; d < end; ++d) {
+        DEPICT_UNROLL
+        for (int v = 0; v < kTogether; ++v) {
+          const int64_t at = d * kTokens + t + v * L;
+          part[v] += widened<Wide>(a + at) * widened<Wide>(b + at);
+        }
       }
+      for (int v = 0; v < kTogether; ++v) sum[v] += part[v];
     }
-    for (int v = 0; v < kTogether; ++v) store<Wide>(sums + t + v * L, sum[v]);
+    for (int v = 0; v < kTogether; ++v) store<Wide>(to + t + v * L, sum[v]);
   }
 }
 
@@ -34,10 +43,10 @@ void inverse_norms(const T* panel, int tokens, int64_t dim, T* inverse) {
   alignas(64) double squares[kTokens];
   alignas(64) T narrow[kTokens];
   const auto usual = [&](int t) { return narrow[t] > T(1e-25) && narrow[t] < T(1e35); };
-  sums_of_squares<T>(panel, dim, narrow);
+  dot_products<T>(panel, panel, dim, narrow);
   bool all = true;
   for (int t = 0; t < tokens; ++t) all &= usual(t);
-  if (!all) sums_of_squares<double>(panel, dim, squares);
+  if (!all) dot_products<double>(panel, panel, dim, squares);
   for (int t = 0; t < kTokens; ++t)
     if (all || usual(t)) squares[t] = static_cast<double>(narrow[t]);
   for (int t = 0; t < kTokens; ++t) {
@@ -67,10 +76,13 @@ void pack_unit(const TokensView<const T>& view, int64_t image, int64_t block, T*
 }
 
 // The gradient of vectors from `sum`, that of the unit vectors: the part orthogonal to them, over the norms.
-// `along` is the part along them.
+// That of patches has next to nothing along them in theory, since LayerNorm ignores the length of what it
+// gets but for eps; what rounding leaves there has to go.
 template <class T>
-void unpack_orthogonal(const T* sum, const T* unit, const T* along, const T* inverse, const TokensView<T>& to,
-                       int64_t image, int64_t block) {
+void unpack_orthogonal(const T* sum, const T* unit, const T* inverse, const TokensView<T>& to, int64_t image,
+                       int64_t block) {
+  alignas(64) T along[kTokens];
+  dot_products<T>(sum, unit, to.dim, along);
   unpack_tokens<T>(to, image, block, [&](int d, int t) {
     const int at = d * kTokens + t;
     return (load<T>(sum + at) - load<T>(unit + at) * load<T>(along + t)) * load<T>(inverse + t);
@@ -162,9 +174,7 @@ void mask_head_forward(const MaskHeadTask<T>& task, int64_t image, int64_t block
 }
 
 // With z the normalised cosines, g the gradient of the logits and h = weight g, that of the cosines is
-// rstd (h - mean h - z mean(z h)), means over the classes. Its product with the cosines, which is the part of
-// the patch's gradient along the patch, is sum(z h) (1 - mean z^2): next to nothing, since LayerNorm ignores
-// the length of what it gets but for eps. Patches that do not exist have g = rstd = 0.
+// rstd (h - mean h - z mean(z h)), means over the classes. Patches that do not exist have g = rstd = 0.
 template <class T>
 void mask_head_backward(const MaskHeadTask<T>& task, int64_t image, int64_t block,
                         const TokensView<T>& grad_patches, T* scratch) {
@@ -174,7 +184,7 @@ void mask_head_backward(const MaskHeadTask<T>& task, int64_t image, int64_t bloc
   const int64_t of_all = task.first_image + image, at = of_all * patches + block * kTokens;
   T *sum = scratch, *m = sum + kTokens * dim, *g = m + task.class_blocks * kTile;
   T* unit = task.patch_panel + (image * task.patch_blocks + block) * kTokens * dim;
-  alignas(64) T inverse[kTokens], mean[kTokens], rstd[kTokens], along[kTokens];
+  alignas(64) T inverse[kTokens], mean[kTokens], rstd[kTokens];
   pack_unit<T>(task.patches, of_all, block, unit, task.given.inv_patches, nullptr, inverse);
   cosines(task, image, unit, lanes, m);
   for (int t = 0; t < kTokens; ++t) {
@@ -182,7 +192,7 @@ void mask_head_backward(const MaskHeadTask<T>& task, int64_t image, int64_t bloc
     rstd[t] = t < count ? task.given.rstd[at + t] : T(0);
   }
 
-  Vec<T> of_h[kVectors] = {}, of_zh[kVectors] = {}, of_zz[kVectors] = {};  // sums over the classes
+  Vec<T> of_h[kVectors] = {}, of_zh[kVectors] = {};  // sums over the classes
   double* sums = task.sums + (of_all * task.patch_blocks + block) * 2 * classes;
   const T* from = task.grad + of_all * classes * patches + block * kTokens;
   for (int64_t c0 = 0; c0 < classes; c0 += L) {
@@ -208,7 +218,6 @@ void mask_head_backward(const MaskHeadTask<T>& task, int64_t image, int64_t bloc
         of_bias += grad;
         of_h[i] += h;
         of_zh[i] += h * z;
-        of_zz[i] += z * z;
       }
       weight[r] = of_weight;
       bias[r] = of_bias;
@@ -222,7 +231,6 @@ void mask_head_backward(const MaskHeadTask<T>& task, int64_t image, int64_t bloc
     }
   }
   for (int i = 0; i < kVectors; ++i) {
-    store<T>(along + i * L, of_zh[i] * (1 - of_zz[i] / static_cast<T>(classes)));
     of_h[i] /= static_cast<T>(classes);
     of_zh[i] /= static_cast<T>(classes);
   }
@@ -243,7 +251,7 @@ void mask_head_backward(const MaskHeadTask<T>& task, int64_t image, int64_t bloc
     transpose_tile(tile, padded, lanes,
                    task.turned + ((image * task.patch_blocks + block) * task.class_blocks + j) * kTile);
   }
-  unpack_orthogonal<T>(sum, unit, along, inverse, grad_patches, of_all, block);
+  unpack_orthogonal<T>(sum, unit, inverse, grad_patches, of_all, block);
 }
 
 template <class T>
@@ -267,16 +275,9 @@ void mask_head_finish_classes(const MaskHeadTask<T>& task, int64_t image, int64_
   const int64_t of_all = task.first_image + image;
   const int count = tokens_in(task.classes.tokens, block);
   const T* given = task.given.inv_classes + of_all * task.classes.tokens + block * kTokens;
-  const T *sum = task.sum_classes + at, *unit = task.class_panel + at;
-  alignas(64) T inverse[kTokens], along[kTokens];
+  alignas(64) T inverse[kTokens];
   for (int t = 0; t < kTokens; ++t) inverse[t] = t < count ? given[t] : T(0);
-  for (int v = 0; v < lanes_in<T>(task.classes.tokens, block); v += Simd<T>::lanes) {
-    Vec<T> total = {};
-    for (int64_t d = 0; d < dim; ++d)
-      total += load<T>(sum + d * kTokens + v) * load<T>(unit + d * kTokens + v);
-    store<T>(along + v, total);
-  }
-  unpack_orthogonal<T>(sum, unit, along, inverse, grad_classes, of_all, block);
+  unpack_orthogonal<T>(task.sum_classes + at, task.class_panel + at, inverse, grad_classes, of_all, block);
 }
 
 }  // namespace depict::cpu::DEPICT_ISA
