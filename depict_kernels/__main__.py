@@ -83,7 +83,7 @@ def main() -> None:
         *shapes, (_, default) = row["auto"].items()
         print(f"  {operator:26} {'otherwise ' if shapes else ''}{default}")
         for shape, name in shapes:
-            print(f"    {shape:44} {name}")
+            print(f"    {shape:64} {name}")
     seen = {}
     for operator, row in page["operators"].items():
         for name, reason in row["unavailable"].items():

@@ -202,12 +202,14 @@ def _on_cpu(device: torch.device) -> bool:
 
 
 @constant_in_graphs
-def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype, compiling: bool) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
     if _on_cpu(device):
-        # A program that is exported or traced is for other machines too, and for other sizes: stock operators.
+        # A program that is exported or traced is for other machines too, and for other sizes: stock operators. So is
+        # a mask head in compiled code, where inductor fuses them.
         traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        return bool(_CPU_MEASURED.get(operator)) and not traced
+        fused = compiling and operator == "mask_logits"
+        return bool(_CPU_MEASURED.get(operator)) and not (traced or fused)
     return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))
 
 
@@ -320,7 +322,8 @@ def choose(
             )
         return "torch"
     shape = None
-    if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype):
+    compiling = torch.compiler.is_compiling()
+    if requested == "auto" and _asks_shape(operator, tensor.device, tensor.dtype, compiling):
         shape = shape_class(operator, **sizes)
     name = _resolve(requested, operator, tensor.device, tensor.dtype, shape, parameter_dtype)
     if requested == "auto":

@@ -275,7 +275,7 @@ def test_auto_takes_it_for_many_patches_in_float32(monkeypatch):
     assert out.dtype == torch.float64 and not calls
 
 
-def test_exported_and_traced_programs_hold_stock_operators():
+def test_exported_compiled_and_traced_programs_hold_stock_operators():
     class Head(torch.nn.Module):
         def forward(self, *inputs):
             return ops.mask_logits(*inputs, (32, 32))
@@ -284,6 +284,10 @@ def test_exported_and_traced_programs_hold_stock_operators():
     program = torch.export.export(Head(), inputs)
     assert not any("depict_kernels" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*inputs), run((32, 32))(*inputs))
+    graphs = []
+    compiled = torch.compile(Head(), fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    torch.testing.assert_close(compiled(*inputs), run((32, 32))(*inputs))
+    assert len(graphs) == 1 and "depict_kernels" not in str(graphs[0].graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced = torch.jit.trace(Head(), inputs)
