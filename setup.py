@@ -132,9 +132,8 @@ def why_not() -> str | None:
         return (
             f"there was no C++ compiler (looked for {os.environ.get('CXX', 'c++')!r}); install g++ or set CXX"
         )
-    if (
-        output_of(*shlex.split(compiler()), "--version") is None
-    ):  # so does macOS' c++ without the developer tools
+    # macOS has a c++ without its developer tools too, which only says that they are missing.
+    if output_of(*shlex.split(compiler()), "--version") is None:
         return f"{compiler()!r} does not answer to --version; install a C++ compiler (macOS: xcode-select --install)"
     try:
         import torch

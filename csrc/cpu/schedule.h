@@ -134,19 +134,22 @@ struct Memory {
   }
 };
 
-constexpr int64_t kGroupBytes = 16 << 20;  // of all arrays of a group, if it is more than one head or image
+constexpr int64_t kGroupBytes = 16 << 20;  // that a group's heads or images add, if it has more than one
 
-// Calls body(first, count) for groups of `all` heads or images; `layout(count)` sets the task's arrays for
-// one of them.
+// Calls body(first, count) for groups of `all` heads or images, at most `most` in one; `layout(count)` sets
+// the task's arrays for one of them.
 template <class T, class Layout, class Body>
 void in_groups(int64_t all, int64_t most, Memory<T>& memory, const Layout& layout, const Body& body) {
-  layout(1);
-  const int64_t bytes = memory.used * static_cast<int64_t>(sizeof(T));
+  const auto size_of = [&](int64_t count) {
+    memory.used = 0;
+    layout(count);
+    return memory.used;
+  };
+  const int64_t bytes = (size_of(2) - size_of(1)) * static_cast<int64_t>(sizeof(T));
   most = std::min(most, std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, bytes)));
   const int64_t groups = (all + most - 1) / most;
   const int64_t largest = (all + groups - 1) / groups;
-  memory.used = 0;
-  layout(largest);
+  size_of(largest);
   memory.provide();
   layout(largest);
   for (int64_t first = 0; first < all; first += largest) body(first, std::min(largest, all - first));
