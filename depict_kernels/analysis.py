@@ -190,7 +190,9 @@ def layer_embeddings(decoder: nn.Module, patches: Tensor) -> tuple[list[Tensor],
     """
     layers = getattr(decoder, "layers", None) or getattr(decoder, "blocks", None)
     if not layers:
-        raise ValueError(f"{type(decoder).__name__} has no self-attention layers")
+        raise ValueError(
+            f"{type(decoder).__name__} has no self-attention layers; depict_* and segmenter_mask_* have"
+        )
     seen: list[Tensor] = []
     n = patches.shape[1]
     hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, :n])) for layer in layers]

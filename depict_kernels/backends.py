@@ -202,12 +202,18 @@ def _on_cpu(device: torch.device) -> bool:
 
 
 @constant_in_graphs
+def exporting() -> bool:
+    """Whether torch.export makes a program of the call."""
+    return torch.compiler.is_exporting()
+
+
+@constant_in_graphs
 def _asks_shape(operator: str, device: torch.device, dtype: torch.dtype, compiling: bool) -> bool:
     """Whether ``auto`` depends on the shape: elsewhere no compiled graph shall be guarded by it."""
     if _on_cpu(device):
         # A program that is exported or traced is for other machines too, and for other sizes: stock operators. So is
         # a mask head in compiled code, where inductor fuses them.
-        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        traced = exporting() or torch.jit.is_tracing()
         fused = compiling and operator == "mask_logits"
         return bool(_CPU_MEASURED.get(operator)) and not (traced or fused)
     return _checks_itself(operator, device) or bool(_measured(operator, device, dtype))

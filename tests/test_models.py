@@ -419,6 +419,24 @@ def test_compile_takes_the_whole_model_in_one_graph(name):
     torch.testing.assert_close(program.module()(images), model(images))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_prediction_holds_nothing_that_only_this_package_knows(strict):
+    class Predict(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny("depict_ca_vit_tiny").eval()
+            self.model.backend = "torch"
+
+        def forward(self, images):
+            return self.model.predict(images)
+
+    images = torch.randn(2, 3, 32, 32)
+    predict = Predict()
+    program = torch.export.export(predict, (images,), strict=strict)
+    assert not any("depict_kernels" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(images), predict(images))
+
+
 def test_bf16_autocast_trains():
     model = tiny("depict_ca_vit_tiny")
     images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))

@@ -60,6 +60,16 @@ from depict_kernels.testing import logits_and_target
             r"weight must be a tensor, got list; torch\.as_tensor makes one",
         ),
         (
+            lambda x, t: ops.upsample_cross_entropy({"out": x, "aux": x}, t),
+            TypeError,
+            "logits must be a tensor, got dict; pass the one of its values that is meant .'out', 'aux'.",
+        ),
+        (
+            lambda x, t: ops.upsample_cross_entropy(x[:, :1], torch.ones_like(t)),
+            ValueError,
+            "neither a class in .0, 1. nor ignore_index .255.; cross-entropy takes a logit per class",
+        ),
+        (
             lambda x, t: ops.upsample_cross_entropy(x, t, weight=np.ones(5)),
             TypeError,
             "weight must be a tensor, got ndarray",

@@ -8,7 +8,7 @@ autograd differentiates it and torch.compile fuses it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -73,7 +73,11 @@ def integer(name: str, value) -> int:
 def check_tensor(name: str, value, *, floating: bool = False) -> None:
     """Raises TypeError where ``value`` is no dense tensor or, if that is asked for, not one of floating point."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
+        if isinstance(value, Mapping):
+            way = f"pass the one of its values that is meant ({', '.join(map(repr, value))})"
+        else:
+            way = "torch.as_tensor makes one"
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; {way}")
     if value.is_nested or value.layout is not torch.strided or value.is_quantized:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")

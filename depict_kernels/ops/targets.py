@@ -62,6 +62,7 @@ def bad_target_message(report: list[int], num_classes: int, ignore_index: int) -
     return (
         f"target value {value} at (batch {b}, row {y}, column {x}) is neither a class in [0, {num_classes}) "
         f"nor ignore_index ({ignore_index})"
+        + ("; cross-entropy takes a logit per class, the background's too" if num_classes == 1 else "")
     )
 
 

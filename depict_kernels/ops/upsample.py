@@ -100,7 +100,8 @@ def upsample_argmax(
         backend: see :mod:`depict_kernels.backends`.
 
     Returns:
-        (B, H, W) labels in ``dtype``; ties go to the lowest class, as in torch.argmax. No gradient.
+        (B, H, W) labels in ``dtype``; ties go to the lowest class, as in torch.argmax. No gradient. In an exported
+        program backend "torch" is F.interpolate and argmax, which store the upsampled logits.
 
     Raises:
         TypeError, ValueError: wrong shapes or dtypes.
@@ -115,6 +116,8 @@ def upsample_argmax(
     if dtype == torch.uint8 and logits.shape[1] > 256:
         raise ValueError(f"uint8 cannot hold {logits.shape[1]} classes; use dtype=torch.int32")
     backend = backends.choose(backend, "upsample_argmax", logits, **_sizes(logits, size))
+    if backend == "torch" and backends.exporting():
+        return stock.upsample(logits.detach(), size).argmax(1).to(dtype)  # what ONNX knows too
     return torch.ops.depict_kernels.upsample_argmax(logits.detach(), size, dtype, backend)
 
 
