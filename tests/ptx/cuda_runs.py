@@ -69,7 +69,7 @@ def _symbols(library: str) -> dict[int, str]:
 
 
 @lru_cache
-def _sources() -> dict[str, Path]:
+def _sources() -> dict[str, list[Path]]:
     """Where each kernel is defined, by its name without template arguments."""
     kernels = {}
     for source in sorted(SOURCES.glob("*.cu")):
@@ -78,28 +78,34 @@ def _sources() -> dict[str, Path]:
     return kernels
 
 
-@lru_cache
-def _compiled(architecture: str, source: Path) -> dict[str, tuple[str, str]]:
-    """The PTX text and the mangled name of every kernel in a file, by demangled name."""
+# A file whose launches name no kernel, so that nvcc compiles the one that is wanted and not all of the file's.
+_ALONE = """\
+#include "cuda/device.h"
+#define launch(...) static_cast<const char*>(nullptr)
+#include "cuda/{file}"
+auto* wanted = &{kernel};
+"""
+
+
+def _compiled(architecture: str, source: Path, kernel: str) -> str:
+    """The PTX text of ``kernel`` (depict::cuda::forward_kernel<float, 56>), maybe with others that are no templates."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "kernels.ptx"
-        command = [nvcc(), *FLAGS, f"-arch=compute_{architecture.removeprefix('sm_')}", "-ptx", str(source)]
+        alone, out = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
+        alone.write_text(_ALONE.format(file=source.name, kernel=kernel))
+        command = [nvcc(), *FLAGS, f"-arch=compute_{architecture.removeprefix('sm_')}", "-ptx", str(alone)]
         done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
-        text = program.without_comments(out.read_text())
-    names = program.kernel_names(text)
-    return dict(zip(_demangled(names), ((text, name) for name in names)))
+        return program.without_comments(out.read_text())
 
 
 @lru_cache
 def _parsed(architecture: str, kernel: str) -> program.Program:
-    (name,) = re.findall(r"(\w+)(?:<[^()]*>)?\(", kernel.replace("(anonymous namespace)", ""))
-    for source in _sources()[name]:
-        compiled = _compiled(architecture, source)
-        if kernel in compiled:
-            return program.parse(*compiled[kernel])
-    raise RuntimeError(f"{kernel} is not among the compiled kernels")
+    name = re.sub(r"^void |\(.*", "", kernel.replace("(anonymous namespace)::", ""))
+    (source,) = _sources()[name.split("<")[0].split("::")[-1]]
+    text = _compiled(architecture, source, name)
+    names = program.kernel_names(text)
+    return program.parse(text, names[_demangled(names).index(kernel)])
 
 
 class Executor(list):
