@@ -234,11 +234,13 @@ void mask_head_backward(const MaskHeadTask<T>& task, int64_t image, int64_t bloc
     of_h[i] /= static_cast<T>(classes);
     of_zh[i] /= static_cast<T>(classes);
   }
-  for (int64_t c = 0; c < classes; ++c) DEPICT_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    T* h = g + c * kTokens + i * L;
-    const Vec<T> z = load<T>(m + c * kTokens + i * L);
-    store<T>(h, load<T>(rstd + i * L) * (load<T>(h) - of_h[i] - z * of_zh[i]));
+  for (int64_t c = 0; c < classes; ++c) {
+    DEPICT_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      T* h = g + c * kTokens + i * L;
+      const Vec<T> z = load<T>(m + c * kTokens + i * L);
+      store<T>(h, load<T>(rstd + i * L) * (load<T>(h) - of_h[i] - z * of_zh[i]));
+    }
   }
 
   __builtin_memset(sum, 0, sizeof(T) * kTokens * static_cast<size_t>(dim));
