@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as train/run.py has it
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: the matrices of Triton's interpreter are small
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: products in Triton's interpreter are small
 
 import pytest
 import torch
