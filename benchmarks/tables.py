@@ -90,7 +90,7 @@ def cpu_labels(record: dict) -> list[str]:
 
 
 def cpu_cores(record: dict) -> list[str]:
-    """What ``auto`` takes C++ for on the CPU beside the upsample operators, against stock torch's fastest."""
+    """What ``auto`` takes C++ for on the CPU beside the upsample operators, against the fastest of stock torch."""
     names = {"subspace_self_attention": "self-attention", "mask_logits": "mask head"}
     rows = []
     for found in goals.by_case(record).values():
@@ -103,7 +103,7 @@ def cpu_cores(record: dict) -> list[str]:
         rows.append([name, best, f"{kernel['ratio']:.2f}", f"{kernel['ratio'] / stock['ratio']:.2f}"])
     head = [
         "self-attention (B, N, H, d), mask head (B, C, h, w, D), times eager torch",
-        "stock torch's fastest",
+        "stock torch's fastest, uncompiled",
         "`cpp`",
         "quotient",
     ]

@@ -183,7 +183,7 @@ def test_strides(layout):
     base = torch.randn(2, 79, 2 * dim + 3)
     patches, classes = {
         "one sequence": lambda: (base[:, :70, :dim], base[:, 70:, :dim]),  # what DEPICT-SA passes
-        "transposed": lambda: (base.mT[:, : 70 // 4].mT[:, :70], base.mT[:, : 70 // 4].mT[:, 70:]),
+        "transposed": lambda: torch.randn(2, dim, 79).mT.split([70, 9], dim=1),
         "expanded": lambda: (base[:1, :70, :dim].expand(2, -1, -1), base[:1, 70:, :dim].expand(2, -1, -1)),
         "column": lambda: (base[:, :70, : 2 * dim : 2], base[:, 70:, : 2 * dim : 2]),
         "offset": lambda: (base[:, :70, 3 : 3 + dim], base[:, 70:, 3 : 3 + dim]),
