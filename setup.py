@@ -8,6 +8,7 @@ installs without the part and the operators run on stock torch.
 
 Environment variables:
     CXX                             the C++ compiler, with options if need be; nvcc takes it for the host's part
+    NVCC_CCBIN                      another compiler for nvcc alone, where CXX is newer than nvcc allows
     MAX_JOBS                        bounds the parallel compilations
     TORCH_CUDA_ARCH_LIST            GPU architectures, by default those of CUDA_ARCHITECTURES that nvcc knows
     DEPICT_KERNELS_NO_CUDA=1        no CUDA kernels; DEPICT_KERNELS_NO_EXTENSIONS=1: nothing compiled at all
@@ -18,6 +19,7 @@ Environment variables:
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -26,6 +28,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -164,6 +167,38 @@ def cuda_home() -> Path:
     return Path(found[1]).resolve() if found else nvcc().parent.parent
 
 
+@functools.cache
+def cudart() -> Path | None:
+    """The static runtime library for this machine, beside which a toolkit may have those of others."""
+    found = sorted(cuda_home().glob("**/libcudart_static.a"))
+    return min(found, key=lambda path: platform.machine() not in str(path), default=None)
+
+
+@functools.cache
+def nvcc_command() -> tuple[list[str], str | None]:
+    """nvcc with a host compiler that it takes, and what keeps it from compiling with any.
+
+    nvcc refuses a compiler that is newer than itself. The packages of Debian and Ubuntu have an nvcc older than the
+    default compiler, and with it an older compiler, which nvcc takes where it is not told another.
+    """
+    alone = [str(nvcc())]
+    named = os.environ.get("NVCC_CCBIN")  # nvcc reads it too, but not in every version
+    commands = [[*alone, f"-ccbin={named or host_compiler()}"]] + ([] if named else [alone])
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("#include <algorithm>\n#include <cmath>\n__global__ void probe() {}\n")
+        for command in commands:
+            arguments = [*command, *NVCC_FLAGS, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+            done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+            if done.returncode == 0:
+                return command, None
+            lines = (done.stderr + done.stdout).splitlines()
+            failures.append(next((line for line in lines if "error" in line), "no message"))
+    hint = "NVCC_CCBIN names a host compiler that it takes, such as g++-12"
+    return alone, f"{nvcc()} does not compile: {failures[0]} ({hint})"
+
+
 def nvcc_version() -> tuple[int, ...]:
     found = re.search(r"release (\d+)\.(\d+)", output_of(str(nvcc()), "--version") or "")
     return tuple(map(int, found.groups())) if found else (0, 0)
@@ -179,7 +214,9 @@ def why_not_cuda() -> str | None:
         return "nvcc was not found (looked in CUDA_HOME and on the PATH); install the CUDA toolkit and build again"
     if nvcc_version() < CUDA_MINIMUM:
         return f"{nvcc()} is CUDA {version_text(nvcc_version())}, at least {version_text(CUDA_MINIMUM)} is needed"
-    return None
+    if cudart() is None:
+        return f"libcudart_static.a was not found below {cuda_home()}; install all of the CUDA toolkit"
+    return nvcc_command()[1]
 
 
 def architectures() -> list[str]:
@@ -318,11 +355,10 @@ if reason is None:
     extensions.append(extension("_cpu", CPU_SOURCES, flags, []))
 if cuda_reason is None:
     home = cuda_home()
-    folders = [p.parent for p in sorted(home.glob("**/libcudart_static.a"))[:1]]
-    link = [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    link = [f"-L{cudart().parent}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     link.append("-Wl,--exclude-libs,ALL")
     extensions.append(extension("_cuda", cuda_bindings, [*CXX_FLAGS, f"-I{home / 'include'}"], link))
-    command = [str(nvcc()), *NVCC_FLAGS, f"-ccbin={host_compiler()}", *architecture_flags()]
+    command = [*nvcc_command()[0], *NVCC_FLAGS, *architecture_flags()]
     if any(entry.startswith("9.0a") for entry in architectures()):  # host code cannot tell otherwise
         command.append("-DDEPICT_BUILT_FOR_SM90A")
     object_builds["depict_kernels._cuda"] = (command, cuda_sources)

@@ -111,6 +111,12 @@ def test_noise_that_breaks_the_model_counts_as_0_and_is_told(trained, tmp_path, 
     assert "mean of 2 draws; 0 for NaN or infinite masks" in [line.get_label() for line in axes.lines]
 
 
+def test_a_folder_in_the_place_of_the_picture_is_told_first(trained, tmp_path, capsys):
+    (tmp_path / "a_analysis.png").mkdir()
+    assert run.main(["analyse", str(trained), "--output", str(tmp_path / "a.json")]) == 2
+    assert "a_analysis.png: is a folder" in capsys.readouterr().err and not (tmp_path / "a.json").exists()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

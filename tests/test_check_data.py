@@ -234,3 +234,12 @@ def test_check_data_hints_at_masks_of_0_and_255(tmp_path):
     assert "in place" not in check_data(tmp_path, two, ("training",), reduce_zero_label=False).text()
     png(np.array([[0, 255, 1]], np.uint8), tmp_path / "annotations" / "training" / "a.png")
     assert "in place" not in check_data(tmp_path, two, ("training",), reduce_zero_label=False).text()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_class_list_beside_the_data_that_is_not_taken_is_told(folder, named, capsys):
+    own = folder / "classes.csv"
+    own.write_text("0,wall\n1,floor\n2,door\n")
+    main(["check-data", "--data.root", str(folder), *(["--data.classes", str(own)] if named else [])])
+    word = f"warning: {own} is not used: data.classes is ade20k; --data.classes {own} takes it\n"
+    assert capsys.readouterr().err == ("" if named else word)

@@ -349,6 +349,44 @@ def test_what_keeps_the_cuda_part_from_being_built(tmp_path, variables, words):
     assert words in result.stdout + result.stderr
 
 
+NVCC = """#!/bin/sh
+case "$*" in
+    *--version*) echo "Cuda compilation tools, release 12.0, V12.0.140" ;;
+    *--list-gpu-code*) echo sm_80 sm_90a ;;
+    *--dryrun*) echo "#$ TOP={home}" >&2 ;;
+    {refused}) echo "In file included from x.h:" >&2; echo "x.h:1: error: unsupported GNU version" >&2; exit 1 ;;
+esac
+"""
+
+
+@needs_sources
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    "refused, named, words",
+    [
+        ("*-ccbin=*", "", "'command': ['{home}/bin/nvcc'], 'built': True"),
+        ("*-ccbin=*/c++*", "g++-11", "'command': ['{home}/bin/nvcc', '-ccbin=g++-11'], 'built': True"),
+        ("*-c*", "", "does not compile: x.h:1: error: unsupported GNU version (NVCC_CCBIN names"),
+        (None, "", "libcudart_static.a was not found below {home}; install all of"),
+    ],
+    ids=["its own", "named", "none", "no runtime"],
+)
+def test_nvcc_gets_a_host_compiler_that_it_takes(tmp_path, refused, named, words):
+    """Ubuntu 24.04 has an nvcc that refuses the compiler beside it, and packs one that it takes."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(NVCC.format(home=tmp_path, refused=refused))
+    nvcc.chmod(0o755)
+    if refused:
+        (tmp_path / "lib64").mkdir()
+        (tmp_path / "lib64" / "libcudart_static.a").touch()
+    variables = {"CUDA_HOME": str(tmp_path), "NVCC_CCBIN": named, "TORCH_CUDA_ARCH_LIST": ""}
+    variables |= {"CXX": "", "DEPICT_KERNELS_NO_CUDA": "", "DEPICT_KERNELS_NO_EXTENSIONS": ""}
+    code = "print({'command': module['nvcc_command']()[0], **module['build_record']()['cuda']})"
+    result = run_setup(code, {**os.environ, **variables})
+    assert words.format(home=tmp_path) in result.stdout, result.stdout + result.stderr
+
+
 def run_setup(code, environment):
     """Runs setup.py up to its setup(), then ``code``, to which it is ``module``."""
     begin = "import setuptools, runpy, json; setuptools.setup = lambda **k: None\n"

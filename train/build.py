@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from depict_kernels import backends
 from depict_kernels.models import PretrainedWeightsError, SegmentationModel, start_from
 from depict_kernels.models.checkpoints import described_model, read_checkpoint
-from train.ade20k import ClassList, SegmentationFolder, load_classes
+from train.ade20k import BUILT_IN_CLASSES, ClassList, SegmentationFolder, load_classes
 from train.config import to_dict
 from train.distributed import World, on_main
 from train.errors import UserError, first_line
@@ -84,8 +85,17 @@ def generated_folder(made: Generate) -> Path:
 
 
 def class_list(config: Config, root: Path) -> ClassList:
-    """``data.classes``; the generated data set brings its own list."""
-    return load_classes(config.data.classes if config.data.root is not None else str(root / "classes.csv"))
+    """``data.classes``; the generated data set brings its own list.
+
+    Warns where the data set holds a list and the built-in one is taken, which it is unless another is named.
+    """
+    own, named = root / "classes.csv", config.data.classes
+    if config.data.root is None:
+        return load_classes(str(own))
+    if named in BUILT_IN_CLASSES and own.is_file():
+        word = f"warning: {own} is not used: data.classes is {named}; --data.classes {own} takes it"
+        print(word, file=sys.stderr, flush=True)
+    return load_classes(named)
 
 
 def split(config: Config, root: Path, name: str, classes: ClassList) -> SegmentationFolder:

@@ -11,6 +11,7 @@ from train.command_eval import (
     CHECKPOINT,
     KEYS,
     check_output,
+    check_picture,
     one_run,
     open_run,
     scored,
@@ -19,7 +20,6 @@ from train.command_eval import (
 )
 from train.command_line import CONFIG, Command, Option
 from train.errors import UserError
-from train.run_folder import check_writable
 
 SIGMAS = (0.001, 0.01, 0.02, 0.04)  # the paper's
 
@@ -30,13 +30,13 @@ def analyse_run(arguments: list[str]) -> int:
     which = which_checkpoint(folder, own)
     sigmas = _sigmas(own.get("sigmas"))
     repeats, count = (_count(own, name, default) for name, default in (("repeats", 3), ("images", 16)))
-    config, classes, model, state, world = open_run(folder, rest, which)
     ending = "" if which == "best" else scored(which, False)
     output = Path(own.get("output", folder / f"analysis{ending}.json"))
     picture = output.with_name(f"{output.stem}_analysis.png")
     if "output" not in own:
         picture = folder / "plots" / f"analysis{ending}.png"
-        check_writable(picture.parent, "--output")
+    check_picture(picture)
+    config, classes, model, state, world = open_run(folder, rest, which)
 
     from train import analysis, build
     from train.analysis_plot import analysis_figure

@@ -115,6 +115,15 @@ def check_output(output: Path, of: dict[str, Any] | None = None, holds: str = "i
         )
 
 
+def check_picture(picture: Path) -> None:
+    """Raises UserError where a command could not write the picture that goes with its results."""
+    if picture.is_dir():
+        raise UserError(
+            f"{picture}: is a folder, and a picture goes there; move it, or give another --output"
+        )
+    check_writable(picture.parent, "--output")
+
+
 def evaluate_run(arguments: list[str]) -> int:
     words, own, rest = EVAL.split(arguments)
     folder = one_run(EVAL, words)
@@ -122,11 +131,11 @@ def evaluate_run(arguments: list[str]) -> int:
     multiscale = own.get("multiscale", False)
     output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
     check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
-    config, classes, model, state, world = open_run(folder, rest, which)
     picture = output.with_name(f"{output.stem}_confusion.png")
     if "output" not in own:
         picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
-        check_writable(picture.parent, "--output")
+    check_picture(picture)
+    config, classes, model, state, world = open_run(folder, rest, which)
     from train import build
     from train.inference import Comparison, evaluate, print_progress
     from train.metrics import iou_lines

@@ -17,7 +17,7 @@ import pytest
 from tests.ptx import machine, program
 
 ARCHITECTURE = "sm_90a"
-HEAD = f".version 8.5\n.target {ARCHITECTURE}\n.address_size 64\n.extern .shared .align 1024 .b8 dynamic[];\n"
+HEAD = f".version 8.0\n.target {ARCHITECTURE}\n.address_size 64\n.extern .shared .align 1024 .b8 dynamic[];\n"
 seen: list[str] = []  # every kernel that ran, so that ptxas can be asked about them
 
 _CLASSES = {
