@@ -21,12 +21,14 @@ void attention_pack_keys(const AttentionTask<T>& task, int64_t head, int64_t blo
   pack_tokens<T>(task.w, task.first_head + head, block, task.w_panel + at * dim);
   if (task.sum_w) __builtin_memset(task.sum_w + at * dim, 0, sizeof(T) * kTokens * dim);
   if (!task.half) return;
-  // In the order of the scores' sums, so that a token's score with itself is twice this to the last bit.
+  // Summed as the scores are, so that a token's score with itself is twice this to the last bit.
   const T* panel = task.w_panel + at * dim;
   for (int v = 0; v < kTokens; v += Simd<T>::lanes) {
     Vec<T> square = {};
-    for (int64_t d = 0; d < dim; ++d)
-      square += load<T>(panel + d * kTokens + v) * load<T>(panel + d * kTokens + v);
+    for (int64_t d = 0; d < dim; ++d) {
+      const Vec<T> w = load<T>(panel + d * kTokens + v);
+      square = multiply_add(w, w, square);
+    }
     store<T>(task.half + at + v, square * task.scale * T(0.5));
   }
 }
@@ -42,9 +44,9 @@ void attention_pack_queries(const AttentionTask<T>& task, int64_t head, int64_t 
   T *grad = task.grad_panel + at * dim, *delta = task.delta + at;
   pack_tokens<T>(task.grad, of_all, block, grad);
   __builtin_memset(delta, 0, sizeof(T) * kTokens);
-  // In the order of the dot products that it is subtracted from: where one weight is 1 the difference is 0.
+  // Summed as the dot products that it is subtracted from: where one weight is 1 the difference is 0.
   visit_tokens<T>(task.out, of_all, block, [&](int d, int t, Vec<T> v) {
-    store<T>(delta + t, load<T>(delta + t) + load<T>(grad + d * kTokens + t) * v);
+    store<T>(delta + t, multiply_add(load<T>(grad + d * kTokens + t), v, load<T>(delta + t)));
   });
   const int tokens = tokens_in(task.q.tokens, block);
   const T* lse = task.given_lse + of_all * task.q.tokens + block * kTokens;

@@ -1,5 +1,7 @@
 // x86-64-v3; see avx512.cpp.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 

@@ -1,6 +1,8 @@
 // x86-64-v4. The instruction set is chosen here rather than by compiler flags, after every standard header:
 // inline functions of those must stay usable on older processors.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 

@@ -27,7 +27,7 @@ DEPICT_INLINE void product_tile(const T* a, const T* b, T* c, int count, T facto
     for (int r = 0; r < Rows; ++r) {
       const Vec<T> x = splat<T>(a[r * RowStride + k * Step]);
       DEPICT_UNROLL
-      for (int v = 0; v < Columns; ++v) sum[r][v] += x * row[v];
+      for (int v = 0; v < Columns; ++v) sum[r][v] = multiply_add(x, row[v], sum[r][v]);
     }
   }
   DEPICT_UNROLL

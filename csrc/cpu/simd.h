@@ -59,6 +59,31 @@ DEPICT_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // an addition would be done: it makes -0 of a sum 0
 }
 
+// a b + c, rounded once where the processor can. Compilers contract an expression or not as they see fit (GCC
+// not from 13 on where it is all that a loop adds up), so that two sums of the same products could differ.
+DEPICT_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if DEPICT_LANES == 16
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif DEPICT_LANES == 8
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+DEPICT_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if DEPICT_LANES == 16
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif DEPICT_LANES == 8
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 // A NaN in `a` survives both of these when `b` is a number.
 template <class V>
 DEPICT_INLINE V at_least(V a, V b) {
