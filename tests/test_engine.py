@@ -421,3 +421,19 @@ def test_a_split_without_a_label_is_refused_at_the_start(split, tmp_path):
     else:
         with pytest.raises(UserError, match="no labelled pixel in validation"):
             trainer(root, tmp_path, eval__max_images=1)
+
+
+def test_a_minute_without_a_line_says_the_step(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("train.logs.time.monotonic", lambda: now[0])
+    log = RunLog(tmp_path, 100, tensorboard=False)
+    log.start(0, -1)
+    for step, now[0] in ((1, 50.0), (2, 61.0), (3, 90.0)):
+        log.advance(step)
+    log.train(4, {"loss": 1.0, "lr": 1e-3, "images_per_s": 2.0, "seconds_per_step": 3.0})
+    for step, now[0] in ((5, 149.0), (6, 151.0)):
+        log.advance(step)
+    RunLog(tmp_path, 100, main=False, tensorboard=False).advance(7)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"step {step}/100" for step in (2, 4, 6)
+    ]

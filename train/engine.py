@@ -180,10 +180,10 @@ class Trainer:
                 with undivided() if self.world.size == 1 else contextlib.nullcontext():
                     self._update(micro_batches)
                     self.step += 1
-                self.log.advance(self.step)
                 due = self._evaluation_due()
                 if self.step % settings.log_every == 0 or self.step == self.total_steps:
                     self._report()
+                self.log.advance(self.step)
                 if due or self.step % settings.save_every == 0:
                     self.save()
                 if due:

@@ -63,11 +63,15 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line of text on the terminal."""
         if self.main:
+            self._said = time.monotonic()
             self._console.print(text, markup=False)
 
     def advance(self, step: int) -> None:
+        """A step is done: the bar moves, or, without a terminal, a line says so after a minute without any."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+        elif self._minute_of_silence():
+            self.say(f"step {step}/{self.total_steps}")
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """A log step of the training: at least loss, lr, epoch and images_per_s."""
@@ -89,9 +93,11 @@ class RunLog:
         text = f"evaluating {done}/{total}  {images_per_s:.1f} images/s"
         if self._progress is not None:
             self._progress.update(self._task, text=text)
-        elif done == total or time.monotonic() - self._said > 60:
-            self._said = time.monotonic()
+        elif done == total or self._minute_of_silence():
             self.say(text)
+
+    def _minute_of_silence(self) -> bool:
+        return time.monotonic() - self._said > 60
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """An evaluation: miou, pixel_accuracy, mean_accuracy."""
