@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -437,3 +438,15 @@ def test_a_minute_without_a_line_says_the_step(tmp_path, capsys, monkeypatch):
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"step {step}/100" for step in (2, 4, 6)
     ]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_labels_that_may_start_at_0_are_told_once(first, tmp_path, capsys):
+    data = make_data(tmp_path / "own")
+    for path in (data / "annotations").rglob("*.png"):
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.maximum(labels, 1) - (1 - first)).save(path)
+    of = trainer(data, tmp_path, train__steps=2, train__eval_every=1)
+    of.train()
+    hint = "label 5, the last class's, occurs nowhere in validation, and 4 does"
+    assert capsys.readouterr().out.count(hint) == 1 - first

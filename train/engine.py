@@ -114,6 +114,7 @@ class Trainer:
         self.best_miou, self.best_step = -1.0, -1
         self.scored_otherwise: list[str] = []  # why best_miou is no score of this configuration
         self.untrained_miou: float | None = None
+        self.doubted = False
         # One row per step since the last log line: loss of this process's share, norm of the gradient.
         self.window = torch.zeros(min(config.train.log_every, self.total_steps), 2, device=self.device)
         self.window_images: list[list[int]] = []
@@ -318,9 +319,22 @@ class Trainer:
 
     def _scores(self, model: nn.Module) -> dict[str, Any]:
         before = checkpoint.rng_state(self.device)
-        results = self.measure(model).results()
+        metrics = self.measure(model)
         checkpoint.set_rng_state(before, self.device)
-        return results
+        self._doubt_labels(metrics.confusion.sum(1) > 0)
+        return metrics.results()
+
+    def _doubt_labels(self, seen: Tensor) -> None:
+        """Says once where 0 may be a class of the annotations: all classes would be off by one, and train."""
+        data, last = self.config.data, self.classes.num_classes
+        if self.doubted or not data.reduce_zero_label or self.config.eval.max_images is not None:
+            return
+        self.doubted = True
+        if last > 1 and not seen[-1] and seen[-2]:
+            self.log.say(
+                f"warning: label {last}, the last class's, occurs nowhere in {data.val_split}, and {last - 1} does: if "
+                "0 is the first class and not unlabelled, give --data.reduce_zero_label false"
+            )
 
     def measure(self, model: nn.Module) -> SegmentationMetrics:
         """The confusion matrix of ``model`` over the validation split, every process doing its share."""
