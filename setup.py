@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -97,17 +98,19 @@ NVCC_FLAGS = [
 
 
 def switched_on(variable: str) -> bool:
-    return os.environ.get(variable, "0") not in ("", "0")
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
 
 
 def compiler() -> str | None:
     """The C++ compiler's command, or None where there is none."""
     command = os.environ.get("CXX", "").strip() or "c++"
     try:
-        first = shlex.split(command)[0]
+        words = shlex.split(command)
     except ValueError as error:
         raise SystemExit(f"CXX: {command!r} is no command ({error})") from None
-    return command if shutil.which(first) else None
+    # ninja calls it from another folder.
+    words = [os.path.abspath(word) if os.sep in word and os.path.isfile(word) else word for word in words]
+    return shlex.join(words) if shutil.which(words[0]) else None
 
 
 def host_compiler() -> str | None:
@@ -116,12 +119,18 @@ def host_compiler() -> str | None:
     return shutil.which(words[len(words) > 1 and Path(words[0]).name in LAUNCHERS])
 
 
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command with its output as text; one that cannot be run, or does not end, has failed."""
+    settings = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "cwd": ROOT, "timeout": 60}
+    try:
+        return subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, **settings)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", f"error: {error}")
+
+
 def output_of(*command: str) -> str | None:
     """What a command prints, or None where it fails."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    result = run(*command)
     return result.stdout.strip() if result.returncode == 0 else None
 
 
@@ -148,60 +157,111 @@ def why_not() -> str | None:
     return None
 
 
-def nvcc() -> Path | None:
-    """CUDA's compiler: of CUDA_HOME, on the PATH, or of the packages that NVIDIA keeps on PyPI."""
+class Toolkit(NamedTuple):
+    """A CUDA toolkit that compiles and links here."""
+
+    nvcc: Path
+    version: tuple[int, ...]
+    command: list[str]  # nvcc with the host compiler that it takes
+    compile_flags: list[str]  # of host code that calls its runtime
+    link_flags: list[str]
+
+
+def toolkits() -> list[Path]:
+    """Every nvcc: of CUDA_HOME, on the PATH, in NVIDIA's default place, of the packages that it keeps on PyPI."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [Path(home) / "bin" / "nvcc" for home in homes]
     if shutil.which("nvcc"):
         candidates.append(Path(shutil.which("nvcc")))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     for folder in sys.path:
         candidates += sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True)
-    return next((path.resolve() for path in candidates if os.access(path, os.X_OK)), None)
-
-
-def cuda_home() -> Path:
-    """The toolkit's folder as nvcc itself knows it: what is on the PATH may be a wrapper."""
-    command = [str(nvcc()), "--dryrun", "-x", "cu", "-c", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
-    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    return Path(found[1]).resolve() if found else nvcc().parent.parent
+    found = [path.resolve() for path in candidates if path.is_file() and os.access(path, os.X_OK)]
+    return list(dict.fromkeys(found))
 
 
 @functools.cache
-def cudart() -> Path | None:
-    """The static runtime library for this machine, beside which a toolkit may have those of others."""
-    found = sorted(cuda_home().glob("**/libcudart_static.a"))
-    return min(found, key=lambda path: platform.machine() not in str(path), default=None)
+def toolkit() -> Toolkit | str:
+    """The first toolkit that compiles and links here, or what keeps the first one from it."""
+    reasons = []
+    for nvcc in toolkits():
+        kit = _probed(nvcc)
+        if isinstance(kit, Toolkit):
+            return kit
+        reasons.append(kit)
+    places = "CUDA_HOME, on the PATH and in /usr/local/cuda"
+    missing = f"nvcc was not found (looked in {places}); install the CUDA toolkit and build again"
+    return (reasons or [missing])[0]
 
 
-@functools.cache
-def nvcc_command() -> tuple[list[str], str | None]:
-    """nvcc with a host compiler that it takes, and what keeps it from compiling with any.
-
-    nvcc refuses a compiler that is newer than itself. The packages of Debian and Ubuntu have an nvcc older than the
-    default compiler, and with it an older compiler, which nvcc takes where it is not told another.
-    """
-    alone = [str(nvcc())]
-    named = os.environ.get("NVCC_CCBIN")  # nvcc reads it too, but not in every version
-    commands = [[*alone, f"-ccbin={named or host_compiler()}"]] + ([] if named else [alone])
-    failures = []
+def _probed(nvcc: Path) -> Toolkit | str:
+    """A toolkit that compiles and links a few lines, or why it does not."""
+    found = re.search(r"release (\d+)\.(\d+)", output_of(str(nvcc), "--version") or "")
+    if found is None:
+        return f"{nvcc} does not answer to --version"
+    version = tuple(map(int, found.groups()))
+    if version < CUDA_MINIMUM:
+        return f"{nvcc} is CUDA {version_text(version)}, at least {version_text(CUDA_MINIMUM)} is needed"
+    # nvcc knows best where headers and libraries are: conda has them in a folder of the target's, Debian among the
+    # system's, and what is on the PATH may be a wrapper.
+    said = run(str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull).stderr
+    known = dict(re.findall(r"^#\$ (TOP|INCLUDES|LIBRARIES)=(.*)$", said, re.MULTILINE))
+    home = Path(known["TOP"]).resolve() if "TOP" in known else nvcc.parent.parent
+    includes = [Path(folder) for folder in re.findall(r'"-I(.+?)"', known.get("INCLUDES", ""))]
+    folders = [Path(folder) for folder in re.findall(r'-L([^"]+?)(?="|\s|$)', known.get("LIBRARIES", ""))]
+    folders += [path.parent for path in sorted(home.glob("**/libcudart_static.a"))]
+    folders = [folder.resolve() for folder in folders if (folder / "libcudart_static.a").is_file()]
+    if not folders:
+        return f"libcudart_static.a was not found below {home}; install all of the CUDA toolkit"
+    includes = dict.fromkeys(folder.resolve() for folder in [*includes, home / "include"])
+    compile_flags = [f"-I{folder}" for folder in includes]
+    link = [f"-L{folder}" for folder in dict.fromkeys(folders)]
+    link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cu"
-        source.write_text("#include <algorithm>\n#include <cmath>\n__global__ void probe() {}\n")
-        for command in commands:
-            arguments = [*command, *NVCC_FLAGS, "-c", str(source), "-o", str(source.with_suffix(".o"))]
-            done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-            if done.returncode == 0:
-                return command, None
-            lines = (done.stderr + done.stdout).splitlines()
-            failures.append(next((line for line in lines if "error" in line), "no message"))
-    hint = "NVCC_CCBIN names a host compiler that it takes, such as g++-12"
-    return alone, f"{nvcc()} does not compile: {failures[0]} ({hint})"
+        device, host, linked = (str(Path(folder) / name) for name in ("probe.cu", "probe.cpp", "probe.so"))
+        Path(device).write_text("#include <algorithm>\n#include <cmath>\n__global__ void probe() {}\n")
+        Path(host).write_text(
+            "#include <cuda_runtime_api.h>\nint count(int* n) { return cudaGetDeviceCount(n); }\n"
+        )
+        command, reason = _with_host_compiler(nvcc, device, f"{device}.o")
+        if reason:
+            return f"{nvcc} does not compile: {reason}"
+        arguments = ["-shared", "-fPIC", f"{device}.o", host, *compile_flags, *link, "-o", linked]
+        result = run(*shlex.split(compiler()), *arguments)
+        if result.returncode:
+            return (
+                f"{nvcc}: what it compiles cannot be linked: {_complaint(result)}; install all of the toolkit"
+            )
+    return Toolkit(nvcc, version, command, compile_flags, link)
 
 
-def nvcc_version() -> tuple[int, ...]:
-    found = re.search(r"release (\d+)\.(\d+)", output_of(str(nvcc()), "--version") or "")
-    return tuple(map(int, found.groups())) if found else (0, 0)
+def _with_host_compiler(nvcc: Path, source: str, target: str) -> tuple[list[str], str]:
+    """nvcc with a host compiler with which it compiles ``source``, or why it takes none.
+
+    It refuses one that is newer than itself. The packages of Debian and Ubuntu have an nvcc older than the default
+    compiler, and with it an older compiler, which nvcc takes where it is not told another.
+    """
+    named = os.environ.get("NVCC_CCBIN", "").strip()  # nvcc reads it too, but not in every version
+    if named and not (shutil.which(named) or os.path.isdir(named)):
+        raise SystemExit(f"NVCC_CCBIN: {named!r} is no compiler; write e.g. g++-12, without options")
+    named = os.path.abspath(named) if os.sep in named else named
+    choices = [[f"-ccbin={named}"]] if named else [[f"-ccbin={host_compiler()}"], []]
+    complaint = ""
+    for choice in choices:
+        result = run(str(nvcc), *choice, *NVCC_FLAGS, "-c", source, "-o", target)
+        if result.returncode == 0:
+            return [str(nvcc), *choice], ""
+        complaint = complaint or _complaint(result)
+    if named or "unsupported" in complaint:
+        complaint += " (NVCC_CCBIN names a host compiler that it takes, such as g++-12)"
+    return [], complaint
+
+
+def _complaint(result: subprocess.CompletedProcess[str]) -> str:
+    """The line that tells what went wrong."""
+    lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
+    telling = [line for line in lines if re.search("error|fatal|not found|No such file|cannot", line)]
+    return (telling or lines[-1:] or [f"exit status {result.returncode}"])[0]
 
 
 def why_not_cuda() -> str | None:
@@ -210,37 +270,35 @@ def why_not_cuda() -> str | None:
         return "DEPICT_KERNELS_NO_CUDA was set when the package was built"
     if sys.platform != "linux":
         return "the CUDA part is built on Linux only"
-    if nvcc() is None:
-        return "nvcc was not found (looked in CUDA_HOME and on the PATH); install the CUDA toolkit and build again"
-    if nvcc_version() < CUDA_MINIMUM:
-        return f"{nvcc()} is CUDA {version_text(nvcc_version())}, at least {version_text(CUDA_MINIMUM)} is needed"
-    if cudart() is None:
-        return f"libcudart_static.a was not found below {cuda_home()}; install all of the CUDA toolkit"
-    return nvcc_command()[1]
+    kit = toolkit()
+    return kit if isinstance(kit, str) else None
 
 
+@functools.cache
 def architectures() -> list[str]:
     """Compute capabilities to compile for, such as ["8.0", "9.0a", "12.0+PTX"]."""
-    known = (output_of(str(nvcc()), "--list-gpu-code") or "").split()
+    nvcc = toolkit().nvcc
+    known = (output_of(str(nvcc), "--list-gpu-code") or "").split()
     number = lambda entry: re.match(r"\d+\.\d", entry)[0].replace(".", "")
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
-    if asked.strip(";"):
-        chosen = [entry for entry in asked.split(";") if entry]
-        for entry in chosen:
-            if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", entry):
-                raise SystemExit(
-                    f"TORCH_CUDA_ARCH_LIST: {entry!r} is no architecture; write e.g. 8.0;9.0a;12.0+PTX"
-                )
-            if float(re.match(r"\d+\.\d", entry)[0]) < 8:
-                raise SystemExit(
-                    f"TORCH_CUDA_ARCH_LIST: {entry}: the CUDA kernels need compute capability 8.0"
-                )
-            if f"sm_{number(entry)}" not in known:
-                raise SystemExit(
-                    f"TORCH_CUDA_ARCH_LIST: {entry}: {nvcc()} compiles for {' '.join(known)} alone"
-                )
-        return chosen
-    return [entry for entry in CUDA_ARCHITECTURES.split(";") if f"sm_{number(entry)}" in known]
+    asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, "))
+    if asked == [""]:
+        return [entry for entry in CUDA_ARCHITECTURES.split(";") if f"sm_{number(entry)}" in known]
+    for entry in asked:
+        if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", entry):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: {entry!r} is no architecture; write e.g. 8.0;9.0a;12.0+PTX"
+            )
+        if f"sm_{number(entry)}" not in known:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry}: {nvcc} compiles for {' '.join(known)} alone")
+    chosen = [
+        entry for entry in asked if int(number(entry)) >= 80
+    ]  # containers set it for all that torch runs on
+    if not chosen:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: {asked[0]}: the CUDA kernels need compute capability 8.0; "
+            "DEPICT_KERNELS_NO_CUDA=1 installs without them"
+        )
+    return chosen
 
 
 def architecture_flags() -> list[str]:
@@ -294,7 +352,7 @@ def build_record() -> dict:
             ["avx512", "avx2", "baseline"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
         )
     if cuda_reason is None:
-        record["cuda"]["nvcc"] = version_text(nvcc_version())
+        record["cuda"]["nvcc"] = version_text(toolkit().version)
         record["cuda"]["architectures"] = architectures()
     return record
 
@@ -351,14 +409,15 @@ if reason is None:
     from torch.utils.cpp_extension import BuildExtension
 
     bound_jobs()
+    if os.environ.get("CXX"):
+        os.environ["CXX"] = compiler()  # torch's build calls it from another folder too
     commands["build_ext"] = BuildExtension
     extensions.append(extension("_cpu", CPU_SOURCES, flags, []))
 if cuda_reason is None:
-    home = cuda_home()
-    link = [f"-L{cudart().parent}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    link.append("-Wl,--exclude-libs,ALL")
-    extensions.append(extension("_cuda", cuda_bindings, [*CXX_FLAGS, f"-I{home / 'include'}"], link))
-    command = [*nvcc_command()[0], *NVCC_FLAGS, *architecture_flags()]
+    kit = toolkit()
+    cuda = extension("_cuda", cuda_bindings, [*CXX_FLAGS, *kit.compile_flags], kit.link_flags)
+    extensions.append(cuda)
+    command = [*kit.command, *NVCC_FLAGS, *architecture_flags()]
     if any(entry.startswith("9.0a") for entry in architectures()):  # host code cannot tell otherwise
         command.append("-DDEPICT_BUILT_FOR_SM90A")
     object_builds["depict_kernels._cuda"] = (command, cuda_sources)

@@ -94,9 +94,11 @@ def why_not_on_gpu(capability: tuple[int, int]) -> str | None:
         later = entry.endswith("+PTX") and not exact[-1].isalpha() and (major, minor) <= capability
         if same_family or later:
             return None
+    own = f"{capability[0]}.{capability[1]}"
+    build_for = "9.0a" if own == "9.0" else own  # with Hopper's own products
     return (
-        f"the CUDA kernels were built for compute capability {', '.join(built)} and this GPU has "
-        f"{capability[0]}.{capability[1]}; TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} {_REBUILD}"
+        f"the CUDA kernels were built for compute capability {', '.join(built)} and this GPU has {own}; "
+        f"TORCH_CUDA_ARCH_LIST={build_for} {_REBUILD}"
     )
 
 

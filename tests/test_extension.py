@@ -102,7 +102,8 @@ def test_architectures_of_the_cuda_kernels(elsewhere, built, capability, fits):
         assert reason is None
     else:
         own = f"{capability[0]}.{capability[1]}"
-        assert f"this GPU has {own}; TORCH_CUDA_ARCH_LIST={own} pip install" in reason
+        exact = {"9.0": "9.0a"}.get(own, own)
+        assert f"this GPU has {own}; TORCH_CUDA_ARCH_LIST={exact} pip install" in reason
 
 
 def test_the_tensors_own_gpu_and_the_driver_decide(monkeypatch):
@@ -322,69 +323,6 @@ def test_builds_without_the_compiled_part(tmp_path, variables, words):
     record = json.loads((built / "_build.json").read_text())
     assert record["cpu"]["built"] is False and words in record["cpu"]["reason"]
     assert (built / "extension.py").exists() and not list(built.glob("*.so"))
-
-
-@needs_sources
-@pytest.mark.parametrize(
-    "variables, words",
-    [
-        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "'Hopper' is no architecture; write e.g. 8.0;9.0a;12.0+PTX"),
-        ({"TORCH_CUDA_ARCH_LIST": "7.5"}, "7.5: the CUDA kernels need compute capability 8.0"),
-        ({"TORCH_CUDA_ARCH_LIST": "9.9"}, "9.9: "),
-        ({"DEPICT_KERNELS_NO_CUDA": "1"}, "DEPICT_KERNELS_NO_CUDA was set"),
-        ({"CUDA_HOME": "elsewhere", "CUDA_PATH": "", "PATH": "{tools}"}, "nvcc was not found"),
-    ],
-    ids=["no architecture", "too old", "unknown to nvcc", "switched off", "no nvcc"],
-)
-def test_what_keeps_the_cuda_part_from_being_built(tmp_path, variables, words):
-    if "TORCH_CUDA_ARCH_LIST" in variables and shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("c++", "git"):
-        if shutil.which(name):
-            (tools / name).symlink_to(shutil.which(name))
-    environment = {**os.environ, **{k: v.format(tools=tools) for k, v in variables.items()}}
-    result = run_setup("print(json.dumps(module['build_record']()['cuda']))", environment)
-    assert words in result.stdout + result.stderr
-
-
-NVCC = """#!/bin/sh
-case "$*" in
-    *--version*) echo "Cuda compilation tools, release 12.0, V12.0.140" ;;
-    *--list-gpu-code*) echo sm_80 sm_90a ;;
-    *--dryrun*) echo "#$ TOP={home}" >&2 ;;
-    {refused}) echo "In file included from x.h:" >&2; echo "x.h:1: error: unsupported GNU version" >&2; exit 1 ;;
-esac
-"""
-
-
-@needs_sources
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(
-    "refused, named, words",
-    [
-        ("*-ccbin=*", "", "'command': ['{home}/bin/nvcc'], 'built': True"),
-        ("*-ccbin=*/c++*", "g++-11", "'command': ['{home}/bin/nvcc', '-ccbin=g++-11'], 'built': True"),
-        ("*-c*", "", "does not compile: x.h:1: error: unsupported GNU version (NVCC_CCBIN names"),
-        (None, "", "libcudart_static.a was not found below {home}; install all of"),
-    ],
-    ids=["its own", "named", "none", "no runtime"],
-)
-def test_nvcc_gets_a_host_compiler_that_it_takes(tmp_path, refused, named, words):
-    """Ubuntu 24.04 has an nvcc that refuses the compiler beside it, and packs one that it takes."""
-    (tmp_path / "bin").mkdir()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text(NVCC.format(home=tmp_path, refused=refused))
-    nvcc.chmod(0o755)
-    if refused:
-        (tmp_path / "lib64").mkdir()
-        (tmp_path / "lib64" / "libcudart_static.a").touch()
-    variables = {"CUDA_HOME": str(tmp_path), "NVCC_CCBIN": named, "TORCH_CUDA_ARCH_LIST": ""}
-    variables |= {"CXX": "", "DEPICT_KERNELS_NO_CUDA": "", "DEPICT_KERNELS_NO_EXTENSIONS": ""}
-    code = "print({'command': module['nvcc_command']()[0], **module['build_record']()['cuda']})"
-    result = run_setup(code, {**os.environ, **variables})
-    assert words.format(home=tmp_path) in result.stdout, result.stdout + result.stderr
 
 
 def run_setup(code, environment):

@@ -1,6 +1,8 @@
 // What every processor of the architecture has: SSE2 on x86-64, NEON on aarch64.
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__FMA__)
+#include <immintrin.h>
 #endif
 
 #include <cstddef>

@@ -68,6 +68,8 @@ DEPICT_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) 
   return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
   return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__FMA__)  // where CXX has options such as -march=native
+  return (Vec<float>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
 #else
   return a * b + c;
 #endif
@@ -79,6 +81,8 @@ DEPICT_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double>
   return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #elif defined(__aarch64__)
   return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm_fmadd_pd((__m128d)a, (__m128d)b, (__m128d)c);
 #else
   return a * b + c;
 #endif
