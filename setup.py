@@ -290,9 +290,8 @@ def architectures() -> list[str]:
             )
         if f"sm_{number(entry)}" not in known:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry}: {nvcc} compiles for {' '.join(known)} alone")
-    chosen = [
-        entry for entry in asked if int(number(entry)) >= 80
-    ]  # containers set it for all that torch runs on
+    # Containers set it to all that torch runs on.
+    chosen = [entry for entry in asked if int(number(entry)) >= 80]
     if not chosen:
         raise SystemExit(
             f"TORCH_CUDA_ARCH_LIST: {asked[0]}: the CUDA kernels need compute capability 8.0; "
@@ -415,8 +414,8 @@ if reason is None:
     extensions.append(extension("_cpu", CPU_SOURCES, flags, []))
 if cuda_reason is None:
     kit = toolkit()
-    cuda = extension("_cuda", cuda_bindings, [*CXX_FLAGS, *kit.compile_flags], kit.link_flags)
-    extensions.append(cuda)
+    cuda_flags = [*CXX_FLAGS, *kit.compile_flags]
+    extensions.append(extension("_cuda", cuda_bindings, cuda_flags, kit.link_flags))
     command = [*kit.command, *NVCC_FLAGS, *architecture_flags()]
     if any(entry.startswith("9.0a") for entry in architectures()):  # host code cannot tell otherwise
         command.append("-DDEPICT_BUILT_FOR_SM90A")

@@ -111,10 +111,11 @@ def test_noise_that_breaks_the_model_counts_as_0_and_is_told(trained, tmp_path, 
     assert "mean of 2 draws; 0 for NaN or infinite masks" in [line.get_label() for line in axes.lines]
 
 
-def test_a_folder_in_the_place_of_the_picture_is_told_first(trained, tmp_path, capsys):
-    (tmp_path / "a_analysis.png").mkdir()
-    assert run.main(["analyse", str(trained), "--output", str(tmp_path / "a.json")]) == 2
-    assert "a_analysis.png: is a folder" in capsys.readouterr().err and not (tmp_path / "a.json").exists()
+@pytest.mark.parametrize("command, name", [("analyse", "a_analysis.png"), ("eval", "a_confusion.png")])
+def test_a_folder_in_the_place_of_the_picture_is_told_first(command, name, trained, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    assert run.main([command, str(trained), "--output", str(tmp_path / "a.json")]) == 2
+    assert f"{name}: is a folder" in capsys.readouterr().err and not (tmp_path / "a.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,13 @@ def analyse_run(arguments: list[str]) -> int:
     which = which_checkpoint(folder, own)
     sigmas = _sigmas(own.get("sigmas"))
     repeats, count = (_count(own, name, default) for name, default in (("repeats", 3), ("images", 16)))
+    config, classes, model, state, world = open_run(folder, rest, which)
     ending = "" if which == "best" else scored(which, False)
     output = Path(own.get("output", folder / f"analysis{ending}.json"))
     picture = output.with_name(f"{output.stem}_analysis.png")
     if "output" not in own:
         picture = folder / "plots" / f"analysis{ending}.png"
     check_picture(picture)
-    config, classes, model, state, world = open_run(folder, rest, which)
 
     from train import analysis, build
     from train.analysis_plot import analysis_figure

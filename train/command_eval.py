@@ -131,11 +131,11 @@ def evaluate_run(arguments: list[str]) -> int:
     multiscale = own.get("multiscale", False)
     output = Path(own.get("output", folder / f"results{scored(which, multiscale)}.json"))
     check_output(output, None if "output" in own else {"checkpoint": which})  # before the model is built
+    config, classes, model, state, world = open_run(folder, rest, which)
     picture = output.with_name(f"{output.stem}_confusion.png")
     if "output" not in own:
         picture = folder / "plots" / f"confusion{scored(which, multiscale)}.png"
     check_picture(picture)
-    config, classes, model, state, world = open_run(folder, rest, which)
     from train import build
     from train.inference import Comparison, evaluate, print_progress
     from train.metrics import iou_lines
