@@ -104,7 +104,7 @@ def why_not_on_gpu(capability: tuple[int, int]) -> str | None:
 
 def emulated() -> bool:
     """Whether backend ``cuda`` takes CPU tensors and runs its kernels in the emulator (a test's way)."""
-    return os.environ.get(EMULATE, "0") not in ("", "0")
+    return os.environ.get(EMULATE, "").lower() not in ("", "0", "false", "no", "off")
 
 
 def status() -> dict[str, str]:

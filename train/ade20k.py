@@ -246,6 +246,11 @@ def foreign(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = True
     return (labels > highest) & (labels != np.iinfo(labels.dtype).max)
 
 
+def may_start_at_0(seen: np.ndarray) -> bool:
+    """Whether labels end at C - 1, as they do where 0 is a class and not unlabelled; seen[c] is of label c + 1."""
+    return not seen[-1] and bool(len(seen) == 1 or seen[-2])
+
+
 def to_target(labels: np.ndarray, num_classes: int, reduce_zero_label: bool = True) -> np.ndarray:
     """Maps stored annotation values to targets.
 

@@ -16,6 +16,7 @@ from train.ade20k import (
     exif_orientation,
     foreign,
     list_pairs,
+    may_start_at_0,
     read_labels,
     read_pair,
     to_target,
@@ -118,8 +119,7 @@ class DataReport:
         """Whether labels go up to C - 1 and some are ignored, as they do where 0 is a class and not unlabelled."""
         if not self.reduce_zero_label or not any(s.ignored for s in self.splits):
             return False
-        seen = [0, *(np.flatnonzero(sum(s.images_with for s in self.splits)) + 1)]
-        return max(seen) == self.classes.num_classes - 1
+        return may_start_at_0(sum(s.images_with for s in self.splits) > 0)
 
 
 def _unlabelled(num_classes: int, reduce_zero_label: bool) -> str:

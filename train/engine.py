@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from depict_kernels import ops
 from train import build, checkpoint, optim
+from train.ade20k import may_start_at_0
 from train.config import scoring, to_dict
 from train.distributed import World, gather, on_main, sum_over
 from train.errors import UserError
@@ -321,16 +322,16 @@ class Trainer:
         before = checkpoint.rng_state(self.device)
         metrics = self.measure(model)
         checkpoint.set_rng_state(before, self.device)
-        self._doubt_labels(metrics.confusion.sum(1) > 0)
+        self._doubt_labels((metrics.confusion.sum(1) > 0).cpu().numpy())
         return metrics.results()
 
-    def _doubt_labels(self, seen: Tensor) -> None:
+    def _doubt_labels(self, seen: np.ndarray) -> None:
         """Says once where 0 may be a class of the annotations: all classes would be off by one, and train."""
         data, last = self.config.data, self.classes.num_classes
         if self.doubted or not data.reduce_zero_label or self.config.eval.max_images is not None:
             return
         self.doubted = True
-        if last > 1 and not seen[-1] and seen[-2]:
+        if may_start_at_0(seen):
             self.log.say(
                 f"warning: label {last}, the last class's, occurs nowhere in {data.val_split}, and {last - 1} does: if "
                 "0 is the first class and not unlabelled, give --data.reduce_zero_label false"
